@@ -1,0 +1,179 @@
+"""Text in, token sequences out: reading documents, splitting them, packing them.
+
+Shapes: N sequences, L tokens of each.
+
+The text stays where it is: files are streamed through `datasets`, so no copy lands in a cache folder, and nothing here
+opens a connection. What this module does NOT cover: which text a run mixes (`flexmoe.training`), text on the Hub, and
+corpora larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+END_OF_DOCUMENT = "<|endofdocument|>"
+TEXT_SUFFIXES = (".txt", ".md")
+TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # file suffix -> builder of `datasets`
+
+
+def read_documents(files: Sequence[str | Path], *, column: str = "text") -> list[str]:
+    """All documents of some files, in the order given; documents of white space only are left out.
+
+    `.txt` and `.md`: the whole file is one document, unless lines that hold only `<|endofdocument|>` separate several.
+    `.jsonl`, `.json`, `.parquet`: one document per row, taken from `column`.
+
+    Raises: FileNotFoundError; TypeError (a value of `column` is no string); ValueError (no file given, a kind of file
+    that is not known, one that can't be parsed, a missing column, no document in all of the files).
+    """
+    if isinstance(files, str | Path):
+        raise TypeError(f"files: one path ({str(files)!r}), want a list of them. Write [{str(files)!r}].")
+    paths = [Path(file) for file in files]
+    if not paths:
+        raise ValueError("No data files. Give at least one .txt, .md, .jsonl, .json or .parquet file.")
+    documents = [document for path in paths for document in _documents_of(path, column) if document.strip()]
+    if not documents:
+        raise ValueError(f"{_listed(paths)}: no text in there. An empty data set can't be used; give files with text.")
+    return documents
+
+
+def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> list[str]:
+    """The public text that a graft keeps beside its model. `record` is the config's `public_sample`.
+
+    The bytes that are hashed are the bytes that are parsed. Raises: ValueError (the model has no sample, or the file is not the one
+    that was grafted), FileNotFoundError.
+    """
+    if not record:
+        raise ValueError(f"{folder} keeps no public sample. Graft it with --public-data, or give --public-data here.")
+    path = Path(folder) / record["file"]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: the model's public sample is missing. Restore it, or give --public-data.")
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != record["sha256"]:
+        raise ValueError(
+            f"{path} has sha256 {found}, but the model was grafted with {record['sha256']}: the file was changed. "
+            "Restore it, or give --public-data to say which public text you want."
+        )
+    return [json.loads(line)["text"] for line in content.split(b"\n") if line]
+
+
+def split_documents(documents: Sequence[str], validation_fraction: float, seed: int) -> tuple[list[str], list[str]]:
+    """(training, validation) documents; every copy of a document goes to the same side.
+
+    The side depends on the seed and on the set of texts, not on their order. A fraction f of n distinct documents puts ceil(f n)
+    into validation, and always leaves one for training. Raises: ValueError.
+    """
+    if not 0 <= validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction}: must be at least 0 and less than 1.")
+    distinct = sorted(set(documents), key=lambda document: _order(document, seed))
+    if validation_fraction > 0 and len(distinct) < 2:
+        raise ValueError(
+            f"{len(distinct)} distinct document(s): can't hold one back for validation. Give more files, separate the documents of a "
+            f"text file by lines of {END_OF_DOCUMENT!r}, or set validation_fraction=0."
+        )
+    held = set(distinct[: min(ceil(validation_fraction * len(distinct)), len(distinct) - 1)])
+    training = [document for document in documents if document not in held]
+    validation = [document for document in documents if document in held]
+    return training, validation
+
+
+def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> torch.Tensor:
+    """Tokens of all documents in a row, an end-of-sequence token after each, cut into int64 [N, L].
+
+    A remainder shorter than L is dropped. Raises: ValueError (the tokenizer has no `eos_token`; less text than one
+    sequence).
+    """
+    if sequence_length < 2:
+        raise ValueError(f"sequence_length={sequence_length}: must be at least 2 (a token and the next one).")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no eos_token to put between documents. Set tokenizer.eos_token.")
+    tokens = array("q")
+    for batch in _batches(documents, 1000):
+        # verbose=False: "longer than the maximum" is no concern here, the stream is cut afterwards
+        for ids in tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:
+            tokens.extend(ids)
+            tokens.append(tokenizer.eos_token_id)
+    sequences = len(tokens) // sequence_length
+    if sequences == 0:
+        raise ValueError(
+            f"{len(documents)} document(s) with {len(tokens)} tokens in all: less than one sequence of {sequence_length}. "
+            "Give more text or a smaller sequence_length."
+        )
+    return torch.frombuffer(tokens, dtype=torch.int64)[: sequences * sequence_length].view(-1, sequence_length).clone()
+
+
+def _documents_of(path: Path, column: str) -> Iterator[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file.")
+    if path.suffix in TEXT_SUFFIXES:
+        return _text_documents(path)
+    if path.suffix in TABLE_BUILDERS:
+        return _table_documents(path, column)
+    known = ", ".join((*TEXT_SUFFIXES, *TABLE_BUILDERS))
+    raise ValueError(f"{path}: data files end in {known}; {path.suffix or 'no suffix'!r} is not one of them.")
+
+
+def _text_documents(path: Path) -> Iterator[str]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it.") from error
+    lines: list[str] = []
+    for line in text.splitlines(keepends=True):
+        if line.strip() == END_OF_DOCUMENT:
+            yield "".join(lines)
+            lines = []
+        else:
+            lines.append(line)
+    yield "".join(lines)
+
+
+def _table_documents(path: Path, column: str) -> Iterator[str]:
+    if path.stat().st_size == 0:  # `datasets` would say that it found no schema
+        return
+    from datasets import load_dataset  # seconds to import; --help must not pay for it
+
+    builder = TABLE_BUILDERS[path.suffix]
+    # streaming: otherwise `datasets` copies the owner's text into its cache folder and leaves it there
+    rows = load_dataset(builder, data_files=str(path), split="train", streaming=True)
+    batches = iter(rows.iter(batch_size=1000))
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except Exception as error:  # each builder raises its parser's own kinds
+            raise ValueError(f"{path}: can't be read as {path.suffix[1:]} ({error}).") from error
+        if column not in batch:
+            raise ValueError(
+                f"{path}: no column {column!r}. Its columns: {', '.join(batch)}. Say which with text_column."
+            )
+        for value in batch[column]:
+            if isinstance(value, str):
+                yield value
+            elif value is not None:
+                raise TypeError(f"{path}: column {column!r} holds {type(value).__name__} values, want text.")
+
+
+def _order(document: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\n{document}".encode("utf-8", "surrogatepass")).digest()
+
+
+def _batches(documents: Sequence[str], size: int) -> Iterable[list[str]]:
+    return (list(documents[start : start + size]) for start in range(0, len(documents), size))
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
