@@ -1,0 +1,75 @@
+# Every target sets itself up: `make test` and `make demo` need Python, make and pip, nothing else.
+
+PYTHON  ?= python3
+WORKERS ?= 2
+OUT     ?= runs/demo
+ARGS    ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+TREES := modeling conversion model_cards src tests
+
+# The exact versions are those of Python 3.11 and later; an older Python resolves from pyproject's lower bounds.
+PINNED := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
+TORCH  := $(shell grep '^torch==' constraints.txt)
+
+# Idle threads sleep: spinning ones beside another process make small models several times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.DEFAULT_GOAL := help
+.PHONY: help install test demo results bench soak check format format-check lint types layout clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP) ## Set up .venv with everything needed to run, test and develop
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+# torch comes first and alone, so that the build this machine's pip is set up for (CPU or CUDA) is the one that stays.
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(if $(PINNED),$(TORCH),torch)
+	$(BIN)/python -m pip install --quiet $(PINNED) --editable '.[dev]'
+	@touch $@
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+demo: $(STAMP) ## Run the main job end to end on real text (about 10 minutes on 2 cores): OUT=runs/demo
+	$(BIN)/flexmoe demo --out $(OUT) $(ARGS)
+
+results: $(STAMP) ## Run the demo over 3 seeds, with the paper's recipe and the row variants beside it (up to an hour)
+	$(BIN)/python tests/bench/results.py $(ARGS)
+
+bench: $(STAMP) ## Run the benchmarks; each asserts the figures it promises
+	@set -e; for file in $(wildcard tests/bench/bench_*.py); do echo "== $$file"; $(BIN)/python $$file; done
+
+soak: $(STAMP) ## Run the long randomised tests
+	@if [ -d tests/soak ]; then $(BIN)/python -m pytest tests/soak $(ARGS); else echo "no tests in tests/soak yet"; fi
+
+check: format-check lint types layout test ## Everything that must pass before a commit
+
+format: $(STAMP) ## Rewrite the code in the project's format
+	$(BIN)/ruff format $(TREES)
+	$(BIN)/ruff check --select I --fix $(TREES)
+
+format-check: $(STAMP)
+	$(BIN)/ruff format --check $(TREES)
+
+lint: $(STAMP) ## Lint
+	$(BIN)/ruff check $(TREES)
+
+# mypy does not follow setuptools' package-dir map, so it is shown the package as an install would lay it out.
+types: $(STAMP) ## Check the types
+	@rm -rf .types && mkdir -p .types/flexmoe
+	@ln -s $(CURDIR)/src/flexmoe/* $(CURDIR)/modeling $(CURDIR)/conversion $(CURDIR)/model_cards .types/flexmoe/
+	@ln -s $(CURDIR)/src/flexmoe_cli .types/flexmoe_cli
+	$(BIN)/mypy
+
+layout: $(STAMP)
+	$(BIN)/python -m pytest --quiet tests/test_layout.py
+
+clean: ## Remove caches and the environment, never your runs
+	rm -rf $(VENV) .types .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

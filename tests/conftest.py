@@ -1,0 +1,19 @@
+"""What every test run needs before torch and the Hugging Face libraries are imported: few threads, caches of its own."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Read once, when the OpenMP runtime and the Hub client are imported: hence at module level and before any other import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+if "FLEXMOE_TESTS_HF_HOME" not in os.environ:
+    # A worker of pytest-xdist inherits the folder of the process that started it.
+    os.environ["FLEXMOE_TESTS_HF_HOME"] = tempfile.mkdtemp(prefix="flexmoe-tests-")
+    atexit.register(shutil.rmtree, os.environ["FLEXMOE_TESTS_HF_HOME"], ignore_errors=True)
+os.environ["HF_HOME"] = os.environ["FLEXMOE_TESTS_HF_HOME"]
