@@ -1,0 +1,64 @@
+# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
+"""Strict JSON from files that strangers wrote: bounded, no repeated keys, no NaN, no bottomless nesting.
+
+Not here: what the keys must be. Each format checks its own.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .folders_flexmoe import read_regular_file
+
+MAX_JSON_BYTES = (
+    32 << 20
+)  # the header of the largest open checkpoint is below 1 MiB; a parsed byte costs up to 50 of memory
+
+
+def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
+    """Parses `data` (UTF-8 JSON) into a dictionary; `where` names the file in errors.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, not an object, a key given twice, NaN or an infinity, nested too deep, or
+            text that UTF-8 cannot write back (lone surrogates).
+    """
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # also finds 1e999, which parses to inf
+    except RecursionError:
+        raise ValueError(f"{where}: the JSON is nested too deep.") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def read_json_object(path: str | Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Reads the JSON object in the regular file `path`, refusing more than `max_bytes`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not a regular file, too large, or not strict JSON (see `parse_json_object`).
+    """
+    return parse_json_object(read_regular_file(path, max_bytes=max_bytes), str(path))
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """How FlexMoE writes JSON files: two spaces, keys as ordered, a newline at the end; NaN is a ValueError."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+__all__ = ["MAX_JSON_BYTES", "json_text", "parse_json_object", "read_json_object"]

@@ -1,0 +1,237 @@
+# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
+"""safetensors checkpoints written as streams: header first, then chunks, hashed by a second thread on the way.
+
+Not here: reading and checking (`tensors_flexmoe`), and making the folder appear at once (`folders_flexmoe`).
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from .json_flexmoe import json_text
+from .tensors_flexmoe import (
+    CHUNK_BYTES,
+    TORCH_DTYPES,
+    CheckpointFolder,
+    Chunk,
+    TensorFile,
+    TensorInfo,
+    expected_bytes,
+    tensor_bytes,
+    tensor_info,
+)
+
+MAX_SHARD_SIZE = 5_000_000_000  # bytes; above it a checkpoint is split, as the Hub recommends
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """One tensor to be written. `chunks()` starts a stream of its bytes, `info.nbytes` in all.
+
+    A chunk is hashed after the next one was drawn, so it must not be overwritten.
+    """
+
+    info: TensorInfo
+    chunks: Callable[[], Iterator[Chunk]]
+
+
+@dataclass(frozen=True)
+class WrittenCheckpoint:
+    """What `write_checkpoint` wrote: SHA-256 (hex) per weight file and per tensor, as far as asked for."""
+
+    files: dict[str, str | None]
+    tensor_sha256: dict[str, str]
+
+
+def source_from_tensor(name: str, tensor: torch.Tensor) -> TensorSource:
+    """A source over a tensor in memory, on any device."""
+
+    def chunks() -> Iterator[Chunk]:
+        data = tensor_bytes(tensor)
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+    return TensorSource(tensor_info(name, tensor), chunks)
+
+
+def source_from_file(
+    checkpoint: TensorFile | CheckpointFolder, name: str, new_name: str | None = None
+) -> TensorSource:
+    """A source over a stored tensor, byte for byte, perhaps under another name. KeyError: no such tensor."""
+    file = checkpoint.file_of(name) if isinstance(checkpoint, CheckpointFolder) else checkpoint
+    stored = file.info(name)
+    info = TensorInfo(new_name or name, stored.dtype, stored.shape, stored.nbytes)
+    return TensorSource(info, lambda: file.chunks(name))
+
+
+def write_checkpoint(
+    folder: str | Path,
+    sources: Sequence[TensorSource],
+    *,
+    stem: str = "model",
+    max_shard_size: int = MAX_SHARD_SIZE,
+    hash_tensors: bool = False,
+    hash_files: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> WrittenCheckpoint:
+    """Streams `sources` into `<stem>.safetensors`, or into shards of at most `max_shard_size` bytes and an index.
+
+    Tensors are dealt to shards in the order given; one that is larger than a shard gets one of its own. Within a file
+    wider dtypes come first (as the format's own writer has it), so that every tensor is aligned; the order is kept
+    otherwise. Files and shards are named as transformers names them. Hashing runs beside the writing, in a thread;
+    a few chunks are in memory at a time. The folder must exist and hold none of these files; after an error it holds
+    half a checkpoint, so write into an `atomic_folder`.
+
+    Args:
+        hash_tensors, hash_files: also compute SHA-256 of each tensor's bytes, of each whole file.
+        progress: called with the number of bytes just written.
+
+    Raises:
+        ValueError: no sources, a name twice, an unknown dtype, or a source with more or fewer bytes than it says.
+        FileExistsError: a file of that name is there.
+    """
+    _check_sources(sources, max_shard_size)
+    shards = _deal_to_shards(sources, max_shard_size)
+    files: dict[str, str | None] = {}
+    tensor_sha256: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        with open(Path(folder, name), "xb") as file, _Hasher(hash_tensors, hash_files) as hasher:
+            _write_file(file, shard, hasher, progress or (lambda _: None))
+        files[name] = hasher.file_sha256() if hash_files else None
+        tensor_sha256.update(hasher.tensor_sha256())
+    if len(shards) > 1:
+        weight_map = {s.info.name: name for shard, name in zip(shards, files, strict=True) for s in shard}
+        index = {
+            "metadata": {"total_size": sum(s.info.nbytes for s in sources)},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        Path(folder, f"{stem}.safetensors.index.json").write_text(json_text(index), encoding="utf-8")
+    return WrittenCheckpoint(files, tensor_sha256)
+
+
+class _Hasher:
+    """SHA-256 of tensors and of the file they are in, in a thread beside the one that writes (hashlib lets go of the
+    GIL). At most `_AHEAD` chunks wait, which bounds memory and keeps a fast disk from running away."""
+
+    _AHEAD = 4
+
+    def __init__(self, tensors: bool, file: bool):
+        self._by_tensor: dict[str, Any] | None = {} if tensors else None
+        self._file = hashlib.sha256() if file else None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flexmoe-sha256")
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "_Hasher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+
+    def add(self, chunk: Chunk, tensor: str | None = None) -> None:
+        """Takes the file's next bytes; `tensor` is the one they belong to, None for the header."""
+        targets = [] if self._file is None else [self._file]
+        if self._by_tensor is not None and tensor is not None:
+            targets.append(self._by_tensor.setdefault(tensor, hashlib.sha256()))
+        if not targets or not len(chunk):
+            return
+        while len(self._pending) >= self._AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(_update_all, targets, chunk))
+
+    def begin(self, tensor: str) -> None:
+        """Announces a tensor, so that one without bytes has a hash too."""
+        if self._by_tensor is not None:
+            self._by_tensor[tensor] = hashlib.sha256()
+
+    def file_sha256(self) -> str:
+        """The whole file's hash, once the `with` has ended."""
+        assert self._file is not None
+        return str(self._file.hexdigest())
+
+    def tensor_sha256(self) -> dict[str, str]:
+        """Each tensor's hash, once the `with` has ended; empty if not asked for."""
+        return {name: digest.hexdigest() for name, digest in (self._by_tensor or {}).items()}
+
+
+def _update_all(targets: Sequence[Any], chunk: Chunk) -> None:
+    for target in targets:
+        target.update(chunk)
+
+
+def _write_file(
+    file: BinaryIO, shard: Sequence[TensorSource], hasher: _Hasher, progress: Callable[[int], None]
+) -> None:
+    header = _header_bytes([source.info for source in shard])
+    file.write(header)
+    hasher.add(header)
+    for source in shard:
+        info, written = source.info, 0
+        hasher.begin(info.name)
+        for chunk in source.chunks():
+            written += len(chunk)
+            if written > info.nbytes:
+                break
+            file.write(chunk)
+            hasher.add(chunk, info.name)
+            progress(len(chunk))
+        if written != info.nbytes:
+            raise ValueError(f"{info.name}: its source gave {written:,} bytes or more, not {info.nbytes:,}.")
+
+
+def _header_bytes(infos: Sequence[TensorInfo]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for info in infos:
+        offsets = [position, position + info.nbytes]
+        entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        position += info.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # the data starts aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _deal_to_shards(sources: Sequence[TensorSource], max_shard_size: int) -> list[list[TensorSource]]:
+    shards: list[list[TensorSource]] = [[]]
+    room = max_shard_size
+    for source in sources:
+        if shards[-1] and source.info.nbytes > room:
+            shards.append([])
+            room = max_shard_size
+        shards[-1].append(source)
+        room -= source.info.nbytes
+    return [sorted(shard, key=lambda source: -TORCH_DTYPES[source.info.dtype].itemsize) for shard in shards]
+
+
+def _check_sources(sources: Sequence[TensorSource], max_shard_size: int) -> None:
+    if not sources:
+        raise ValueError("There are no tensors to write.")
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size is {max_shard_size}; it must be at least 1 byte.")
+    seen: set[str] = set()
+    for source in sources:
+        info = source.info
+        if info.name in seen or info.name == "__metadata__":
+            raise ValueError(f"Tensor name {info.name!r} is given twice, or reserved by the format.")
+        seen.add(info.name)
+        if info.dtype not in TORCH_DTYPES or info.nbytes != expected_bytes(info.dtype, info.shape):
+            raise ValueError(f"{info}: unknown dtype, or a size that does not fit dtype and shape.")
+
+
+__all__ = [
+    "MAX_SHARD_SIZE",
+    "TensorSource",
+    "WrittenCheckpoint",
+    "source_from_file",
+    "source_from_tensor",
+    "write_checkpoint",
+]

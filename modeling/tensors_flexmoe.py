@@ -1,0 +1,358 @@
+# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
+"""safetensors files as streams: tensors are read chunk by chunk, never a whole file in memory.
+
+Files are taken as written by a stranger: everything the header claims is checked before a byte of data is believed.
+Bytes are copied by `pread`, not mapped, because a mapped file can change after its check. Little-endian machines
+only, as the format itself.
+
+Not here: writing (`tensor_writer_flexmoe`), what tensors mean to a model, and sub-byte dtypes (F4, F6).
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .folders_flexmoe import open_regular_file
+from .json_flexmoe import MAX_JSON_BYTES, parse_json_object, read_json_object
+
+Chunk = bytes | bytearray | memoryview
+
+CHUNK_BYTES = 4 << 20
+MAX_DIMENSIONS = 64  # torch's own limit
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+DTYPE_CODES = {dtype: code for code, dtype in TORCH_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says of one tensor; `dtype` is the format's code, such as "BF16"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+class TensorFile:
+    """A safetensors file, its header checked. It stays open until `close()`, the end of a `with`, or collection.
+
+    Attributes:
+        infos: tensors by name, in the order of their bytes in the file.
+        metadata: the header's free text.
+        header: the bytes before the first tensor, its length prefix included (they belong to the file's hash).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not what its header says; names the file and the fault.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._descriptor = -1  # so that collection after a failed open has something to look at
+        self._descriptor = open_regular_file(path)
+        try:
+            self.header = self._read_header(os.fstat(self._descriptor).st_size)
+            entries = parse_json_object(self.header[8:], f"{path}: header")
+            self.metadata = _check_metadata(entries.pop("__metadata__", {}), path)
+            data_bytes = os.fstat(self._descriptor).st_size - len(self.header)
+            self.infos, self._begins = _check_entries(entries, data_bytes, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        """Yields copies of the tensor's bytes in order, at most `size` at a time. KeyError: no such tensor."""
+        info = self.info(name)
+        position, end = self._begins[name], self._begins[name] + info.nbytes
+        while position < end:
+            chunk = os.pread(self._descriptor, min(size, end - position), len(self.header) + position)
+            if not chunk:
+                raise ValueError(f"{self.path}: the file became shorter while {name!r} was read.")
+            position += len(chunk)
+            yield memoryview(chunk)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor `name` as a CPU tensor of its own. KeyError: no such tensor."""
+        return tensor_from_chunks(self.info(name), self.chunks(name))
+
+    def close(self) -> None:
+        """Closes the file; reading it afterwards is an OSError."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> "TensorFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def info(self, name: str) -> TensorInfo:
+        """What the header says of the tensor. KeyError: no such tensor."""
+        if name not in self.infos:
+            raise KeyError(f"{self.path} has no tensor {name!r}; it has {_some(self.infos)}.")
+        return self.infos[name]
+
+    def _read_header(self, file_bytes: int) -> bytes:
+        prefix = os.pread(self._descriptor, 8, 0)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > file_bytes - 8:
+            raise ValueError(f"{self.path}: not a safetensors file, or cut off: it ends before its header does.")
+        if length > MAX_JSON_BYTES:
+            raise ValueError(f"{self.path}: a header of {length:,} bytes; at most {MAX_JSON_BYTES:,} are read.")
+        text = os.pread(self._descriptor, length, 8)
+        if not text.startswith(b"{"):
+            raise ValueError(f"{self.path}: not a safetensors file: its header does not start with '{{'.")
+        return prefix + text
+
+
+class CheckpointFolder:
+    """The weights of a checkpoint folder: `<stem>.safetensors`, or shards and `<stem>.safetensors.index.json`.
+
+    Attributes:
+        infos: all tensors by name, shard after shard, in the order of their bytes.
+        files: weight files by name.
+
+    Raises:
+        FileNotFoundError: no such folder, no safetensors in it (says how to convert), or a shard is missing.
+        ValueError: a file is not what its header says, or the index and the shards disagree.
+    """
+
+    def __init__(self, folder: str | Path, stem: str = "model"):
+        self.folder = Path(folder)
+        index = self.folder / f"{stem}.safetensors.index.json"
+        single = self.folder / f"{stem}.safetensors"
+        weight_map: Mapping[str, str] | None = None
+        if single.exists() or not index.exists():
+            names = [single.name]
+        else:
+            weight_map = _read_weight_map(index)
+            names = sorted(set(weight_map.values()))
+        _check_present(self.folder, names, stem)
+        self.files = {name: TensorFile(self.folder / name) for name in names}
+        self._file_of = _index_tensors(self.files)
+        self.infos = {name: file.infos[name] for name, file in self._file_of.items()}
+        if weight_map is not None:
+            _check_index(index, weight_map, self._file_of)
+
+    def file_of(self, name: str) -> TensorFile:
+        """The file that holds the tensor. KeyError: no such tensor."""
+        if name not in self._file_of:
+            raise KeyError(f"{self.folder} has no tensor {name!r}; it has {_some(self.infos)}.")
+        return self._file_of[name]
+
+    def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
+        """Yields the tensor's bytes in order, at most `size` at a time. KeyError: no such tensor."""
+        return self.file_of(name).chunks(name, size)
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor as a CPU tensor of its own. KeyError: no such tensor."""
+        return self.file_of(name).read(name)
+
+    def close(self) -> None:
+        """Closes all files."""
+        for file in self.files.values():
+            file.close()
+
+    def __enter__(self) -> "CheckpointFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def tensor_info(name: str, tensor: torch.Tensor) -> TensorInfo:
+    """The header entry of a tensor (meta tensors too). TypeError: safetensors has no such dtype."""
+    if tensor.dtype not in DTYPE_CODES:
+        raise TypeError(f"{name}: safetensors files cannot hold {tensor.dtype}; they hold {', '.join(TORCH_DTYPES)}.")
+    return TensorInfo(name, DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size())
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes in row-major order, without a copy where it lies so on the CPU already."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    array: Any = flat.view(torch.uint8).numpy()  # Any: numpy's stubs know no buffer protocol before Python 3.12
+    return memoryview(array)
+
+
+def tensor_from_chunks(info: TensorInfo, chunks: Iterable[Chunk]) -> torch.Tensor:
+    """A CPU tensor filled from a stream of its bytes. ValueError: more or fewer bytes than `info` says."""
+    tensor = torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
+    room, filled = tensor_bytes(tensor), 0
+    for chunk in chunks:
+        if filled + len(chunk) > info.nbytes:
+            raise ValueError(f"{info.name}: more than its {info.nbytes:,} bytes arrived.")
+        room[filled : filled + len(chunk)] = chunk
+        filled += len(chunk)
+    if filled != info.nbytes:
+        raise ValueError(f"{info.name}: {filled:,} of its {info.nbytes:,} bytes arrived.")
+    return tensor
+
+
+def fingerprint(lines: Iterable[tuple[str, str, Sequence[int], str]]) -> str:
+    """SHA-256 (hex) over sorted lines `name dtype shape sha256`, one per tensor of a dense checkpoint.
+
+    Args:
+        lines: name, safetensors dtype code, shape, SHA-256 (hex) of the bytes; in any order. A line of the hashed
+            text reads `model.norm.weight BF16 [128] 9f86d0...`; lines are joined by a newline.
+    """
+    text = sorted(f"{name} {dtype} [{','.join(map(str, shape))}] {digest}" for name, dtype, shape, digest in lines)
+    return hashlib.sha256("\n".join(text).encode("utf-8")).hexdigest()
+
+
+def expected_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """The bytes that a tensor of this dtype code and shape takes."""
+    return math.prod(shape) * TORCH_DTYPES[dtype].itemsize
+
+
+def _check_entries(
+    entries: dict[str, Any], data_bytes: int, path: str | Path
+) -> tuple[dict[str, TensorInfo], dict[str, int]]:
+    """Tensors and where they begin, in file order, proved to tile the data without overlap or gap."""
+    found = sorted(
+        (_check_entry(name, entry, data_bytes, path) for name, entry in entries.items()),
+        key=lambda item: (item[1], item[1] + item[0].nbytes),
+    )
+    position = 0
+    for info, begin in found:
+        if begin != position:
+            raise ValueError(
+                f"{path}: {info.name!r} begins at byte {begin:,} of the data where {position:,} is due: "
+                "tensors overlap or leave a gap."
+            )
+        position += info.nbytes
+    if position != data_bytes:
+        raise ValueError(f"{path}: the header describes {position:,} bytes of data, the file holds {data_bytes:,}.")
+    return {info.name: info for info, _ in found}, {info.name: begin for info, begin in found}
+
+
+def _check_entry(name: str, entry: Any, data_bytes: int, path: str | Path) -> tuple[TensorInfo, int]:
+    def fault(text: str) -> ValueError:
+        return ValueError(f"{path}: tensor {name[:200]!r}: {text}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise fault("its header entry must have exactly dtype, shape and data_offsets.")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in TORCH_DTYPES:
+        raise fault(f"unknown dtype {str(dtype)[:40]!r}; known are {', '.join(TORCH_DTYPES)}.")
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS or not all(map(_is_size, shape)):
+        raise fault(f"its shape must be a list of at most {MAX_DIMENSIONS} sizes from 0 up.")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
+        raise fault("data_offsets must be two byte positions.")
+    begin, end = offsets
+    if not begin <= end <= data_bytes:
+        raise fault(f"data_offsets {begin:,} to {end:,} lie outside the {data_bytes:,} bytes of data.")
+    if expected_bytes(dtype, shape) != end - begin:
+        raise fault(f"{dtype} {shape} does not take {end - begin:,} bytes.")
+    return TensorInfo(name, dtype, tuple(shape), end - begin), begin
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _check_metadata(metadata: Any, path: str | Path) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{path}: __metadata__ must map text to text.")
+    return metadata
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map from tensor names to file names.")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\\" in name:
+            raise ValueError(f"{index}: {name!r} is not the name of a .safetensors file in the same folder.")
+    return weight_map
+
+
+def _check_present(folder: Path, names: Sequence[str], stem: str) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}.")
+    missing = [name for name in names if not (folder / name).exists()]
+    if not missing:
+        return
+    if missing != [f"{stem}.safetensors"]:
+        raise FileNotFoundError(f"{folder}: the index names {_some(missing)}, which is not there. Fetch it again.")
+    text = f"{folder} has neither {stem}.safetensors nor {stem}.safetensors.index.json."
+    if any(folder.glob("pytorch_model*.bin")):
+        text += (
+            " Its weights are pickles, which FlexMoE does not open. Convert a checkpoint that you trust: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors."
+        )
+    raise FileNotFoundError(text)
+
+
+def _index_tensors(files: Mapping[str, TensorFile]) -> dict[str, TensorFile]:
+    file_of: dict[str, TensorFile] = {}
+    for file in files.values():
+        for name in file.infos:
+            if name in file_of:
+                raise ValueError(f"Tensor {name!r} is in two files, {file_of[name].path} and {file.path}.")
+            file_of[name] = file
+    return file_of
+
+
+def _check_index(index: Path, weight_map: Mapping[str, str], file_of: Mapping[str, TensorFile]) -> None:
+    actual = {name: file.path.name for name, file in file_of.items()}
+    wrong = sorted(name for name in weight_map.keys() | actual.keys() if weight_map.get(name) != actual.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{index} puts {name!r} in {weight_map.get(name)}, but it is in {actual.get(name)} "
+            f"({len(wrong)} tensors differ). Write the index again, or fetch the checkpoint again."
+        )
+
+
+def _some(names: Iterable[str], count: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+__all__ = [
+    "CHUNK_BYTES",
+    "DTYPE_CODES",
+    "TORCH_DTYPES",
+    "CheckpointFolder",
+    "Chunk",
+    "TensorFile",
+    "TensorInfo",
+    "expected_bytes",
+    "fingerprint",
+    "tensor_bytes",
+    "tensor_from_chunks",
+    "tensor_info",
+]
