@@ -1,0 +1,140 @@
+"""The demo's public anchor: a BPE tokenizer and a small OLMo-2-like model, both trained on the public mix alone.
+
+Shapes: B sequences in a batch, L tokens each. The result is an ordinary transformers checkpoint; nothing in here knows
+about experts. Plain PyTorch on purpose: 800 steps of 2,048 tokens should take minutes on two cores.
+
+Does not cover: anything but the demo; real anchors are downloaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
+
+from flexmoe.data import pack
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorSettings:
+    """Size of the anchor and of its training; tokens per step = sequence_length * batch_size."""
+
+    vocabulary: int = 3072
+    layers: int = 4
+    hidden: int = 128
+    intermediate: int = 512
+    heads: int = 4
+    steps: int = 800
+    sequence_length: int = 256
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    warmup_share: float = 0.05
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, int | float]:
+        """For cache keys and reports."""
+        return asdict(self)
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; `<|endoftext|>` begins, ends and pads."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def train_anchor(
+    texts: Sequence[str], settings: AnchorSettings, folder: Path, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Trains tokenizer and model on the texts and saves both into `folder`; `progress(step, steps)` after each step."""
+    tokenizer = train_tokenizer(texts, settings.vocabulary)
+    tokens_NL = pack(texts, tokenizer, settings.sequence_length)
+    model = build_anchor(tokenizer, settings)
+    _train(model, tokens_NL, settings, progress)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def build_anchor(tokenizer: PreTrainedTokenizerFast, settings: AnchorSettings) -> Olmo2ForCausalLM:
+    """The untrained anchor, deterministic in `settings.seed`."""
+    torch.manual_seed(settings.seed)
+    return Olmo2ForCausalLM(
+        Olmo2Config(
+            vocab_size=settings.vocabulary,
+            hidden_size=settings.hidden,
+            intermediate_size=settings.intermediate,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads,
+            max_position_embeddings=4 * settings.sequence_length,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def _train(
+    model: Olmo2ForCausalLM,
+    tokens_NL: torch.Tensor,
+    settings: AnchorSettings,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    generator = torch.Generator().manual_seed(settings.seed)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=settings.learning_rate,
+        betas=(0.9, 0.95),
+        fused=True,
+    )
+    warmup = max(1, round(settings.warmup_share * settings.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, warmup, settings.steps))
+    model.train()
+    order = torch.randperm(len(tokens_NL), generator=generator)
+    for step in range(settings.steps):
+        while len(order) < settings.batch_size:
+            order = torch.cat([order, torch.randperm(len(tokens_NL), generator=generator)])
+        batch_BL, order = tokens_NL[order[: settings.batch_size]], order[settings.batch_size :]
+        loss = model(input_ids=batch_BL, labels=batch_BL, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad(set_to_none=True)
+        if progress is not None:
+            progress(step + 1, settings.steps)
+    if not math.isfinite(loss.item()):
+        raise ValueError(f"the anchor's loss became {loss.item()} after {settings.steps} steps; lower learning_rate")
+    model.eval()
+
+
+def _rate(step: int, warmup: int, steps: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))

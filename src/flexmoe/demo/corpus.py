@@ -1,0 +1,154 @@
+"""The demo's corpus: text of several kinds, deduplicated, split by document, and the public mix put together.
+
+Order of work: read every kind, drop every document that is nearly an earlier one *of any kind*, and only then split by
+document (all parts of a file go to one side). So no held-out text is in, or nearly in, anything that is trained on; the
+largest overlap left is measured again at the end and stored.
+
+Does not cover: where the text comes from (`sources`), tokens (`anchor`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from .near_duplicates import NEAR_DUPLICATE, drop_near_duplicates, largest_overlap
+from .sources import SOURCES, Document, read_source
+
+
+PUBLIC = "public"
+PUBLIC_KIND = "english"
+OWNER_KINDS = tuple(kind for kind in SOURCES if kind != PUBLIC_KIND)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSettings:
+    """What the corpus holds; sizes in characters. `public_share`: how much of the public mix each owner's kind makes up."""
+
+    owners: tuple[str, ...]
+    seed: int = 0
+    public_characters: int = 5_200_000
+    owner_characters: int = 1_250_000
+    held_out_characters: int = 100_000
+    public_share: float = 0.04
+
+    def __post_init__(self) -> None:
+        if len(set(self.owners)) != len(self.owners) or not self.owners:
+            raise ValueError(f"owners must be distinct and at least one; got {list(self.owners)}")
+        if unknown := [owner for owner in self.owners if owner not in OWNER_KINDS]:
+            raise ValueError(f"no text for owner(s) {unknown}; this demo has text for {list(OWNER_KINDS)}")
+        if not 0 < self.public_share * len(self.owners) < 0.5:
+            raise ValueError(f"public_share={self.public_share}: the owners' kinds must make up less than half of the public mix")
+
+
+@dataclass(frozen=True)
+class Split:
+    """Disjoint documents of one kind: held out for scoring, given to the public mix, kept by the owner."""
+
+    held_out: list[Document]
+    public: list[Document]
+    private: list[Document]
+
+
+def build_corpus(settings: CorpusSettings, folder: Path) -> None:
+    """Writes `public.jsonl`, `owners/<owner>.jsonl`, `held_out/<domain>.jsonl` and `mix.json` into `folder`.
+
+    Raises: ValueError if a kind has too little distinct text on this machine.
+    """
+    raw = {PUBLIC: read_source(PUBLIC_KIND, settings.public_characters)}
+    raw |= {owner: read_source(owner, settings.owner_characters) for owner in settings.owners}
+    kinds = without_near_duplicates(raw)
+    share = settings.public_share * sum(len(d.text) for d in kinds[PUBLIC])
+    splits = {
+        kind: split_by_document(documents, settings.held_out_characters, None if kind == PUBLIC else int(share), settings.seed)
+        for kind, documents in kinds.items()
+    }
+    for kind, split in splits.items():
+        if not split.held_out or not (split.public if kind == PUBLIC else split.public and split.private):
+            raise ValueError(f"too little distinct text of kind {kind!r}: {sum(len(d.text) for d in kinds[kind])} characters")
+    mix = [d for split in splits.values() for d in split.public]
+    random.Random(settings.seed).shuffle(mix)
+
+    _write(folder / "public.jsonl", mix)
+    for kind, split in splits.items():
+        _write(folder / "held_out" / f"{kind}.jsonl", split.held_out)
+        if kind != PUBLIC:
+            _write(folder / "owners" / f"{kind}.jsonl", split.private)
+    record = {"public_mix": _composition(splits), "kinds": _sizes(raw, kinds, splits), "overlap": _overlap(splits)}
+    (folder / "mix.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def without_near_duplicates(kinds: dict[str, list[Document]]) -> dict[str, list[Document]]:
+    """Drops what is nearly an earlier document of any kind; order is kept."""
+    labelled = [(kind, document) for kind, documents in kinds.items() for document in documents]
+    kept = [labelled[i] for i in drop_near_duplicates([document.text for _, document in labelled])]
+    return {kind: [document for k, document in kept if k == kind] for kind in kinds}
+
+
+def split_by_document(documents: Sequence[Document], held_out: int, public: int | None, seed: int) -> Split:
+    """Whole files, in seeded random order: `held_out` characters, then `public` ones (None: all), the rest private."""
+    files: dict[str, list[Document]] = {}
+    for document in documents:
+        files.setdefault(document.name, []).append(document)
+    names = sorted(files)
+    random.Random(seed).shuffle(names)
+    split, taken = Split([], [], []), {"held_out": 0, "public": 0}
+    for name in names:
+        if taken["held_out"] < held_out:
+            side = "held_out"
+        elif public is None or taken["public"] < public:
+            side = "public"
+        else:
+            split.private.extend(files[name])
+            continue
+        getattr(split, side).extend(files[name])
+        taken[side] += sum(len(d.text) for d in files[name])
+    return split
+
+
+def read_texts(path: Path) -> list[str]:
+    """The documents of one of the corpus's files."""
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write(path: Path, documents: Sequence[Document]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # ASCII escapes: a text may hold characters that some readers take for line ends
+    path.write_text("".join(json.dumps({"text": d.text, "name": d.name}) + "\n" for d in documents), encoding="utf-8")
+
+
+def _composition(splits: dict[str, Split]) -> dict[str, float]:
+    sizes = {kind: sum(len(d.text) for d in split.public) for kind, split in splits.items()}
+    return {("english" if kind == PUBLIC else kind): size / sum(sizes.values()) for kind, size in sizes.items()}
+
+
+def _sizes(
+    raw: dict[str, list[Document]], kinds: dict[str, list[Document]], splits: dict[str, Split]
+) -> dict[str, dict[str, int]]:
+    def characters(documents: Sequence[Document]) -> int:
+        return sum(len(d.text) for d in documents)
+
+    return {
+        kind: {
+            "documents": len(kinds[kind]),
+            "near_duplicates_dropped": len(raw[kind]) - len(kinds[kind]),
+            "held_out_documents": len(split.held_out),
+            "held_out_characters": characters(split.held_out),
+            "public_characters": characters(split.public),
+            "private_characters": characters(split.private),
+        }
+        for kind, split in splits.items()
+    }
+
+
+def _overlap(splits: dict[str, Split]) -> dict[str, object]:
+    """Measured, not assumed: the largest share of a held-out document's shingles found in one training document."""
+    held_out = [d for split in splits.values() for d in split.held_out]
+    training = [d for split in splits.values() for d in (*split.public, *split.private)]
+    share, i, j = largest_overlap([d.text for d in held_out], [d.text for d in training])
+    if share >= NEAR_DUPLICATE:
+        raise ValueError(f"held-out {held_out[i].name!r} is nearly {training[j].name!r} ({share:.0%} of its shingles)")
+    return {"largest": share, "allowed_below": NEAR_DUPLICATE, "held_out": held_out[i].name, "training": training[j].name}
