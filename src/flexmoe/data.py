@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -51,8 +50,8 @@ def read_documents(files: Sequence[str | Path], *, column: str = "text") -> list
 def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> list[str]:
     """The public text that a graft keeps beside its model. `record` is the config's `public_sample`.
 
-    The bytes that are hashed are the bytes that are parsed. Raises: ValueError (the model has no sample, or the file is not the one
-    that was grafted), FileNotFoundError.
+    The bytes that are hashed are the bytes that are parsed. Raises: ValueError (the model has no sample, or the file
+    is not the one that was grafted), FileNotFoundError.
     """
     if not record:
         raise ValueError(f"{folder} keeps no public sample. Graft it with --public-data, or give --public-data here.")
@@ -72,16 +71,16 @@ def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> 
 def split_documents(documents: Sequence[str], validation_fraction: float, seed: int) -> tuple[list[str], list[str]]:
     """(training, validation) documents; every copy of a document goes to the same side.
 
-    The side depends on the seed and on the set of texts, not on their order. A fraction f of n distinct documents puts ceil(f n)
-    into validation, and always leaves one for training. Raises: ValueError.
+    The side depends on the seed and on the set of texts, not on their order. A fraction f of n distinct documents puts
+    ceil(f n) into validation, and always leaves one for training. Raises: ValueError.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction={validation_fraction}: must be at least 0 and less than 1.")
     distinct = sorted(set(documents), key=lambda document: _order(document, seed))
     if validation_fraction > 0 and len(distinct) < 2:
         raise ValueError(
-            f"{len(distinct)} distinct document(s): can't hold one back for validation. Give more files, separate the documents of a "
-            f"text file by lines of {END_OF_DOCUMENT!r}, or set validation_fraction=0."
+            f"{len(distinct)} distinct document(s): can't hold one back for validation. Give more files, separate the "
+            f"documents of a text file by lines of {END_OF_DOCUMENT!r}, or set validation_fraction=0."
         )
     held = set(distinct[: min(ceil(validation_fraction * len(distinct)), len(distinct) - 1)])
     training = [document for document in documents if document not in held]
@@ -108,8 +107,8 @@ def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequence_
     sequences = len(tokens) // sequence_length
     if sequences == 0:
         raise ValueError(
-            f"{len(documents)} document(s) with {len(tokens)} tokens in all: less than one sequence of {sequence_length}. "
-            "Give more text or a smaller sequence_length."
+            f"{len(documents)} document(s) with {len(tokens)} tokens in all: less than one sequence of "
+            f"{sequence_length}. Give more text or a smaller sequence_length."
         )
     return torch.frombuffer(tokens, dtype=torch.int64)[: sequences * sequence_length].view(-1, sequence_length).clone()
 

@@ -62,7 +62,7 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path, suffix):
 
 
 def test_wrong_files_say_what_to_do(tmp_path):
-    with pytest.raises(FileNotFoundError, match="absent.txt"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
         read_documents([tmp_path / "absent.txt"])
     (tmp_path / "data.csv").write_text("text\nx\n")
     with pytest.raises(ValueError, match=r"end in \.txt, \.md"):
@@ -104,7 +104,7 @@ def test_pack_puts_eos_after_each_document_and_drops_the_tail(digits):
     assert packed.dtype == torch.int64
     assert packed.tolist() == [[1, 2, 3, 10, 4], [10, 5, 6, 7, 8]]
     assert pack(["1"] * 2500, digits, 2).tolist() == [[1, 10]] * 2500
-    with pytest.raises(ValueError, match="2 document.s. with 4 tokens in all: less than one sequence of 8"):
+    with pytest.raises(ValueError, match=r"2 document\(s\) with 4 tokens in all: less than one sequence of 8"):
         pack(["1", "2"], digits, 8)
 
 

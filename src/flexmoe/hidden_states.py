@@ -1,0 +1,156 @@
+"""What router rows are fitted on: FFN inputs of the frozen dense anchor, layer by layer.
+
+Shapes: N sequences of L tokens, T tokens in all, H hidden size.
+
+The anchor is the model under "public" alone. Its states are what every owner's row has in common; states of the
+two-expert model would teach the row to recognise its own expert instead of its text.
+
+At 7B the states of all layers (32 x 80,000 x 4096) do not fit in memory, so a byte budget decides how many layers are
+held at a time, and the text is run once per group of layers. The rows are the same. A run stops at the last layer that
+is wanted.
+
+NOT covered: the fits themselves (`flexmoe.router_rows`), and sharded models (FSDP): each process needs a whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.router_rows import Moments, RouterRow, RowMethod, embed_documents
+
+STATES_BYTES = 4_000_000_000  # held at a time, own and public together
+
+
+@dataclass(frozen=True)
+class RowText:
+    """One side's text: its documents, and the same packed into int64 [N, L]."""
+
+    documents: Sequence[str]
+    sequences: torch.Tensor
+
+
+class _LastLayerReached(Exception):
+    """Ends a forward pass: nothing after this layer is wanted."""
+
+
+def ffn_inputs(
+    model: FlexMoeForCausalLM, sequences: torch.Tensor, layers: Sequence[int], *, batch_size: int = 8
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Yields, batch by batch, {layer: FFN inputs [tokens of the batch, H]} of the anchor. No gradients, eval mode."""
+    blocks = model.flexmoe_blocks()
+    caught: dict[int, torch.Tensor] = {}
+
+    def catch(layer: int) -> Any:
+        def hook(block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            caught[layer] = args[0].detach().flatten(0, -2)
+            if layer == max(layers):
+                raise _LastLayerReached
+
+        return hook
+
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in sequences.split(batch_size):
+            caught.clear()
+            with ExitStack() as stack:
+                for layer in layers:
+                    stack.callback(blocks[layer].register_forward_pre_hook(catch(layer)).remove)
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(model.only_experts("public"))
+                stack.enter_context(suppress(_LastLayerReached))
+                model(input_ids=batch.to(model.device), use_cache=False)
+            yield dict(caught)
+    finally:
+        model.train(was_training)
+
+
+def collect_states(
+    model: FlexMoeForCausalLM, sequences: torch.Tensor, layers: Sequence[int], tokens: int
+) -> dict[int, torch.Tensor]:
+    """{layer: FFN inputs [T, H]} of the first `tokens` tokens, in the model's dtype and on its device."""
+    held: dict[int, torch.Tensor] = {}
+    start = 0
+    for batch in ffn_inputs(model, _first(sequences, tokens), layers):
+        for layer, x_TH in batch.items():
+            if layer not in held:  # filled in place: a list of batches would need the memory twice
+                held[layer] = x_TH.new_empty(tokens, x_TH.shape[1])
+            part = x_TH[: tokens - start]
+            held[layer][start : start + len(part)] = part
+        start += len(x_TH)
+    return held
+
+
+def collect_moments(
+    model: FlexMoeForCausalLM, sequences: torch.Tensor, layers: Sequence[int], tokens: int
+) -> dict[int, Moments]:
+    """{layer: moments of the FFN inputs} of the first `tokens` tokens."""
+    moments: dict[int, Moments] = {}
+    start = 0
+    for batch in ffn_inputs(model, _first(sequences, tokens), layers):
+        for layer, x_TH in batch.items():
+            if layer not in moments:
+                moments[layer] = Moments(x_TH.shape[1], x_TH.device)
+            moments[layer].update(x_TH[: tokens - start])
+        start += len(x_TH)
+    return moments
+
+
+def fit_rows(
+    model: FlexMoeForCausalLM,
+    method: RowMethod,
+    own: RowText,
+    public: RowText | None,
+    *,
+    tokens: int,
+    bias: bool,
+    seed: int,
+    embedder: str | None = None,
+    max_bytes: int = STATES_BYTES,
+) -> list[RouterRow]:
+    """One row per layer, on the CPU. `tokens`: how many of each side are looked at, at most.
+
+    Both sides give the same number of tokens, so that neither is better known than the other. The sequences are taken
+    in a seeded order. Raises: ValueError (no public text where the method needs it).
+    """
+    depth, hidden = len(model.flexmoe_blocks()), model.config.anchor_config.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    options: dict[str, Any] = {"hidden_size": hidden, "bias": bias, "generator": generator}
+    if method.needs == "nothing":
+        return [method.fit(None, None, **options) for _ in range(depth)]
+    if public is None:
+        raise ValueError(
+            f"router={method.name!r} sets own text against public text, and there is none. Graft the anchor with "
+            "--public-data, or give --public-data here."
+        )
+    if method.needs == "embeddings":
+        if embedder is None:
+            raise ValueError("router='embedding' needs embedder=..., a sentence-transformers folder or Hub id.")
+        row = method.fit(*(embed_documents(side.documents, embedder) for side in (own, public)), **options)
+        return [row] * depth
+
+    own_NL, public_NL = (
+        side.sequences[torch.randperm(len(side.sequences), generator=generator)] for side in (own, public)
+    )
+    tokens = min(tokens, own_NL.numel(), public_NL.numel())
+    collect = {"states": collect_states, "moments": collect_moments}[method.needs]
+    floats = {"states": tokens * hidden * model.dtype.itemsize, "moments": 8 * hidden * (hidden + 1)}
+    group = max(1, max_bytes // (2 * floats[method.needs]))
+    rows = []
+    for layers in torch.arange(depth).split(group):
+        own_by_layer, public_by_layer = (collect(model, text, layers.tolist(), tokens) for text in (own_NL, public_NL))
+        for layer in layers.tolist():  # popped: the fit of a layer is the last use of its states
+            row = method.fit(own_by_layer.pop(layer), public_by_layer.pop(layer), **options)
+            rows.append(RouterRow(row.weight.cpu(), row.bias))
+    return rows
+
+
+def _first(sequences: torch.Tensor, tokens: int) -> torch.Tensor:
+    return sequences[: -(-tokens // sequences.shape[1])]

@@ -1,0 +1,151 @@
+"""Each way to make a router row, against what it claims to compute."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flexmoe.router_rows import RIDGE, ROUTER_ROWS, Moments, embed_documents, router_row, row_method
+
+H = 12
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def states():
+    """Own and public states [T, H] float32 of unequal counts, with correlated units of very different sizes."""
+    mix = torch.randn(H, H, generator=generator(1)) * torch.logspace(-2, 2, H)
+    shift = 0.7 * mix[0] + 0.4 * mix[3]
+    own = torch.randn(900, H, generator=generator(2)) @ mix + 0.5 * mix[5] + shift
+    public = torch.randn(1400, H, generator=generator(3)) @ mix + 0.5 * mix[5]
+    return own, public
+
+
+def fit(name, own, public, bias=False, hidden_size=H):
+    return row_method(name).fit(own, public, hidden_size=hidden_size, bias=bias, generator=generator())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_log_odds_is_the_minimum_of_the_stated_loss(states, bias):
+    own, public = (side.double() for side in states)
+    row = fit("log_odds", *states, bias=bias)
+    scale = public.std(0, correction=0) if bias else public.square().mean(0).sqrt()
+    weight = row.weight.double().requires_grad_()
+    intercept = torch.tensor(row.bias, dtype=torch.float64, requires_grad=True)
+    loss = (
+        F.softplus(-(own @ weight + intercept)).mean() / 2
+        + F.softplus(public @ weight + intercept).mean() / 2
+        + RIDGE / 2 * (weight * scale).square().sum()
+    )
+    slope, slope_of_intercept = torch.autograd.grad(loss, [weight, intercept])
+    assert (slope / scale).abs().max() < 1e-6
+    if bias:
+        assert slope_of_intercept.abs() < 1e-6
+    else:
+        assert row.bias == 0.0
+    assert row.weight.dtype == torch.float32
+
+
+def test_log_odds_recovers_known_log_odds():
+    """Two Gaussians with identity covariance: the log-odds are <d, u> - <d, m>, d between the means and m midway."""
+    mean = torch.linspace(-0.5, 0.5, 6)
+    own, public = (
+        torch.randn(40_000, 6, generator=generator(1)) + mean,
+        torch.randn(40_000, 6, generator=generator(2)) - mean,
+    )
+    row = fit("log_odds", own, public, bias=True, hidden_size=6)
+    assert torch.allclose(row.weight, 2 * mean, atol=0.04)
+    assert abs(row.bias) < 0.03
+
+
+def test_log_odds_survives_separable_and_dead_units(states):
+    own, public = states[0].clone(), states[1].clone()
+    own[:, 0], public[:, 0] = 3.0, -3.0  # told apart by one unit alone
+    own[:, 1], public[:, 1] = 5.0, 5.0  # says nothing
+    for bias in (True, False):
+        row = fit("log_odds", own, public, bias=bias)
+        assert torch.isfinite(row.weight).all()
+        assert ((own @ row.weight + row.bias > 0).float().mean()) > 0.99
+    with pytest.raises(ValueError, match="own text are empty or not finite"):
+        fit("log_odds", own.fill_(float("nan")), public)
+
+
+def test_moments_are_those_of_the_whole_stream(states):
+    moments = Moments(H)
+    for part in states[0].split(70):
+        moments.update(part)
+    whole = states[0].double()
+    assert moments.count == len(whole)
+    assert torch.allclose(moments.mean, whole.mean(0))
+    assert torch.allclose(moments.covariance, torch.cov(whole.T, correction=0))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_lda_scores_what_log_odds_scores(bias):
+    """On Gaussians with one diagonal covariance, which shrinkage leaves alone, both estimate the same function."""
+    spread, shift = torch.logspace(-2, 2, H), torch.linspace(-1, 1, H) / 2
+    own = (torch.randn(20_000, H, generator=generator(2)) + 0.3 + shift) * spread
+    public = (torch.randn(30_000, H, generator=generator(3)) + 0.3) * spread
+    moments = []
+    for side in (own, public):
+        moments.append(Moments(H))
+        moments[-1].update(side)
+    lda, log_odds = fit("lda", *moments, bias=bias), fit("log_odds", own, public, bias=bias)
+    scores = torch.stack([torch.cat([own, public]) @ row.weight + row.bias for row in (lda, log_odds)])
+    assert (scores[0] - scores[1]).square().mean().sqrt() < 0.15 * scores[1].std()
+    midpoint = (own.mean(0) + public.mean(0)) / 2
+    assert abs(midpoint @ lda.weight + lda.bias) < 1e-3
+    assert (lda.bias == 0.0) != bias
+
+
+def test_mean_rows_point_from_public_to_own(states):
+    own, public = Moments(H), Moments(H)
+    own.update(states[0])
+    public.update(states[1])
+    assert torch.allclose(fit("hidden_mean", own, public).weight, states[0].mean(0) - states[1].mean(0), atol=1e-4)
+    vectors = torch.eye(3)
+    assert fit("embedding", vectors[:1], vectors[1:], hidden_size=3).weight.tolist() == [1.0, -0.5, -0.5]
+
+
+@pytest.mark.parametrize("width", [5, 40])
+def test_embeddings_of_another_width_are_projected_alike_for_all_owners(width):
+    a, b, public = torch.randn(3, 200, width, generator=generator(4)).unbind()
+    rows = [fit("embedding", own, public).weight for own in (a, b, a)]
+    assert torch.equal(rows[0], rows[2])
+    assert rows[0].shape == (H,)
+    if width < H:
+        lengths = [(own.mean(0) - public.mean(0)).norm() for own in (a, b)]
+        assert torch.allclose(torch.stack([row.norm() for row in rows[:2]]), torch.stack(lengths), atol=1e-6)
+
+
+def test_random_rows_follow_their_generator():
+    assert torch.equal(fit("random", None, None).weight, fit("random", None, None).weight)
+    assert 0.005 < fit("random", None, None, hidden_size=400).weight.std() < 0.03
+
+
+def test_registry_knows_its_names():
+    assert [name for name, method in ROUTER_ROWS.items() if not method.trained_by_loss] == ["log_odds", "lda"]
+    with pytest.raises(ValueError, match="There are: log_odds, lda, hidden_mean, embedding, random"):
+        row_method("kmeans")
+    with pytest.raises(ValueError, match="registered already"):
+        router_row("random", needs="nothing", trained_by_loss=True)(lambda *_, **__: None)
+
+
+def test_sentence_embedder_is_loaded_on_demand(monkeypatch):
+    class Embedder:
+        def __init__(self, name):
+            assert name == "folder"
+
+        def encode(self, documents, convert_to_tensor):
+            return torch.tensor([[float(len(document)), 1.0] for document in documents])
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Embedder))
+    assert embed_documents(["ab", "c", "def"], "folder", limit=2).tolist() == [[2.0, 1.0], [1.0, 1.0]]
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ImportError, match=r"flexmoe\[embedding\]"):
+        embed_documents(["ab"], "folder")
