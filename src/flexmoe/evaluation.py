@@ -1,0 +1,210 @@
+"""How well a model predicts text: token-level loss and perplexity, per domain.
+
+Shapes: N sequences, L tokens of each, V vocabulary.
+
+Works for a FlexMoE model and for a plain dense one, so that an anchor can be scored beside what was built on it. It does
+NOT cover tasks with answers (use lm-evaluation-harness), nor which expert a token went to (`flexmoe.track_usage`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from flexmoe.data import pack, read_documents
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LONGEST_SEQUENCE = 1024
+"""Tokens per sequence unless the caller says otherwise or the model takes fewer."""
+
+TOKEN_LOSS = Path(__file__).parent / "metrics" / "token_loss.py"
+"""The `evaluate` module that sums up; loaded by path, so that scoring needs no network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainScore:
+    """A domain's score: `loss` in nats per token, `perplexity` = e ** loss, how many `tokens` and `documents` it covers."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+    documents: int
+
+    def to_dict(self) -> dict[str, float | int]:
+        """The fields by name, as `--json` prints them."""
+        return asdict(self)
+
+
+def evaluate(
+    model: str | Path | PreTrainedModel,
+    data: Mapping[str, Sequence[str | Path]],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    experts: Sequence[str] | None = None,
+    num_experts_per_tok: int | None = None,
+    sequence_length: int | None = None,
+    batch_size: int = 8,
+    text_column: str = "text",
+) -> dict[str, DomainScore]:
+    """Scores a model on the text of each domain.
+
+    Every token of a domain is predicted exactly once, but for the very first: documents are joined by the tokenizer's
+    end-of-sequence token and cut into sequences that overlap by the one token that the next begins from.
+
+    Args:
+        model: a folder, a Hub id, or a loaded model. A loaded one stays on its device; others go to a GPU if there is one.
+        data: files per domain: .txt, .md, .jsonl, .json, .parquet.
+        tokenizer: needed with a loaded model that has none beside its weights.
+        experts: only these take part, "public" among them if wanted; None is the model's active set.
+        num_experts_per_tok: k of the top-k; None is the model's own.
+        sequence_length: tokens the model sees at once; None is `LONGEST_SEQUENCE`, or the model's limit if that is less.
+
+    Raises:
+        ValueError: no domain, no text in one, nothing to predict, a loss that is not a number, `experts` or
+            `num_experts_per_tok` for a dense model, an argument out of range. FileNotFoundError: a missing file.
+    """
+    if not data:
+        raise ValueError("No domain to evaluate. Give at least one name with its files.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: must be at least 1.")
+    documents = {name: read_documents(files, column=text_column) for name, files in data.items()}
+    if isinstance(model, str | Path):
+        model, tokenizer = _load(model, tokenizer)
+    elif tokenizer is None:
+        tokenizer = _tokenizer_beside(model)
+    length = _sequence_length(model, sequence_length)
+    forward = _forward_arguments(model, experts, num_experts_per_tok)
+    with _only(model, experts):
+        return {
+            name: _score(model, tokenizer, name, texts, length, batch_size, forward)
+            for name, texts in documents.items()
+        }
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: int = 8, **forward: Any) -> torch.Tensor:
+    """The loss of each token but the first of each sequence.
+
+    Args:
+        model: any causal language model; it is scored in evaluation mode and left in the mode it was in.
+        input_ids: int64 [N, L], L at least 2, without padding.
+        batch_size: sequences per forward pass.
+        forward: more arguments of the model's forward, the same for each pass (`num_experts_per_tok=2`).
+
+    Returns:
+        float32 [N, L - 1] on the CPU, in nats; column i belongs to token i + 1.
+
+    Raises:
+        ValueError: `input_ids` has another shape.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[1] < 2:
+        raise ValueError(f"input_ids must be [sequences, at least 2 tokens]; got {list(input_ids.shape)}.")
+    was_training = model.training
+    model.eval()
+    try:
+        batches = [_batch_losses(model, ids.to(model.device), forward) for ids in input_ids.split(batch_size)]
+    finally:
+        model.train(was_training)
+    return torch.cat(batches) if batches else torch.empty(0, input_ids.shape[1] - 1)
+
+
+def _batch_losses(model: PreTrainedModel, ids_NL: torch.Tensor, forward: dict[str, Any]) -> torch.Tensor:
+    logits_NLV = model(input_ids=ids_NL, use_cache=False, **forward).logits
+    # One sequence at a time: in float32 the logits of a whole batch would take more memory than the model's pass did.
+    rows = [
+        F.cross_entropy(logits_LV[:-1].float(), ids_L[1:], reduction="none")
+        for logits_LV, ids_L in zip(logits_NLV, ids_NL, strict=True)
+    ]
+    return torch.stack(rows).cpu()
+
+
+def _score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    documents: list[str],
+    length: int,
+    batch_size: int,
+    forward: dict[str, Any],
+) -> DomainScore:
+    import evaluate as hf_evaluate  # a second to import, and its name is this module's own function
+
+    metric = hf_evaluate.load(str(TOKEN_LOSS))
+    for sequences in _windows(_stream(documents, tokenizer), length):
+        for ids in sequences.split(batch_size):
+            losses = token_losses(model, ids, batch_size, **forward)
+            if not losses.isfinite().all():
+                raise ValueError(
+                    f"The model's loss on {name!r} is not finite. Its weights or the dtype it runs in cannot be trusted: "
+                    "look at the row norms with `flexmoe inspect`, or leave an expert out to find the one at fault."
+                )
+            metric.add_batch(predictions=list((-losses).numpy()))
+    result = metric.compute()
+    return DomainScore(documents=len(documents), **result)
+
+
+def _stream(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    # In pairs, so that nothing but perhaps the last end-of-sequence token is cut off.
+    return pack(documents, tokenizer, 2).flatten()
+
+
+def _windows(stream: torch.Tensor, length: int) -> list[torch.Tensor]:
+    """The stream as sequences that overlap by one token: [N, length], then the rest as [1, shorter]."""
+    whole = (len(stream) - 1) // (length - 1)
+    windows = [stream.unfold(0, length, length - 1)] if whole else []
+    rest = stream[whole * (length - 1) :]
+    return [*windows, rest[None]] if len(rest) > 1 else windows
+
+
+def _load(
+    source: str | Path, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from flexmoe.modeling.hub_flexmoe import resolve_folder
+
+    folder = resolve_folder(source).path
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model, tokenizer or AutoTokenizer.from_pretrained(folder)
+
+
+def _tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if not model.name_or_path or not Path(model.name_or_path).is_dir():
+        raise ValueError("The model was not loaded from a folder with a tokenizer: give one with tokenizer=.")
+    return AutoTokenizer.from_pretrained(model.name_or_path)
+
+
+def _sequence_length(model: PreTrainedModel, asked: int | None) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: ALiBi, state space ...
+    if asked is None:
+        return min(LONGEST_SEQUENCE, limit or LONGEST_SEQUENCE)
+    if asked < 2 or (limit is not None and asked > limit):
+        raise ValueError(f"sequence_length={asked}: this model takes from 2 to {limit or 'any number of'} tokens.")
+    return asked
+
+
+def _forward_arguments(
+    model: PreTrainedModel, experts: Sequence[str] | None, num_experts_per_tok: int | None
+) -> dict[str, Any]:
+    if model.config.model_type != "flexmoe" and not (experts is None and num_experts_per_tok is None):
+        raise ValueError(
+            f"This is a dense {model.config.model_type} model: it has no experts to choose from. "
+            "Leave out experts and num_experts_per_tok, or give a FlexMoE model."
+        )
+    return {} if num_experts_per_tok is None else {"num_experts_per_tok": num_experts_per_tok}
+
+
+def _only(model: PreTrainedModel, experts: Sequence[str] | None) -> AbstractContextManager[Any]:
+    return nullcontext() if experts is None else model.only_experts(*experts)

@@ -1,0 +1,159 @@
+"""What is in a FlexMoE model or expert package folder, without loading it.
+
+Reads the configuration, the headers of the weight files and the router rows: kilobytes, whatever the model's size. It does
+NOT verify anything: a package's hashes are checked when it is added (`flexmoe.modeling.packages_flexmoe`), and Hub ids are
+not resolved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
+from flexmoe.modeling.json_flexmoe import read_json_object
+from flexmoe.modeling.packages_flexmoe import ExpertManifest
+from flexmoe.modeling.tensors_flexmoe import CheckpointFolder, TensorInfo
+
+
+MODEL_FILE, PACKAGE_FILE = "config.json", "expert_config.json"
+
+# In a model the block's path comes first, "anchor.model.layers.3.mlp.router.math.weight"; a package's expert has no name of
+# its own in its tensors, "layers.3.router.weight". Expert names hold no dot.
+_EXPERT_TENSOR = re.compile(r"(?P<block>.+)\.(?:experts|router)\.(?P<expert>[a-z][a-z0-9_-]*)\..+")
+_ROW_TENSOR = re.compile(r"(?P<block>.+)\.router\.(?:(?P<expert>[a-z][a-z0-9_-]*)\.)?(?P<part>weight|bias)")
+
+
+def inspect(path: str | Path) -> dict[str, Any]:
+    """What is in the folder.
+
+    Returns:
+        `kind` ("model" or "package"), `path`, `anchor` (its record), `layers` (how many have experts), `parameters`,
+        `bytes`, and `experts`, a list in the model's order (one entry for a package) with `name`, `kind`, `active`,
+        `parameters`, `bytes`, `row_norms` and `biases` (one per layer), `rank`, `alpha`, `version`, `license`,
+        `data_statement`, `training`, `source`; None where nothing is recorded. A model has also `model_type`,
+        `num_experts_per_tok`, `norm_topk_prob`, `public_prior` (None where layers differ), `public_sample`.
+
+    Raises:
+        FileNotFoundError: no such folder, or neither a model nor a package in it.
+        ValueError: a dense model, or files that contradict each other.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder. Give the folder of a model or of an expert package.")
+    if (folder / PACKAGE_FILE).is_file():
+        return _inspect_package(folder)
+    if (folder / MODEL_FILE).is_file():
+        return _inspect_model(folder)
+    raise FileNotFoundError(
+        f"{folder} holds neither {MODEL_FILE} (a model) nor {PACKAGE_FILE} (an expert package). Give one that does."
+    )
+
+
+def _inspect_model(folder: Path) -> dict[str, Any]:
+    model_type = read_json_object(folder / MODEL_FILE).get("model_type")
+    if model_type != FlexMoeConfig.model_type:
+        raise ValueError(
+            f"{folder} is a {model_type} model, not a FlexMoE one. Make it one: flexmoe graft {folder} --out FOLDER"
+        )
+    config = FlexMoeConfig.from_pretrained(folder)
+    with CheckpointFolder(folder) as checkpoint:
+        rows = _read_rows(checkpoint)
+        owner = _owner_of(config.expert_names)
+        experts = [
+            _expert(record, _owned(checkpoint.infos.values(), record["name"], owner), rows.get(record["name"], {}))
+            for record in config.experts
+        ]
+        totals = _totals(checkpoint.infos.values())
+    active = set(config.expert_names if config.active_experts is None else config.active_experts)
+    for expert in experts:
+        expert["active"] = expert["name"] in active
+    priors = set(experts[0]["biases"])
+    return {
+        "kind": "model",
+        "path": str(folder),
+        "model_type": config.model_type,
+        "anchor": config.anchor or {"model_type": config.anchor_config.model_type},
+        "layers": len(experts[0]["row_norms"]),
+        **totals,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "norm_topk_prob": config.norm_topk_prob,
+        "public_prior": priors.pop() if len(priors) == 1 else None,
+        "public_sample": config.public_sample,
+        "experts": experts,
+    }
+
+
+def _inspect_package(folder: Path) -> dict[str, Any]:
+    manifest = ExpertManifest.from_dict(read_json_object(folder / PACKAGE_FILE))
+    with CheckpointFolder(folder, stem="expert") as checkpoint:
+        infos = list(checkpoint.infos.values())
+        expert = _expert(manifest.record(), infos, _read_rows(checkpoint).get(None, {}))
+    return {
+        "kind": "package",
+        "path": str(folder),
+        "anchor": dict(manifest.anchor),
+        "layers": len(manifest.layers),
+        **_totals(infos),
+        "experts": [expert | {"active": True}],
+    }
+
+
+def _expert(
+    record: Mapping[str, Any], tensors: Iterable[TensorInfo], rows: Mapping[str, list[float]]
+) -> dict[str, Any]:
+    recorded = ("rank", "alpha", "version", "license", "data_statement", "training", "source")
+    return {
+        "name": record["name"],
+        "kind": record.get("kind", "full"),
+        **_totals(tensors),
+        "row_norms": rows.get("weight", []),
+        "biases": rows.get("bias", []),
+        **{key: record.get(key) for key in recorded},
+    }
+
+
+def _totals(tensors: Iterable[TensorInfo]) -> dict[str, int]:
+    from math import prod
+
+    tensors = list(tensors)
+    return {"parameters": sum(prod(info.shape) for info in tensors), "bytes": sum(info.nbytes for info in tensors)}
+
+
+def _owner_of(names: Iterable[str]) -> Callable[[str], str | None]:
+    """Which expert a model's tensor belongs to; None for the anchor's shared tensors."""
+    known = set(names)
+
+    def owner(tensor: str) -> str | None:
+        match = _EXPERT_TENSOR.fullmatch(tensor)
+        return match["expert"] if match and match["expert"] in known else None
+
+    return owner
+
+
+def _owned(tensors: Iterable[TensorInfo], name: str, owner: Callable[[str], str | None]) -> list[TensorInfo]:
+    return [info for info in tensors if owner(info.name) == name]
+
+
+def _read_rows(checkpoint: CheckpointFolder) -> dict[str | None, dict[str, list[float]]]:
+    """Row norms and biases, layer by layer: {expert: {"weight": [...], "bias": [...]}}; a package's expert is None."""
+    found: dict[str | None, dict[str, list[float]]] = {}
+    for name in sorted(checkpoint.infos, key=_natural):
+        if match := _ROW_TENSOR.fullmatch(name):
+            value = (
+                checkpoint.read(name).float().norm()
+                if match["part"] == "weight"
+                else checkpoint.read(name).float().sum()
+            )
+            found.setdefault(match["expert"], {}).setdefault(match["part"], []).append(value.item())
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sorts "layers.10" after "layers.9"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+__all__ = ["inspect"]

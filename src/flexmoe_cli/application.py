@@ -1,0 +1,76 @@
+"""The application: its commands, its version, and what happens when one of them fails.
+
+Exit codes: 0 done, 1 the command failed (one paragraph on stderr says why), 2 the command line is not a valid one,
+130 interrupted.
+"""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from flexmoe_cli import commands, demo, training
+from flexmoe_cli.arguments import FilesCommand
+from flexmoe_cli.output import report_error, show_warning
+
+
+app = typer.Typer(
+    name="flexmoe",
+    help="Mixture-of-experts language models whose training data stays with its owners: graft a dense model, train "
+    "each owner's expert where its data is, compose them, and take one out exactly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for function in (
+    commands.graft,
+    training.train,
+    commands.compose,
+    commands.add,
+    commands.remove,
+    commands.inspect,
+    commands.evaluate,
+    demo.demo,
+):
+    app.command(cls=FilesCommand)(function)
+
+
+def print_version(asked: bool) -> None:
+    """Prints the version and leaves, as `--version` does."""
+    if asked:
+        typer.echo(f"flexmoe {version('flexmoe')}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Holds the options that belong to no command."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    Args:
+        arguments: what follows the program's name; None takes them from `sys.argv`.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.showwarning = show_warning
+    try:
+        app(given, prog_name="flexmoe")
+    except SystemExit as done:  # typer has its own way to end, for success and usage errors alike
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
+    except Exception as error:
+        if "--debug" in given:
+            raise
+        report_error(error)
+        return 1
+    return 0

@@ -1,0 +1,95 @@
+"""Arguments that several commands share, and how their text becomes values."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+
+Out = Annotated[Path, typer.Option("--out", help="Folder to write. It appears whole or not at all.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Debug = Annotated[bool, typer.Option("--debug", help="On an error show the Python traceback.")]
+TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .json and .parquet files that holds the text.")]
+
+FILE_OPTIONS = ("--data", "--public-data")
+
+_NAMED_FILE = re.compile(r"[\w.-]+=.")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_EXPONENTS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+class FilesCommand(TyperCommand):
+    """A command whose file options take all files that follow: `--data a.txt b.txt`, so that `--data *.txt` works."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeats a file option before each file that follows its first, then parses as usual."""
+        return super().parse_args(ctx, spread_files(args))
+
+
+def spread_files(arguments: Sequence[str]) -> list[str]:
+    """`--data a.txt b.txt` as `--data a.txt --data b.txt`.
+
+    What follows counts while it is an existing file, or `name=file`; so a model folder after the files stays an argument
+    of its own, and a misspelt file is an error and not silently a second meaning.
+    """
+    spread: list[str] = []
+    option: str | None = None  # the file option whose files are being read
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return [*spread, *arguments[position:]]
+        if argument.startswith("-"):
+            option = argument if argument in FILE_OPTIONS else None
+        elif option and spread[-1] != option:  # not its first file, which is its value whatever it looks like
+            if Path(argument).is_file() or _NAMED_FILE.match(argument):
+                spread.append(option)
+            else:
+                option = None
+        spread.append(argument)
+    return spread
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `5GB`, `500MB`, `2GiB` or a plain number. BadParameter: none of these, or zero."""
+    match = _SIZE.fullmatch(text.strip())
+    size = 0
+    if match:
+        number, prefix, binary = match.groups()
+        size = int(float(number) * (1024 if binary else 1000) ** _EXPONENTS[prefix.upper()])
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} is not a size. Write bytes or a unit: 500MB, 5GB, 2GiB.")
+    return size
+
+
+def parse_domains(values: Sequence[str]) -> dict[str, list[Path]]:
+    """Files per domain from `name=file`, or a file that lends its own name; a name may come several times."""
+    domains: dict[str, list[Path]] = {}
+    for value in values:
+        name, separator, file = value.partition("=")
+        if not separator or "/" in name:  # a path may hold "=" in a folder's name
+            name, file = Path(value).stem, value
+        if not name or not file:
+            raise ValueError(f"--data {value}: write name=file, for example --data math=held_out.txt.")
+        domains.setdefault(name, []).append(Path(file))
+    return domains
+
+
+def parse_renames(values: Sequence[str]) -> dict[str, str]:
+    """Names in the model by package, from `package=name`. ValueError: one that isn't written so, or a package twice."""
+    renames: dict[str, str] = {}
+    for value in values:
+        package, _, name = value.rpartition("=")
+        if not package or not name:
+            raise ValueError(f"--name {value}: write package=name, for example --name ./math-package=algebra.")
+        if package in renames:
+            raise ValueError(f"--name {value}: {package} already is {renames[package]!r}. Give one name per package.")
+        renames[package] = name
+    return renames
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were given: the library's own defaults stand for the others, so they are written only once."""
+    return {name: value for name, value in options.items() if value is not None and value != []}

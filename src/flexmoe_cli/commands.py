@@ -1,0 +1,197 @@
+"""The commands on models and packages: graft, compose, add, remove, inspect, evaluate.
+
+The library is imported inside the functions: `--help` and a mistyped option should not wait for torch.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexmoe_cli.arguments import (
+    Debug,
+    Json,
+    Out,
+    Overwrite,
+    TextColumn,
+    given,
+    parse_domains,
+    parse_renames,
+    parse_size,
+)
+from flexmoe_cli.output import byte_progress, library_call, print_json
+from flexmoe_cli.tables import show_inspection, show_result, show_scores
+
+
+ShardSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest weight file, as in 5GB.")]
+Model = Annotated[Path, typer.Argument(help="Folder of a FlexMoE model.", show_default=False)]
+
+
+def graft(
+    anchor: Annotated[str, typer.Argument(help="Dense model: a folder or a Hub id.", show_default=False)],
+    out: Out,
+    public_data: Annotated[
+        list[Path] | None,
+        typer.Option(help="Public text to keep a sample of beside the model: what every owner calls 'not mine'."),
+    ] = None,
+    public_sample_bytes: Annotated[int, typer.Option(help="Size of that sample.")] = 2_000_000,
+    text_column: TextColumn = "text",
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    num_experts_per_tok: Annotated[int | None, typer.Option(help="Experts per token (k).")] = None,
+    norm_topk_prob: Annotated[
+        bool | None,
+        typer.Option(
+            "--norm-topk-prob/--no-norm-topk-prob",
+            help="Divide the k weights by their sum. By default the anchor's block decides.",
+            show_default=False,
+        ),
+    ] = None,
+    fingerprint: Annotated[
+        bool, typer.Option(help="Hash the anchor, so that experts for another are refused.")
+    ] = True,
+    max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a FlexMoE model of a dense one: the same weights, ready for experts."""
+    from flexmoe.conversion.graft import graft as library_graft
+
+    with library_call(as_json), byte_progress("Grafting", anchor) as progress:
+        folder = library_graft(
+            anchor,
+            out,
+            **given(public_data=public_data, revision=revision, num_experts_per_tok=num_experts_per_tok),
+            public_sample_bytes=public_sample_bytes,
+            text_column=text_column,
+            seed=seed,
+            norm_topk_prob=norm_topk_prob,
+            fingerprint=fingerprint,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show_result(folder, as_json, f"Next, at each owner: flexmoe train {folder} --name NAME --data FILES --out PACKAGE")
+
+
+def compose(
+    grafted: Annotated[Path, typer.Argument(help="Folder that `flexmoe graft` wrote.", show_default=False)],
+    packages: Annotated[list[Path], typer.Argument(help="Expert packages, in the order wanted.", show_default=False)],
+    out: Out,
+    name: Annotated[
+        list[str] | None, typer.Option(metavar="PACKAGE=NAME", help="Call a package's expert by another name.")
+    ] = None,
+    public_prior: Annotated[
+        float | None,
+        typer.Option(
+            help="Log prior odds of public. By default 0 for experts without a bias, 0.5 for those with one."
+        ),
+    ] = None,
+    num_experts_per_tok: Annotated[
+        int | None, typer.Option(help="Experts per token (k). By default the graft's.")
+    ] = None,
+    max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put a grafted model and experts trained apart together, without any training."""
+    from flexmoe.conversion.compose import compose as library_compose
+
+    with library_call(as_json), byte_progress("Composing", grafted) as progress:
+        folder = library_compose(
+            grafted,
+            packages,
+            out,
+            names=parse_renames(name or []),
+            public_prior=public_prior,
+            num_experts_per_tok=num_experts_per_tok,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show_result(folder, as_json, f"An owner opts out with: flexmoe remove {folder} NAME --out FOLDER")
+
+
+def add(
+    model: Model,
+    package: Annotated[Path, typer.Argument(help="Expert package.", show_default=False)],
+    out: Out,
+    name: Annotated[str | None, typer.Option(help="Call the expert so. By default the package's own name.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Add one expert to a model."""
+    from flexmoe.conversion.compose import add as library_add
+
+    with library_call(as_json):
+        folder = library_add(model, package, out, name=name, overwrite=overwrite)
+    show_result(folder, as_json)
+
+
+def remove(
+    model: Model,
+    name: Annotated[str, typer.Argument(help="The expert to take out.", show_default=False)],
+    out: Out,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Take one expert out, exactly: what is left is the model that never had it."""
+    from flexmoe.conversion.compose import remove as library_remove
+
+    with library_call(as_json):
+        folder = library_remove(model, name, out, overwrite=overwrite)
+    show_result(folder, as_json)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a model or of an expert package.", show_default=False)],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what is in a model or a package: experts, sizes, licences, router rows. Loads no weights."""
+    from flexmoe.inspection import inspect as library_inspect
+
+    found = library_inspect(path)
+    if as_json:
+        print_json(found)
+    else:
+        show_inspection(found)
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model: a folder or a Hub id; dense ones too.", show_default=False)],
+    data: Annotated[
+        list[str], typer.Option(metavar="NAME=FILE", help="Text of a domain; several names, several files each.")
+    ],
+    experts: Annotated[
+        list[str] | None, typer.Option("--expert", metavar="NAME", help="Only these experts take part; repeat it.")
+    ] = None,
+    num_experts_per_tok: Annotated[int | None, typer.Option(help="Experts per token (k).")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens seen at once. By default at most 1024.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    text_column: TextColumn = "text",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Measure loss per token and perplexity on held-out text, per domain."""
+    domains = parse_domains(data)
+    from flexmoe.evaluation import evaluate as library_evaluate
+
+    with library_call(as_json):
+        scores = library_evaluate(
+            model,
+            domains,
+            experts=experts or None,
+            num_experts_per_tok=num_experts_per_tok,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            text_column=text_column,
+        )
+    if as_json:
+        print_json({"model": model, "domains": {domain: score.to_dict() for domain, score in scores.items()}})
+    else:
+        show_scores(model, scores)

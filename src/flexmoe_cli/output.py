@@ -1,0 +1,135 @@
+"""What the commands show: tables and JSON on stdout; progress, warnings and errors on stderr.
+
+Colours follow the terminal and NO_COLOR (rich does). With `--json`, stdout carries the JSON and nothing else.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
+from rich.table import Table
+
+
+def print_json(value: Any) -> None:
+    """Prints `value` as JSON: standard JSON, so NaN and infinities become null."""
+    sys.stdout.write(json.dumps(_standard(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def print_line(text: str) -> None:
+    """Prints a line of rich markup on stdout, never broken in the middle of a path."""
+    Console().print(text, soft_wrap=True, highlight=False)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table: the first column to the left, numbers to the right. Cells are plain text."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+    cells = [list(row) for row in rows]
+    for index, column in enumerate(columns):
+        numeric = index > 0 and all(_is_number(row[index]) for row in cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*map(escape, row))
+    Console().print(table)
+
+
+@contextmanager
+def library_call(as_json: bool) -> Iterator[None]:
+    """Around a call of the library: keeps stdout clean for JSON, and other libraries' progress bars off a log file."""
+    if not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        yield
+
+
+@contextmanager
+def byte_progress(what: str, source: str | Path | None = None) -> Iterator[Callable[[int], None]]:
+    """Shows bytes as they are written; yields the function that is told of each further number of bytes.
+
+    `source`, if it is a folder, tells how many there will be: about as many as its weight files hold.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=_weight_bytes(source))
+        yield lambda count: progress.advance(task, count)
+
+
+def report_error(error: Exception) -> None:
+    """Prints what went wrong as one paragraph on stderr."""
+    # A KeyError's text is its key between quotes, whatever the message is.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    text = " ".join(text.split()) or type(error).__name__
+    if not isinstance(error, ValueError | TypeError | LookupError | OSError | ImportError):
+        text = f"{type(error).__name__}: {text} (This was not foreseen: --debug shows where it happened.)"
+    _print_message("Error", "bold red", text)
+
+
+def show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Prints a warning for the person at the terminal: its words, without the line of code that said them."""
+    if issubclass(category, UserWarning):
+        _print_message("Warning", "bold yellow", " ".join(str(message).split()))
+
+
+def human_bytes(count: int) -> str:
+    """`1234567` as `1.2 MB`."""
+    return _human(count, ("B", "kB", "MB", "GB", "TB"))
+
+
+def human_count(count: int) -> str:
+    """`1234567` as `1.2 M`."""
+    return _human(count, ("", "K", "M", "B", "T"))
+
+
+def _human(count: float, units: Sequence[str]) -> str:
+    for unit in units[:-1]:
+        if count < 999.5:
+            return f"{count:.3g} {unit}".rstrip()
+        count /= 1000
+    return f"{count:.3g} {units[-1]}"
+
+
+def _print_message(label: str, style: str, text: str) -> None:
+    Console(stderr=True).print(f"[{style}]{label}:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def _weight_bytes(source: str | Path | None) -> int | None:
+    if source is None or not Path(source).is_dir():
+        return None
+    return sum(file.stat().st_size for file in Path(source).glob("*.safetensors")) or None
+
+
+def _is_number(cell: str) -> bool:
+    return cell[:1].isdigit() or cell[:1] in "-+" or cell in ("", "inf", "nan")
+
+
+def _standard(value: Any) -> Any:
+    if isinstance(value, float) and value - value != 0:  # NaN or an infinity
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _standard(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_standard(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

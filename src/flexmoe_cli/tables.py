@@ -1,0 +1,93 @@
+"""How results look to a person: what is in a folder, what was made, how a model scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+
+from flexmoe_cli.output import human_bytes, human_count, print_json, print_line, print_table
+
+
+if TYPE_CHECKING:
+    from flexmoe.evaluation import DomainScore
+
+
+def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
+    """What a command has written: one line and what to do next, or with `as_json` all that `inspect` finds in it."""
+    from flexmoe.inspection import inspect
+
+    found = inspect(folder)
+    if as_json:
+        print_json(found)
+        return
+    names = ", ".join(expert["name"] for expert in found["experts"])
+    what = "the expert" if found["kind"] == "package" else "a model with the experts"
+    print_line(f"[bold]{escape(str(folder))}[/] holds {what} {names} ({human_bytes(found['bytes'])}).")
+    if hint:
+        print_line(escape(hint))
+
+
+def show_inspection(found: Mapping[str, Any]) -> None:
+    """What `flexmoe.inspection.inspect` found, as a few lines and a table of the experts."""
+    for label, value in _facts(found).items():
+        if value is not None:
+            print_line(f"[bold]{label:<18}[/] {escape(str(value))}")
+    columns = ("expert", "kind", "parameters", "size", "row norm", "bias", "licence", "version", "active")
+    print_table("Experts", columns, [_expert_row(expert) for expert in found["experts"]])
+
+
+def show_scores(model: str, scores: Mapping[str, DomainScore]) -> None:
+    """A table of the domains, with the mean of their losses (each domain weighs the same) where there are several."""
+    rows = [
+        [name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", str(score.tokens), str(score.documents)]
+        for name, score in scores.items()
+    ]
+    if len(scores) > 1:
+        rows.append(["mean", f"{sum(score.loss for score in scores.values()) / len(scores):.4f}", "", "", ""])
+    print_table(str(model), ("domain", "loss", "perplexity", "tokens", "documents"), rows)
+
+
+def _facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    anchor = found["anchor"]
+    facts = {
+        "folder": found["path"],
+        "kind": "expert package" if found["kind"] == "package" else "model",
+        "anchor": " ".join(filter(None, (anchor.get("repo"), anchor.get("revision")))) or anchor.get("model_type"),
+        "fingerprint": anchor.get("fingerprint"),
+        "parameters": human_count(found["parameters"]),
+        "size": human_bytes(found["bytes"]),
+    }
+    if found["kind"] == "model":
+        facts |= {
+            "experts per token": found["num_experts_per_tok"],
+            "weights sum to one": "yes" if found["norm_topk_prob"] else "no",
+            "public prior": found["public_prior"],
+        }
+    else:
+        facts["data"] = found["experts"][0]["data_statement"]
+    return facts
+
+
+def _expert_row(expert: Mapping[str, Any]) -> list[str]:
+    return [
+        expert["name"],
+        expert["kind"],
+        human_count(expert["parameters"]),
+        human_bytes(expert["bytes"]),
+        _spread(expert["row_norms"]),
+        _spread(expert["biases"]),
+        expert["license"] or "",
+        expert["version"] or "",
+        "yes" if expert["active"] else "no",
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean over the layers, and the range where they differ."""
+    if not values:
+        return ""
+    mean = f"{sum(values) / len(values):.3g}"
+    return mean if min(values) == max(values) else f"{mean} ({min(values):.3g} to {max(values):.3g})"

@@ -1,0 +1,121 @@
+"""The command that an owner runs, where its data is: train."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexmoe_cli.arguments import Debug, Json, Out, Overwrite, given
+from flexmoe_cli.output import library_call
+from flexmoe_cli.tables import show_result
+
+
+LOOP, LOSS, ROUTER, PAPERS = "The training loop", "The loss", "The router row", "The package's papers"
+
+
+def train(
+    grafted: Annotated[Path, typer.Argument(help="Folder that `flexmoe graft` wrote.", show_default=False)],
+    name: Annotated[str, typer.Option(help="The expert's name, in lower case: math, code-2.")],
+    data: Annotated[list[Path], typer.Option(help="The owner's text: .txt, .md, .jsonl, .json, .parquet.")],
+    out: Out,
+    public_data: Annotated[
+        list[Path] | None, typer.Option(help="Public text to use instead of the sample kept with the model.")
+    ] = None,
+    public_ratio: Annotated[
+        float | None, typer.Option(help="Share of public text in each batch. Default: 0.4.")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of table files that holds the text. Default: text.")
+    ] = None,
+    validation_fraction: Annotated[
+        float | None, typer.Option(help="Documents held out, as a share. Default: 0.05.")
+    ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(help="log_odds, lda, hidden_mean, embedding, random. Default: log_odds.", rich_help_panel=ROUTER),
+    ] = None,
+    router_bias: Annotated[
+        bool | None,
+        typer.Option(
+            "--router-bias/--no-router-bias",
+            help="Fit a bias too. Default: no.",
+            show_default=False,
+            rich_help_panel=ROUTER,
+        ),
+    ] = None,
+    router_tokens: Annotated[
+        int | None, typer.Option(help="Tokens a side to fit it on. Default: 40000.", rich_help_panel=ROUTER)
+    ] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=LOOP)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the own text, instead.", rich_help_panel=LOOP)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences per batch. Default: 8.", rich_help_panel=LOOP)
+    ] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option(help="Batches per step. Default: 1.", rich_help_panel=LOOP)
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens per sequence. Default: 1024.", rich_help_panel=LOOP)
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak. Default: 2e-3.", rich_help_panel=LOOP)] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps up to the peak.", rich_help_panel=LOOP)] = None,
+    save_steps: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints to resume from.", rich_help_panel=LOOP)
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on where the same command was stopped.", rich_help_panel=LOOP)
+    ] = True,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of everything drawn. Default: 0.", rich_help_panel=LOOP)
+    ] = None,
+    lm_z_loss: Annotated[float | None, typer.Option(help="Its weight. Default: 1e-5.", rich_help_panel=LOSS)] = None,
+    router_z_loss: Annotated[
+        float | None, typer.Option(help="Its weight. Default: 1e-3.", rich_help_panel=LOSS)
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the expert, as an SPDX identifier.", rich_help_panel=PAPERS)
+    ] = None,
+    data_statement: Annotated[
+        str | None, typer.Option(help="What the expert was trained on, in words.", rich_help_panel=PAPERS)
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train one owner's expert on its own text, alone. Nothing but the package leaves the owner."""
+    from flexmoe.training import train_expert
+
+    with library_call(as_json):
+        package = train_expert(
+            grafted,
+            name,
+            data,
+            out,
+            license=license,
+            data_statement=data_statement,
+            overwrite=overwrite,
+            resume=resume,
+            **given(
+                public_data=public_data,
+                public_ratio=public_ratio,
+                text_column=text_column,
+                validation_fraction=validation_fraction,
+                router=router,
+                router_bias=router_bias,
+                router_tokens=router_tokens,
+                max_steps=max_steps,
+                epochs=epochs,
+                batch_size=batch_size,
+                gradient_accumulation_steps=gradient_accumulation_steps,
+                sequence_length=sequence_length,
+                learning_rate=learning_rate,
+                warmup_steps=warmup_steps,
+                save_steps=save_steps,
+                seed=seed,
+                lm_z_loss=lm_z_loss,
+                router_z_loss=router_z_loss,
+            ),
+        )
+    show_result(package, as_json, f"Send the folder, then: flexmoe compose GRAFTED {package} ... --out MODEL")
