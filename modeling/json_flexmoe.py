@@ -10,9 +10,7 @@ from typing import Any, NoReturn
 
 from .folders_flexmoe import read_regular_file
 
-MAX_JSON_BYTES = (
-    32 << 20
-)  # the header of the largest open checkpoint is below 1 MiB; a parsed byte costs up to 50 of memory
+MAX_JSON_BYTES = 32 << 20  # the largest open checkpoints need 1 MiB; parsing takes up to 50 bytes for one
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ Source: https://github.com/huggingface/safetensors#format
 
 import hashlib
 import json
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,7 @@ from .tensors_flexmoe import (
     tensor_info,
 )
 
+FLUSH_BYTES = 128 << 20
 MAX_SHARD_SIZE = 5_000_000_000  # bytes; above it a checkpoint is split, as the Hub recommends
 
 
@@ -105,8 +107,12 @@ def write_checkpoint(
     tensor_sha256: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        with open(Path(folder, name), "xb") as file, _Hasher(hash_tensors, hash_files) as hasher:
-            _write_file(file, shard, hasher, progress or (lambda _: None))
+        with (
+            open(Path(folder, name), "xb") as file,
+            _Flusher(file) as flusher,
+            _Hasher(hash_tensors, hash_files) as hasher,
+        ):
+            _write_file(file, shard, [flusher.written, *([progress] if progress else [])], hasher)
         files[name] = hasher.file_sha256() if hash_files else None
         tensor_sha256.update(hasher.tensor_sha256())
     if len(shards) > 1:
@@ -123,7 +129,7 @@ class _Hasher:
     """SHA-256 of tensors and of the file they are in, in a thread beside the one that writes (hashlib lets go of the
     GIL). At most `_AHEAD` chunks wait, which bounds memory and keeps a fast disk from running away."""
 
-    _AHEAD = 4
+    _AHEAD = 16
 
     def __init__(self, tensors: bool, file: bool):
         self._by_tensor: dict[str, Any] | None = {} if tensors else None
@@ -168,8 +174,32 @@ def _update_all(targets: Sequence[Any], chunk: Chunk) -> None:
         target.update(chunk)
 
 
+class _Flusher:
+    """Sends a growing file to the disk from a thread, piece by piece, so that the fsync that makes the folder last has
+    little left to do. It promises nothing by itself."""
+
+    def __init__(self, file: BinaryIO):
+        self._descriptor = file.fileno()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flexmoe-fsync")
+        self._pending: Future[None] | None = None
+        self._unflushed = 0
+
+    def __enter__(self) -> "_Flusher":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True)
+
+    def written(self, count: int) -> None:
+        """Notes `count` more bytes; now and then starts a flush, never two at a time."""
+        self._unflushed += count
+        if self._unflushed >= FLUSH_BYTES and (self._pending is None or self._pending.done()):
+            self._unflushed = 0
+            self._pending = self._pool.submit(os.fsync, self._descriptor)
+
+
 def _write_file(
-    file: BinaryIO, shard: Sequence[TensorSource], hasher: _Hasher, progress: Callable[[int], None]
+    file: BinaryIO, shard: Sequence[TensorSource], listeners: Sequence[Callable[[int], None]], hasher: _Hasher
 ) -> None:
     header = _header_bytes([source.info for source in shard])
     file.write(header)
@@ -183,7 +213,8 @@ def _write_file(
                 break
             file.write(chunk)
             hasher.add(chunk, info.name)
-            progress(len(chunk))
+            for listener in listeners:
+                listener(len(chunk))
         if written != info.nbytes:
             raise ValueError(f"{info.name}: its source gave {written:,} bytes or more, not {info.nbytes:,}.")
 

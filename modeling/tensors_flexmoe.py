@@ -25,7 +25,7 @@ from .json_flexmoe import MAX_JSON_BYTES, parse_json_object, read_json_object
 
 Chunk = bytes | bytearray | memoryview
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 256 << 10  # stays in the processor's cache between reading, hashing and writing
 MAX_DIMENSIONS = 64  # torch's own limit
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
