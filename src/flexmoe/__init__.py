@@ -1,0 +1,67 @@
+"""FlexMoE: mixture-of-experts language models whose training data stays with its owners.
+
+Importing it registers the model with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from flexmoe.modeling import (
+    ExpertPackage,
+    FlexMoeConfig,
+    FlexMoeForCausalLM,
+    FlexMoeModel,
+    UnsupportedAnchorError,
+    track_usage,
+)
+
+if TYPE_CHECKING:
+    from flexmoe.conversion.compose import add, compose, remove
+    from flexmoe.conversion.graft import graft
+    from flexmoe.evaluation import evaluate
+    from flexmoe.inspection import inspect
+    from flexmoe.training import TrainingSettings, train_expert
+
+__version__ = "0.1.0"
+
+AutoConfig.register("flexmoe", FlexMoeConfig, exist_ok=True)
+AutoModel.register(FlexMoeConfig, FlexMoeModel, exist_ok=True)
+AutoModelForCausalLM.register(FlexMoeConfig, FlexMoeForCausalLM, exist_ok=True)
+
+# Imported on first use: loading a model needs neither datasets nor a trainer.
+_LAZY = {
+    "add": "flexmoe.conversion.compose",
+    "compose": "flexmoe.conversion.compose",
+    "remove": "flexmoe.conversion.compose",
+    "graft": "flexmoe.conversion.graft",
+    "evaluate": "flexmoe.evaluation",
+    "inspect": "flexmoe.inspection",
+    "TrainingSettings": "flexmoe.training",
+    "train_expert": "flexmoe.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'flexmoe' has no attribute {name!r}")
+
+
+__all__ = [
+    "ExpertPackage",
+    "FlexMoeConfig",
+    "FlexMoeForCausalLM",
+    "FlexMoeModel",
+    "TrainingSettings",
+    "UnsupportedAnchorError",
+    "add",
+    "compose",
+    "evaluate",
+    "graft",
+    "inspect",
+    "remove",
+    "track_usage",
+    "train_expert",
+]

@@ -1,0 +1,193 @@
+"""Configuration of a FlexMoE model: the configuration of a dense anchor, and an ordered list of named experts.
+
+Does not cover where an anchor keeps its feed-forward networks (`anchors_flexmoe`) or how experts are stored
+(`packages_flexmoe`).
+"""
+
+import copy
+import re
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto import CONFIG_MAPPING
+
+PUBLIC = "public"
+"""Name of the anchor's own feed-forward network. It can be masked, never removed."""
+
+RECORD_KEYS = (
+    "name",
+    "kind",
+    "rank",
+    "alpha",
+    "version",
+    "license",
+    "data_statement",
+    "training",
+    "sha256",
+    "source",
+)
+"""What an expert's record in `FlexMoeConfig.experts` may hold; absent means unknown."""
+
+_NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
+_NAME_LENGTH = 64
+# A ModuleDict refuses names of its own attributes, and PEFT gives its own words a meaning inside parameter names.
+_RESERVED = frozenset(dir(nn.ModuleDict())) | {"default", "base_layer"}
+
+
+def check_expert_name(name: str) -> str:
+    """Returns `name` if an expert may be called so.
+
+    Raises:
+        ValueError: the name is not `[a-z][a-z0-9]*([_-][a-z0-9]+)*`, is longer than 64 characters, or is reserved.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _NAME_LENGTH:
+        raise ValueError(
+            f"{name!r} is not an expert name: lower-case letters and digits, in parts joined by '-' or '_', "
+            f"beginning with a letter, at most {_NAME_LENGTH} characters, for example 'math' or 'code-2'."
+        )
+    if name in _RESERVED:
+        raise ValueError(f"The expert name {name!r} is reserved (PyTorch or PEFT uses it): choose another one.")
+    return name
+
+
+def expert_name_from_repo(repo_id: str) -> str:
+    """The expert name that a Hub id gives: its last part, lower-cased, other characters to '-'.
+
+    Raises:
+        ValueError: nothing that can be a name is left.
+    """
+    last = repo_id.rstrip("/").rsplit("/", 1)[-1].lower()
+    return check_expert_name(re.sub(r"[^a-z0-9]+", "-", last).strip("-"))
+
+
+def expert_record(expert: str | dict[str, Any]) -> dict[str, Any]:
+    """An expert's record: `expert` itself, or one that holds just that name. Keys without a value are left out.
+
+    Raises:
+        ValueError: an unknown key, or a name that is none.
+    """
+    record = {"name": expert} if isinstance(expert, str) else dict(expert)
+    if unknown := sorted(set(record) - set(RECORD_KEYS)):
+        raise ValueError(f"Unknown key(s) {unknown} in the expert record {record!r}; known: {list(RECORD_KEYS)}.")
+    check_expert_name(record.get("name", ""))
+    record.setdefault("kind", "full")
+    return {key: record[key] for key in RECORD_KEYS if record.get(key) is not None}
+
+
+@strict
+class FlexMoeConfig(PreTrainedConfig):
+    """Configuration of [`FlexMoeModel`] and [`FlexMoeForCausalLM`].
+
+    Whatever it does not define itself (`vocab_size`, `hidden_size`, `use_cache` ...) is read from, and written to,
+    `anchor_config`.
+
+    Args:
+        anchor_config: configuration of the dense model, any family that has a feed-forward network in each layer.
+        experts: ordered names or records (see `RECORD_KEYS`); the first is "public".
+        active_experts: names of the experts that take part; None means all of them.
+        num_experts_per_tok: k of the top-k. More than there are experts is clamped at run time and kept here.
+        norm_topk_prob: whether the k weights are divided by their sum. None lets the anchor's block decide when the
+            model is built: yes, unless a norm follows the feed-forward network and undoes any scale.
+        output_router_logits: return router logits, `aux_loss` and `z_loss` by default.
+        router_aux_loss_coef: weight of the load-balancing loss in `loss`.
+        router_z_loss_coef: weight of the router z-loss in `loss`.
+        anchor: what the anchor is: `repo`, `revision`, `fingerprint`, `model_type`, `dtype`.
+        public_sample: the sample of public text beside the weights: `file`, `sha256`, `bytes`, `documents`.
+    """
+
+    model_type = "flexmoe"
+    sub_configs = {"anchor_config": AutoConfig}  # noqa: RUF012 - transformers' own declaration
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - transformers' own declaration
+
+    anchor_config: dict[str, Any] | PreTrainedConfig | None = None
+    experts: list[Any] | None = None
+    active_experts: list[str] | None = None
+    num_experts_per_tok: int = 4
+    norm_topk_prob: bool | None = None
+    output_router_logits: bool = False
+    router_aux_loss_coef: float | int = 0.0
+    router_z_loss_coef: float | int = 0.0
+    anchor: dict[str, Any] | None = None
+    public_sample: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.anchor_config is None:
+            self.anchor_config = CONFIG_MAPPING["olmo2"]()
+        elif isinstance(self.anchor_config, dict):
+            self.anchor_config = _anchor_config_from_dict(self.anchor_config)
+        else:  # a model built from the donor's own object would change the donor
+            self.anchor_config = copy.deepcopy(self.anchor_config)
+        if not isinstance(self.experts, list | None):
+            raise TypeError(f"experts must be a list of names or records; got {self.experts!r}.")
+        self.experts = [expert_record(expert) for expert in (self.experts or [PUBLIC])]
+        super().__post_init__(**kwargs)
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of all experts, in order."""
+        return [record["name"] for record in self.experts]
+
+    def validate_experts(self) -> None:
+        """Part of `@strict`: names are names, unique, and "public" comes first; active experts exist.
+
+        Raises:
+            ValueError: one of these does not hold.
+        """
+        if not all(isinstance(expert, dict) for expert in self.experts):
+            return  # plain names, before __post_init__ makes them records
+        names = [expert_record(expert)["name"] for expert in self.experts]
+        if names[:1] != [PUBLIC]:
+            raise ValueError(f"The first expert must be {PUBLIC!r}, the anchor's own network; got {names}.")
+        if len(set(names)) != len(names):
+            raise ValueError(f"Expert names must differ; got {names}.")
+        if unknown := [name for name in self.active_experts or [] if name not in names]:
+            raise ValueError(f"active_experts names {unknown}, which this model has not: it has {names}.")
+        if self.active_experts is not None and not self.active_experts:
+            raise ValueError(f"active_experts is empty: name at least one of {names}, or None for all.")
+
+    def validate_num_experts_per_tok(self) -> None:
+        """Part of `@strict`: k is at least 1.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if self.num_experts_per_tok < 1:
+            raise ValueError(f"num_experts_per_tok must be at least 1; got {self.num_experts_per_tok}.")
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The anchor's configuration: cache, attention and vocabulary are the anchor's affair."""
+        return self.anchor_config
+
+    def __getattr__(self, name: str) -> Any:
+        anchor = self.__dict__.get("anchor_config")
+        if name.startswith("__") or anchor is None or isinstance(anchor, dict):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        return getattr(anchor, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        anchor = self.__dict__.get("anchor_config")
+        is_the_anchors = (
+            isinstance(anchor, PreTrainedConfig)
+            and not hasattr(type(self), name)
+            and not name.startswith("_")
+            and hasattr(anchor, name)
+        )
+        if is_the_anchors:
+            setattr(anchor, name, value)
+        else:
+            super().__setattr__(name, value)
+
+
+def _anchor_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"anchor_config has model_type {model_type!r}, which the installed transformers does not know: "
+            "update transformers, or register the family's configuration with AutoConfig first."
+        )
+    return CONFIG_MAPPING[model_type](**values)
+
+
+__all__ = ["PUBLIC", "RECORD_KEYS", "FlexMoeConfig", "check_expert_name", "expert_name_from_repo", "expert_record"]

@@ -1,0 +1,74 @@
+"""What one forward pass tells its blocks, and what a `with` statement tells one model: both per thread and task.
+
+A block cannot take the expert mask as an argument, because the decoder layer around it belongs to the anchor's family
+and passes on only what it knows. Context variables carry it instead: nothing on a module changes while it runs, so two
+threads, or two masks under one backward pass, do not meet. Does not cover what the values mean (`modeling_flexmoe`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from transformers.utils.output_capturing import CompileableContextVar
+
+# Both hold dictionaries or None: transformers' common tests look into every such variable.
+_forward = CompileableContextVar("flexmoe_forward")
+_scopes = CompileableContextVar("flexmoe_scopes")
+
+
+@contextlib.contextmanager
+def _holding(variable: CompileableContextVar, value: dict) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def forward_values() -> dict[str, Any]:
+    """The values of the forward pass that is running; empty outside of one (a block called on its own)."""
+    return _forward.get() or {}
+
+
+def forward_scope(values: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """Runs one forward pass with `values`."""
+    return _holding(_forward, values)
+
+
+def model_scope(model: nn.Module, kind: str, value: Any) -> contextlib.AbstractContextManager[None]:
+    """Within it, `scoped_values(model, kind)` ends with `value`; other models and other threads don't see it."""
+    key = (id(model), kind)
+    outer = _scopes.get() or {}
+    return _holding(_scopes, {**outer, key: (*outer.get(key, ()), value)})
+
+
+def scoped_values(model: nn.Module, kind: str) -> tuple[Any, ...]:
+    """The values of the enclosing `model_scope`s of this model and kind, outermost first."""
+    return (_scopes.get() or {}).get((id(model), kind), ())
+
+
+def checkpoint_with_context(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes an activation-checkpointing function run its recomputation with the values of the first forward pass.
+
+    The recomputation happens in backward, when the variable is long reset; what it would collect a second time is
+    thrown away.
+    """
+
+    def run_checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        first = forward_values()
+        again = {name: ([] if isinstance(value, list) else value) for name, value in first.items() if name != "usage"}
+        runs = iter([first])
+
+        def run(*inputs: Any) -> Any:
+            with forward_scope(next(runs, again)):
+                return function(*inputs)
+
+        return checkpoint(run, *args, **kwargs)
+
+    return run_checkpointed
+
+
+__all__ = ["checkpoint_with_context", "forward_scope", "forward_values", "model_scope", "scoped_values"]

@@ -1,0 +1,179 @@
+"""The block that stands where a decoder layer's feed-forward network stood: named experts, and a router row for each.
+
+Shapes: B batch, S sequence, T = B * S tokens, H hidden, E experts, A allowed experts. Experts and rows are ordinary
+modules and are called as modules, so that LoRA, quantisation, hooks and offload work on each. Does not cover loading
+or changing experts (`lifecycle_flexmoe`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils.generic import maybe_autocast
+
+from .configuration_flexmoe import PUBLIC, FlexMoeConfig
+from .context_flexmoe import forward_values
+from .routing_flexmoe import route
+
+ExpertKind = Callable[[nn.Module, dict[str, Any]], nn.Module]
+
+
+def full_expert(ffn: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """An expert that is a network like the anchor's own: a copy of `ffn`."""
+    return copy.deepcopy(ffn)
+
+
+EXPERT_KINDS: dict[str, ExpertKind] = {"full": full_expert}
+"""How an expert of each kind is made from (the anchor's network, the expert's record)."""
+
+
+def make_expert(ffn: nn.Module, record: dict[str, Any]) -> nn.Module:
+    """An expert as `record` says, beside the anchor's network `ffn`.
+
+    Raises:
+        ValueError: the record's kind is unknown to this version.
+    """
+    kind = record["kind"]
+    if kind not in EXPERT_KINDS:
+        raise ValueError(
+            f"Expert {record['name']!r} is of kind {kind!r}; this version of FlexMoE knows {sorted(EXPERT_KINDS)}: "
+            "update flexmoe."
+        )
+    return EXPERT_KINDS[kind](ffn, record)
+
+
+def router_row(hidden_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Linear:
+    """A router row [1, H] and its bias [1], zero: the expert is then as likely as the public one.
+
+    It is a Linear of its own, not a row of a matrix, so a logit has the same bits whoever else is there.
+    """
+    row = nn.Linear(hidden_size, 1, device=device, dtype=dtype)
+    nn.init.zeros_(row.weight)
+    nn.init.zeros_(row.bias)
+    row._is_hf_initialized = True  # the anchor's `_init_weights` would draw it at random
+    for parameter in row.parameters():
+        parameter._is_hf_initialized = True
+    return row
+
+
+class FlexMoeRouter(nn.ModuleDict):
+    """One row and one bias per expert."""
+
+    def forward(self, x_TH: Tensor, names: Sequence[str]) -> Tensor:
+        """Logits of the experts `names`, float32 [T, A], whatever autocast says."""
+        with maybe_autocast(x_TH.device.type, enabled=False):
+            logits = [self[name](x_TH.to(self[name].weight.dtype)).float() for name in names]
+        return torch.cat(logits, -1)
+
+
+class FlexMoeBlock(nn.Module):
+    """Routes each token to its experts and mixes what they say: `y = sum_i weight_i * expert_i(x)`."""
+
+    def __init__(self, ffn: nn.Module, config: FlexMoeConfig, layer_index: int) -> None:
+        super().__init__()
+        hidden_size = config.anchor_config.hidden_size
+        self.layer_index = layer_index
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = bool(config.norm_topk_prob)
+        self.experts = nn.ModuleDict()
+        self.router = FlexMoeRouter()
+        for record in config.experts:
+            name = record["name"]
+            self.experts[name] = ffn if name == PUBLIC else make_expert(ffn, record)
+            self.router[name] = router_row(hidden_size)
+
+    def forward(self, hidden_states: Tensor, *residual: Tensor) -> Tensor:
+        """Mixes the experts' outputs for `hidden_states` [B, S, H] (or [T, H], as OPT hands it).
+
+        `residual` is what BLOOM and MPT have their network add; it is added once, whatever the experts' weights.
+        """
+        values = forward_values()
+        names = values.get("allowed") or tuple(self.experts)
+        k = values.get("top_k") or self.top_k
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        offset_TA = _mask_offset(values.get("row_mask"), len(x_TH))
+        logits_TA = self.router(x_TH, names)
+        weights_TA = route(logits_TA, k, self.norm_topk_prob, offset_TA)
+        self._report(values, names, logits_TA, weights_TA, offset_TA)
+        weights_TA = weights_TA.to(x_TH.dtype)
+        if torch.compiler.is_compiling():
+            mixed_TH = self._mix_masked(x_TH, names, weights_TA, residual)
+        elif k >= len(names) and offset_TA is None:
+            mixed_TH = self._mix_all(x_TH, names, weights_TA, residual)
+        else:
+            mixed_TH = self._mix_chosen(x_TH, names, weights_TA, residual)
+        return sum(residual, mixed_TH.view(hidden_states.shape))
+
+    def _mix_all(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
+        """Every token goes to every expert: nothing to gather."""
+        return _add_up(self._call(name, x_TH, zeros) * weights_TA[:, i, None] for i, name in enumerate(names))
+
+    def _mix_masked(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
+        """Every expert sees every token, because compiled code has no shapes that depend on data."""
+        outputs = (self._call(name, x_TH, zeros) for name in names)
+        # where, not a product with 0 alone: an expert that is masked may hold NaN
+        chosen = (
+            torch.where(w_T1 != 0, y, 0.0) * w_T1 for y, w_T1 in zip(outputs, weights_TA.split(1, -1), strict=True)
+        )
+        return _add_up(chosen)
+
+    def _mix_chosen(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
+        """Each expert sees the tokens that chose it."""
+        mixed_TH = torch.zeros_like(x_TH)
+        for i, name in enumerate(names):
+            (tokens,) = weights_TA[:, i].nonzero(as_tuple=True)
+            # DDP and FSDP2 wait for a trained expert's gradients, so it is called even when no token goes there
+            if not len(tokens) and not any(p.requires_grad for p in self.experts[name].parameters()):
+                continue
+            output = self._call(name, x_TH[tokens], zeros)
+            mixed_TH = mixed_TH.index_add(0, tokens, output * weights_TA[tokens, i, None])
+        return mixed_TH
+
+    def _call(self, name: str, x_TH: Tensor, zeros: Sequence[Tensor]) -> Tensor:
+        return self.experts[name](x_TH[None], *(x_TH.new_zeros(()) for _ in zeros))[0]
+
+    def _report(
+        self,
+        values: dict[str, Any],
+        names: Sequence[str],
+        logits_TA: Tensor,
+        weights_TA: Tensor,
+        offset_TA: Tensor | None,
+    ) -> None:
+        if (collected := values.get("router_logits")) is not None:
+            masked_TA = logits_TA if offset_TA is None else logits_TA + offset_TA
+            collected.append(_among_all(masked_TA, names, tuple(self.experts)))
+        for usage in values.get("usage", ()):
+            usage.record(self.layer_index, names, weights_TA.detach(), values.get("token_mask"))
+
+
+def _mask_offset(row_mask_BA: Tensor | None, tokens: int) -> Tensor | None:
+    """0 where the token's sequence may use the expert, -inf where not: [T, A]."""
+    if row_mask_BA is None:
+        return None
+    # the batch size comes from the mask: OPT hands its network flat tokens
+    allowed_TA = row_mask_BA.repeat_interleave(tokens // len(row_mask_BA), 0)
+    return torch.zeros(allowed_TA.shape, device=allowed_TA.device).masked_fill(~allowed_TA, float("-inf"))
+
+
+def _among_all(logits_TA: Tensor, names: Sequence[str], everyone: Sequence[str]) -> Tensor:
+    """The logits as columns of all experts [T, E], -inf for those that were not allowed."""
+    if len(names) == len(everyone):
+        return logits_TA
+    columns = dict(zip(names, logits_TA.unbind(-1), strict=True))
+    nothing = logits_TA.new_full((len(logits_TA),), float("-inf"))
+    return torch.stack([columns.get(name, nothing) for name in everyone], -1)
+
+
+def _add_up(outputs: Iterator[Tensor]) -> Tensor:
+    total = next(outputs)
+    for output in outputs:
+        total = total + output
+    return total
+
+
+__all__ = ["EXPERT_KINDS", "FlexMoeBlock", "FlexMoeRouter", "full_expert", "make_expert", "router_row"]

@@ -1,0 +1,395 @@
+"""Adding, removing, replacing, renaming, switching and saving experts of a live model.
+
+Every change is prepared first and made last, so one that fails leaves the model as it was. Does not cover files
+(`packages_flexmoe`), or the same changes on disk (`flexmoe.conversion.compose`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anchors_flexmoe import build_on_meta
+from .configuration_flexmoe import PUBLIC, check_expert_name, expert_record
+from .context_flexmoe import model_scope, scoped_values
+from .experts_flexmoe import FlexMoeBlock, make_expert, router_row
+from .hub_flexmoe import resolve_folder
+from .packages_flexmoe import ExpertManifest, ExpertPackage, write_package
+from .selection_flexmoe import CacheStamp, Selection, check_names
+
+_counting = threading.Lock()
+
+
+class ExpertLifecycle:
+    """The part of a FlexMoE model that deals with experts by name."""
+
+    def _start_lifecycle(self) -> None:
+        # serial numbers tell an expert from another of the same name; a rename keeps them
+        self._serials = {name: serial for serial, name in enumerate(self.config.expert_names)}
+        self._next_serial = len(self._serials)
+        self._generations_running = 0
+
+    # Who is there
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Names of all experts, in order; "public" is the anchor's own network."""
+        return self.config.expert_names
+
+    @property
+    def active_experts(self) -> list[str]:
+        """Names of the experts that take part, in order: all, unless `set_active_experts` said otherwise."""
+        return list(self.config.active_experts or self.expert_names)
+
+    def flexmoe_blocks(self) -> list[FlexMoeBlock]:
+        """The blocks, in layer order."""
+        blocks = (module for module in self.modules() if isinstance(module, FlexMoeBlock))
+        return sorted(blocks, key=lambda block: block.layer_index)
+
+    # Who takes part
+
+    def set_active_experts(self, names: Sequence[str] | None) -> None:
+        """Lets only `names` take part from now on; None lets all. Saved in the config.
+
+        Raises:
+            ValueError: a name is unknown, or there is none.
+            RuntimeError: a `generate` of this model is running.
+        """
+        self._refuse_while_generating("set_active_experts")
+        self.config.active_experts = None if names is None else list(check_names(names, self.expert_names, "names"))
+
+    def only_experts(self, *names: str) -> contextlib.AbstractContextManager[None]:
+        """A context in which only `names` take part, in this thread or task alone; contexts within narrow it further.
+
+        Raises:
+            ValueError: a name is unknown, or there is none.
+        """
+        return model_scope(self, "only", frozenset(check_names(names, self.expert_names, "only_experts")))
+
+    def expert_mask(self, experts: Sequence[Sequence[str]]) -> Tensor:
+        """The mask [batch, experts] for `forward` that allows each sequence its list of names.
+
+        Raises:
+            ValueError: a list is empty or names an unknown expert.
+        """
+        everyone = self.expert_names
+        allowed = [check_names(names, everyone, f"experts[{row}]") for row, names in enumerate(experts)]
+        rows = [[name in names for name in everyone] for names in allowed]
+        return torch.tensor(rows, dtype=torch.bool, device=self.device)
+
+    def freeze_except(self, *names: str, rows: bool = True) -> None:
+        """Lets gradients reach the networks of `names` only, and their router rows and biases if `rows`.
+
+        Raises:
+            ValueError: a name is unknown, or there is none.
+        """
+        names = check_names(names, self.expert_names, "freeze_except")
+        self.requires_grad_(False)
+        for block in self.flexmoe_blocks():
+            for name in names:
+                block.experts[name].requires_grad_(True)
+                block.router[name].requires_grad_(rows)
+
+    # Changes
+
+    def add_expert(
+        self, source: str | Path | ExpertPackage, name: str | None = None, *, revision: str | None = None
+    ) -> str:
+        """Adds an expert from a package: a folder, a Hub id, or an `ExpertPackage`. Returns the name that it got.
+
+        Args:
+            source: where the package is.
+            name: what to call the expert here; the package's own name by default.
+            revision: branch, tag or commit, for a Hub id.
+
+        Raises:
+            ValueError: the name is taken, the expert was made for another anchor, its kind is unknown, or its files
+                are not what its manifest says.
+            RuntimeError: a `generate` of this model is running.
+        """
+        self._refuse_while_generating("add_expert")
+        package = _package(source, revision)
+        name = self._free_name(name or package.manifest.name)
+        record = {**package.manifest.record(), "name": name}
+        parts = self._parts_from(package, record)
+        self._put(record, parts)
+        return name
+
+    def add_expert_copy(self, name: str) -> str:
+        """Adds a copy of the public network under `name`, with a router row of zeros: where training begins.
+
+        Raises:
+            ValueError: the name is taken or is none.
+            RuntimeError: a `generate` of this model is running.
+        """
+        self._refuse_while_generating("add_expert_copy")
+        record = expert_record(self._free_name(name))
+        parts = []
+        for block, ffn in zip(self.flexmoe_blocks(), self._fresh_networks(), strict=True):
+            ffn.load_state_dict(
+                {key: value.clone() for key, value in block.experts[PUBLIC].state_dict().items()}, assign=True
+            )
+            parts.append((make_expert(ffn, record).train(self.training), _fresh_row(block)))
+        self._put(record, parts)
+        return name
+
+    def remove_expert(self, name: str) -> None:
+        """Removes an expert: the model is then the one that never had it.
+
+        Raises:
+            ValueError: the name is unknown or "public", or nobody would be left in the active set.
+            RuntimeError: a `generate` of this model is running.
+        """
+        self._refuse_while_generating("remove_expert")
+        self._check_owned(name, "removed", "mask it, with set_active_experts or only_experts")
+        active = self.config.active_experts
+        if active == [name]:
+            raise ValueError(f"{name!r} is the only active expert: choose others with set_active_experts first.")
+        if active is not None:
+            self.config.active_experts = [other for other in active if other != name]
+        self.config.experts = [record for record in self.config.experts if record["name"] != name]
+        for block in self.flexmoe_blocks():
+            del block.experts[name]
+            del block.router[name]
+        del self._serials[name]
+
+    def replace_expert(self, name: str, source: str | Path | ExpertPackage, *, revision: str | None = None) -> None:
+        """Puts the package `source` in the place of the expert `name`, which keeps its name and its position.
+
+        Raises: as `add_expert` and `remove_expert`.
+        """
+        self._refuse_while_generating("replace_expert")
+        self._check_owned(name, "replaced", "graft the other anchor instead")
+        package = _package(source, revision)
+        record = {**package.manifest.record(), "name": name}
+        self._put(record, self._parts_from(package, record))
+
+    def rename_expert(self, old: str, new: str) -> None:
+        """Calls the expert `old` by the name `new`; its position, and caches that it filled, stay valid.
+
+        Raises:
+            ValueError: `old` is unknown or "public", or `new` is taken or no name.
+            RuntimeError: a `generate` of this model is running.
+        """
+        self._refuse_while_generating("rename_expert")
+        self._check_owned(old, "renamed", "it names the anchor's own network in every model")
+        new = self._free_name(new)
+        active = self.config.active_experts
+        if active is not None:
+            self.config.active_experts = None  # for a moment neither name is right
+        self.config.experts = [
+            {**record, "name": new} if record["name"] == old else record for record in self.config.experts
+        ]
+        if active is not None:
+            self.config.active_experts = [new if name == old else name for name in active]
+        for block in self.flexmoe_blocks():
+            _rename_entry(block.experts, old, new)
+            _rename_entry(block.router, old, new)
+        self._serials = {new if name == old else name: serial for name, serial in self._serials.items()}
+
+    # Saving one expert
+
+    def save_expert(self, name: str, folder: str | Path, *, overwrite: bool = False, **manifest_fields: Any) -> Path:
+        """Writes one expert as a package.
+
+        Args:
+            name: which one.
+            folder: where to; must not exist, unless `overwrite`.
+            manifest_fields: `version`, `license`, `data_statement` or `training`, to say something else than the
+                expert's record does.
+
+        Raises:
+            ValueError: the name is unknown or "public", or an adapter is still wrapped around the expert.
+            FileExistsError: `folder` exists and `overwrite` is False.
+        """
+        self._check_owned(name, "saved as a package", "it is the anchor itself")
+        tensors = dict(self._expert_tensors(name))
+        record = next(record for record in self.config.experts if record["name"] == name)
+        manifest = self._manifest({**record, **manifest_fields}, tensors)
+        return write_package(folder, manifest, tensors.items(), overwrite=overwrite)
+
+    def _expert_tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        for block, plain in zip(self.flexmoe_blocks(), self._fresh_networks(), strict=True):
+            state = block.experts[name].state_dict()
+            if set(state) != set(plain.state_dict()):
+                raise ValueError(
+                    f"Expert {name!r} holds {sorted(set(state) ^ set(plain.state_dict()))[:3]} ..., which its plain "
+                    "network has not: merge or unload its adapter (merge_and_unload) before saving it."
+                )
+            for key, value in state.items():
+                yield f"layers.{block.layer_index}.ffn.{key}", value.detach().cpu().contiguous()
+            yield f"layers.{block.layer_index}.router.weight", block.router[name].weight.detach().float().cpu()
+            yield f"layers.{block.layer_index}.router.bias", block.router[name].bias.detach().float().cpu()
+
+    def _manifest(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> ExpertManifest:
+        blocks = self.flexmoe_blocks()
+        networks = [block.experts[PUBLIC] for block in blocks]
+        hidden = self.config.anchor_config.hidden_size
+        anchor = self.config.anchor or {"model_type": self.config.anchor_config.model_type}
+        ffn_dtypes = {str(value.dtype).removeprefix("torch.") for key, value in tensors.items() if ".ffn." in key}
+        fields = {key: value for key, value in record.items() if key not in ("sha256", "source")}
+        return ExpertManifest(
+            **fields,
+            layers=[block.layer_index for block in blocks],
+            ffn={
+                "class": type(networks[0]).__name__,
+                "hidden": hidden,
+                "intermediate": [intermediate_size(network, hidden) for network in networks],
+            },
+            dtype=ffn_dtypes.pop() if len(ffn_dtypes) == 1 else "mixed",
+            anchor={key: anchor.get(key) for key in ("repo", "revision", "fingerprint", "model_type")},
+        )
+
+    # How it is done
+
+    def _parts_from(self, package: ExpertPackage, record: dict[str, Any]) -> list[tuple[nn.Module, nn.Linear]]:
+        """The package's networks and rows, one pair per layer, checked but not yet part of the model."""
+        blocks = self.flexmoe_blocks()
+        self._check_fits(package, [block.layer_index for block in blocks])
+        parts = [
+            (make_expert(ffn, record), _fresh_row(block))
+            for block, ffn in zip(blocks, self._fresh_networks(), strict=True)
+        ]
+        expected = {}
+        for block, (network, row) in zip(blocks, parts, strict=True):
+            at = f"layers.{block.layer_index}"
+            expected |= {f"{at}.ffn.{key}": (block, network, key) for key in network.state_dict()}
+            expected |= {f"{at}.router.{key}": (block, row, key) for key in row.state_dict()}
+        for tensor_name, tensor in package.tensors():
+            if tensor_name not in expected:
+                raise ValueError(f"{package.folder}: {tensor_name!r} has no place in this model's networks.")
+            block, module, key = expected.pop(tensor_name)
+            _assign(module, key, tensor, _like(block, module, self.dtype), f"{package.folder}: {tensor_name}")
+        if expected:
+            raise ValueError(f"{package.folder} lacks {len(expected)} tensors, for example {next(iter(expected))!r}.")
+        for network, _ in parts:
+            network.train(self.training)
+        return parts
+
+    def _check_fits(self, package: ExpertPackage, layers: list[int]) -> None:
+        manifest = package.manifest
+        ours, theirs = (self.config.anchor or {}).get("fingerprint"), manifest.anchor.get("fingerprint")
+        if ours != theirs:
+            raise ValueError(
+                f"Expert {manifest.name!r} was made for another anchor: its fingerprint is {theirs}, this model's is "
+                f"{ours}. Graft the anchor that it names ({manifest.anchor.get('repo') or 'no repo given'})."
+            )
+        if list(manifest.layers) != layers:
+            raise ValueError(f"Expert {manifest.name!r} has the layers {manifest.layers}; this model has {layers}.")
+
+    def _put(self, record: dict[str, Any], parts: list[tuple[nn.Module, nn.Linear]]) -> None:
+        """Makes the expert part of the model, in place of one of that name or at the end."""
+        name = record["name"]
+        records = {known["name"]: known for known in self.config.experts} | {name: expert_record(record)}
+        self.config.experts = list(records.values())
+        for block, (network, row) in zip(self.flexmoe_blocks(), parts, strict=True):
+            block.experts[name] = network
+            block.router[name] = row
+        self._serials[name] = self._next_serial
+        self._next_serial += 1
+
+    def _fresh_networks(self) -> list[nn.Module]:
+        """The anchor's networks without weights: plain modules, whatever hooks or adapters the live ones carry."""
+        dense, sites = build_on_meta(self.config.anchor_config)
+        return [site.ffn(dense) for site in sites]
+
+    def _free_name(self, name: str) -> str:
+        check_expert_name(name)
+        if name in self.expert_names:
+            raise ValueError(
+                f"This model has an expert {name!r} already: give another name, or use replace_expert. "
+                f"It has {self.expert_names}."
+            )
+        return name
+
+    def _check_owned(self, name: str, done: str, instead: str) -> None:
+        if name == PUBLIC:
+            raise ValueError(f"{PUBLIC!r} cannot be {done}: {instead}.")
+        if name not in self.expert_names:
+            raise ValueError(f"This model has no expert {name!r}: it has {self.expert_names}.")
+
+    # Caches and running generations
+
+    def _stamp(self, selection: Selection) -> CacheStamp | None:
+        if torch.compiler.is_compiling():
+            return None
+        serials = tuple(self._serials[name] for name in selection.names)
+        return CacheStamp(serials, selection.names, selection.row_mask)
+
+    @contextlib.contextmanager
+    def _while_generating(self) -> Iterator[None]:
+        with _counting:
+            self._generations_running += 1
+        try:
+            yield
+        finally:
+            with _counting:
+                self._generations_running -= 1
+
+    def _refuse_while_generating(self, what: str) -> None:
+        if self._generations_running:
+            raise RuntimeError(
+                f"{what} while generate() runs would mix two models in one text: wait until it is done."
+            )
+
+
+def intermediate_size(network: nn.Module, hidden: int) -> int:
+    """Width of a feed-forward network: of its matrices' sides that are not `hidden`, the least (a fused gate_up has
+    twice the width)."""
+    sides = itertools.chain.from_iterable(p.shape for p in network.parameters() if p.dim() == 2)
+    return min((side for side in sides if side != hidden), default=hidden)
+
+
+def _package(source: str | Path | ExpertPackage, revision: str | None) -> ExpertPackage:
+    if isinstance(source, ExpertPackage):
+        return source
+    return ExpertPackage.open(resolve_folder(source, revision=revision).path)
+
+
+def _fresh_row(block: FlexMoeBlock) -> nn.Linear:
+    public = block.router[PUBLIC].weight
+    return router_row(public.shape[-1], device=_home(block, public), dtype=public.dtype)
+
+
+def _home(block: FlexMoeBlock, parameter: Tensor) -> torch.device:
+    """Where the block computes; under offload its parameters lie on the meta device in between."""
+    hook = getattr(block, "_hf_hook", None)
+    if parameter.device.type == "meta" and getattr(hook, "execution_device", None) is not None:
+        return torch.device(hook.execution_device)
+    return parameter.device
+
+
+def _like(block: FlexMoeBlock, module: nn.Module, default: torch.dtype) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype that a new expert's tensors take: the public network's, or the public row's."""
+    is_row = isinstance(module, nn.Linear) and module.out_features == 1 and module.weight.device.type != "meta"
+    public = next((block.router if is_row else block.experts)[PUBLIC].parameters())
+    dtype = public.dtype if public.dtype.is_floating_point else default
+    return _home(block, public), dtype
+
+
+def _assign(module: nn.Module, key: str, tensor: Tensor, like: tuple[torch.device, torch.dtype], what: str) -> None:
+    """Puts `tensor` where the module has `key`, as a parameter of its own."""
+    owner_name, _, leaf = key.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    empty = getattr(owner, leaf)
+    if empty.shape != tensor.shape:
+        raise ValueError(f"{what} has shape {list(tensor.shape)}; this model's networks have {list(empty.shape)}.")
+    device, dtype = like
+    value = tensor.to(device=device, dtype=dtype)
+    setattr(owner, leaf, nn.Parameter(value) if isinstance(empty, nn.Parameter) else value)
+
+
+def _rename_entry(modules: nn.ModuleDict, old: str, new: str) -> None:
+    for name in list(modules):  # one full turn, so that the order stays
+        module = modules.pop(name)
+        modules[new if name == old else name] = module
+
+
+__all__ = ["ExpertLifecycle", "intermediate_size"]

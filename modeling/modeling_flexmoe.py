@@ -1,0 +1,342 @@
+"""FlexMoE: a dense anchor of any family, with named experts where its feed-forward networks stood.
+
+Attention, rotary embeddings, norms, caches and the head stay the anchor's own code. Does not cover adding and removing
+experts (`lifecycle_flexmoe`), the block (`experts_flexmoe`), or where a family keeps its networks (`anchors_flexmoe`).
+"""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import ModelOutput
+
+from .anchors_flexmoe import FFN_NAMES, NameMap, find_ffn_sites
+from .configuration_flexmoe import FlexMoeConfig
+from .context_flexmoe import checkpoint_with_context, forward_scope, scoped_values
+from .experts_flexmoe import FlexMoeBlock
+from .identity_flexmoe import refresh_fingerprint
+from .lifecycle_flexmoe import ExpertLifecycle
+from .routing_flexmoe import load_balancing_loss, router_z_loss
+from .selection_flexmoe import select_experts, stamp_cache
+
+_HEADS = r"^anchor\.(lm_head|embed_out|output)\."
+_EXPERT_TENSOR = re.compile(r"\.(?:experts|router)\.(?P<name>[a-z][a-z0-9_-]*)\.")
+
+
+@dataclass
+class FlexMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
+    """transformers' MoE output, and the router z-loss (a scalar, with `output_router_logits=True`)."""
+
+    z_loss: torch.FloatTensor | None = None
+
+
+class FlexMoePreTrainedModel(ExpertLifecycle, PreTrainedModel):
+    """What both models share: the tree, the context of a forward pass, loading and saving."""
+
+    config: FlexMoeConfig
+    base_model_prefix = "anchor"
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # rows are tiny and decide everything; the second form is the one that quantisers read
+    _keep_in_fp32_modules_strict = [r"router"]  # noqa: RUF012 - transformers' own declaration
+    _keep_in_fp32_modules = [r".*\.router"]  # noqa: RUF012 - transformers' own declaration
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: the anchor below is the library's own code and wants to be initialised as such."""
+        return False
+
+    def __init__(self, config: FlexMoeConfig) -> None:
+        super().__init__(config)
+        self.anchor = AutoModelForCausalLM.from_config(config.anchor_config)
+        sites = find_ffn_sites(self.anchor)
+        self.anchor_names = NameMap(sites)
+        if config.norm_topk_prob is None:
+            config.norm_topk_prob = not all(site.norm_follows for site in sites)
+        for site in sites:
+            site.put(self.anchor, FlexMoeBlock(site.ffn(self.anchor), config, site.index))
+        self._start_lifecycle()
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers' own, but an expert without its tensors, or tensors without their expert, is an error.
+
+        Raises:
+            ValueError: the checkpoint and `config.experts` disagree about who is there.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        _check_everyone_is_there(model.expert_names, info["missing_keys"], info["unexpected_keys"])
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers' own; says so, and takes a new fingerprint, if the anchor is no longer the one it was."""
+        refresh_fingerprint(self, kwargs.get("state_dict"))
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def init_parallel_plans(self) -> None:
+        """Gives every expert the tensor-parallel plan of the anchor's network."""
+        super().init_parallel_plans()
+        ffn = re.compile(rf"(?P<block>.*\.\*\.(?:{'|'.join(FFN_NAMES)}))\.(?P<rest>.+)")
+        for key in list(self._tp_plan):
+            if match := ffn.fullmatch(key):
+                style = self._tp_plan.pop(key)
+                for name in self.config.expert_names:
+                    self._tp_plan[f"{match['block']}.experts.{name}.{match['rest']}"] = style
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "Re-entrant activation checkpointing loses the gradients of a router: leave use_reentrant at False."
+            )
+        super()._set_gradient_checkpointing(enable, checkpoint_with_context(gradient_checkpointing_func), **kwargs)
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The anchor's decoder without its head; trainers that build their own loss call it."""
+        return self.anchor.base_model
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """The anchor's token embeddings."""
+        return self.anchor.get_input_embeddings()
+
+    def set_input_embeddings(self, value: torch.nn.Module) -> None:
+        """Replaces the anchor's token embeddings."""
+        self.anchor.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        """The anchor's head; None in a FlexMoeModel."""
+        return self.anchor.get_output_embeddings()
+
+    def set_output_embeddings(self, value: torch.nn.Module) -> None:
+        """Replaces the anchor's head."""
+        self.anchor.set_output_embeddings(value)
+
+    def get_decoder(self) -> torch.nn.Module:
+        """The anchor's decoder."""
+        return self.anchor.get_decoder()
+
+    @contextlib.contextmanager
+    def _routed(
+        self,
+        inputs: Tensor | None,
+        attention_mask: Tensor | None,
+        cache: Cache | None,
+        expert_mask: Tensor | None,
+        num_experts_per_tok: int | None,
+        collect: bool,
+    ) -> Iterator[dict[str, Any]]:
+        """Runs one forward pass: who may take part, how many, and what is collected on the way."""
+        k = self.config.num_experts_per_tok if num_experts_per_tok is None else num_experts_per_tok
+        if k < 1:
+            raise ValueError(f"num_experts_per_tok must be at least 1; got {k}.")
+        batch = None if inputs is None else inputs.shape[0]
+        selection = select_experts(self, batch, expert_mask)
+        stamp = self._stamp(selection)
+        stamp_cache(cache, stamp)
+        values: dict[str, Any] = {"allowed": selection.names, "row_mask": selection.row_mask, "top_k": k}
+        if collect:
+            values["router_logits"] = []
+        if usage := scoped_values(self, "usage"):
+            values["usage"] = usage
+        values["token_mask"] = _token_mask(inputs, attention_mask)
+        values["stamp"] = stamp
+        with forward_scope(values):
+            yield values
+
+
+class FlexMoeModel(FlexMoePreTrainedModel):
+    """The decoder: the tree of `FlexMoeForCausalLM` without its head, so that both name every tensor alike."""
+
+    def __init__(self, config: FlexMoeConfig) -> None:
+        super().__init__(config)
+        self._tp_plan.pop("anchor.lm_head", None)
+        self._keys_to_ignore_on_load_unexpected = (self._keys_to_ignore_on_load_unexpected or set()) | {_HEADS}
+
+    def post_init(self) -> None:
+        """Takes the head off, then as transformers' own."""
+        self.anchor.set_output_embeddings(None)
+        self.anchor.all_tied_weights_keys = {}
+        self.anchor._tied_weights_keys = None
+        super().post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        expert_mask: torch.BoolTensor | None = None,
+        num_experts_per_tok: int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MoeModelOutputWithPast | tuple:
+        """As the anchor's decoder; `expert_mask` and `num_experts_per_tok` as in `FlexMoeForCausalLM.forward`."""
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        with self._routed(
+            inputs, attention_mask, past_key_values, expert_mask, num_experts_per_tok, output_router_logits
+        ) as values:
+            out = self.anchor.base_model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                return_dict=True,
+                **kwargs,
+            )
+        return _returned(self, _moe_output(MoeModelOutputWithPast, out, values), return_dict)
+
+
+class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
+    """A causal language model of named experts around a dense anchor. Source: FlexOlmo, arXiv 2507.07024."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        expert_mask: torch.BoolTensor | None = None,
+        num_experts_per_tok: int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> FlexMoeCausalLMOutputWithPast | tuple:
+        """As the anchor's forward pass, and:
+
+        Args:
+            expert_mask: bool [batch, experts], True where a sequence may use an expert; columns in the order of
+                `expert_names`. Holds on top of the active set and of `only_experts`.
+            num_experts_per_tok: k of this call; the config's by default.
+            output_router_logits: return `router_logits` (one [tokens, experts] per layer, -inf where not allowed),
+                `aux_loss` (load balancing) and `z_loss`, and add both to `loss` with the config's coefficients.
+
+        Raises:
+            ValueError: a sequence is left without an expert, the mask has another shape, k is below 1, or the cache
+                was filled by other experts.
+            TypeError: the mask is not of dtype bool.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        inputs = input_ids if input_ids is not None else inputs_embeds
+        with self._routed(
+            inputs, attention_mask, past_key_values, expert_mask, num_experts_per_tok, output_router_logits
+        ) as values:
+            out = self.anchor(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+                **kwargs,
+            )
+        out = _moe_output(FlexMoeCausalLMOutputWithPast, out, values)
+        self._add_router_losses(out, values)
+        return _returned(self, out, return_dict)
+
+    def _add_router_losses(self, out: FlexMoeCausalLMOutputWithPast, values: dict[str, Any]) -> None:
+        if not out.router_logits:
+            return
+        out.aux_loss = load_balancing_loss(out.router_logits, values["top_k"], values["token_mask"])
+        out.z_loss = router_z_loss(out.router_logits, values["token_mask"])
+        if out.loss is not None:
+            aux = self.config.router_aux_loss_coef * out.aux_loss + self.config.router_z_loss_coef * out.z_loss
+            out.loss = out.loss + aux.to(out.loss.device)
+
+    def generate(self, *args: Any, experts: list[str] | list[list[str]] | None = None, **kwargs: Any) -> Any:
+        """As transformers' `generate`; `experts` names those that may take part.
+
+        Args:
+            experts: names for all prompts, or one list of names per prompt. Holds on top of the active set; beams and
+                returned sequences inherit their prompt's.
+
+        Raises:
+            ValueError: an unknown name, or an empty list.
+            RuntimeError (in the other thread): experts are changed while this runs.
+        """
+        with self._while_generating():
+            if experts is None:
+                return super().generate(*args, **kwargs)
+            if all(isinstance(name, str) for name in experts):
+                with self.only_experts(*experts):
+                    return super().generate(*args, **kwargs)
+            mask = self.expert_mask(experts)
+            if (given := kwargs.pop("expert_mask", None)) is not None:
+                mask = mask & given.to(mask.device)
+            return super().generate(*args, expert_mask=mask, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The anchor's way, which families override."""
+        return self.anchor.prepare_inputs_for_generation(*args, **kwargs)
+
+
+def _moe_output(cls: type[ModelOutput], out: ModelOutput, values: dict[str, Any]) -> Any:
+    """The anchor's output as the library's MoE output (GPT-2 and others also return `cross_attentions`: dropped)."""
+    stamp_cache(out.get("past_key_values"), values["stamp"])
+    moe = cls(**{name: out[name] for name in out if name in cls.__dataclass_fields__})
+    if values.get("router_logits"):
+        moe.router_logits = tuple(values["router_logits"])
+    return moe
+
+
+def _returned(model: PreTrainedModel, out: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+    return out if (model.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
+
+
+def _token_mask(inputs: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """bool [tokens] that is False for padding, if the attention mask is the plain [batch, sequence] of this input."""
+    if inputs is None or attention_mask is None or attention_mask.shape != inputs.shape[:2]:
+        return None
+    return attention_mask.reshape(-1).bool()
+
+
+def _check_everyone_is_there(names: list[str], missing: set[str], unexpected: set[str]) -> None:
+    without = _owners(missing) & set(names)
+    strangers = _owners(unexpected) - set(names)
+    if without:
+        raise ValueError(
+            f"The checkpoint lacks tensors of the expert(s) {sorted(without)}, which its config names: for example "
+            f"{sorted(missing)[0]!r}. It is incomplete, or its config.json belongs to another model."
+        )
+    if strangers:
+        raise ValueError(
+            f"The checkpoint holds tensors of {sorted(strangers)}, which its config does not name: it names {names}. "
+            "Its config.json belongs to another model, or was edited: remove experts with `flexmoe remove`."
+        )
+
+
+def _owners(keys: set[str]) -> set[str]:
+    return {match["name"] for key in keys if (match := _EXPERT_TENSOR.search(key))}
+
+
+__all__ = ["FlexMoeCausalLMOutputWithPast", "FlexMoeForCausalLM", "FlexMoeModel", "FlexMoePreTrainedModel"]

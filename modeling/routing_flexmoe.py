@@ -1,0 +1,102 @@
+"""Routing: which experts a token goes to and with which weight. The reference in plain PyTorch, on any device.
+
+Shapes: T tokens, E experts (those that are allowed, in the model's order), K active experts.
+
+| case | answer |
+|---|---|
+| an expert masked with -inf | weight 0; the other weights have the bits that they have without it (on CPU) |
+| equal logits | the lowest index wins |
+| fewer allowed experts than k | those there are |
+| nothing allowed in a row | all weights 0 (the model refuses such a row before it comes here) |
+| NaN among the logits | NaN weights in that row, never an index outside the experts |
+
+Does not cover the logits themselves (each row is a module of its own, `experts_flexmoe`), nor fused kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def route(logits_TE: Tensor, k: int, renormalize: bool, offset_TE: Tensor | None = None) -> Tensor:
+    """Softmax over all allowed experts in float32, then the k largest.
+
+    Args:
+        logits_TE: router logits, [tokens, experts].
+        k: number of experts that a token keeps; more than there are means all.
+        renormalize: divide the kept weights by their sum.
+        offset_TE: added to the logits, [tokens, experts] or broadcastable: -inf forbids an expert to a token, finite
+            values are evidence from elsewhere.
+
+    Returns:
+        weights_TE: float32 [tokens, experts], 0 where a token does not go.
+
+    Source: FlexOlmo, arXiv 2507.07024, section 3: softmax over all experts, then top-k.
+    """
+    logits_TE = logits_TE.float()
+    if offset_TE is not None:
+        logits_TE = logits_TE + offset_TE
+    probs_TE = _softmax(logits_TE)
+    if k >= probs_TE.shape[-1]:
+        kept_TE = probs_TE
+    else:
+        chosen_TK = probs_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        kept = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
+        kept_TE = torch.where(kept, probs_TE, 0.0)
+    return _divide(kept_TE, _ordered_sum(kept_TE)) if renormalize else kept_TE
+
+
+def _softmax(logits_TE: Tensor) -> Tensor:
+    """Softmax whose bits don't change when columns of -inf come or go, as `torch.softmax` would."""
+    largest_T1 = logits_TE.detach().amax(-1, keepdim=True)
+    largest_T1 = torch.where(largest_T1 == float("-inf"), 0.0, largest_T1)
+    exp_TE = (logits_TE - largest_T1).exp()
+    return _divide(exp_TE, _ordered_sum(exp_TE))
+
+
+def _ordered_sum(values_TE: Tensor) -> Tensor:
+    """Sums from the first expert to the last, so that a 0 anywhere changes no bit: a vectorised sum regroups."""
+    return values_TE.cumsum(-1)[:, -1:]
+
+
+def _divide(values_TE: Tensor, total_T1: Tensor) -> Tensor:
+    return values_TE / torch.where(total_T1 == 0, 1.0, total_T1)
+
+
+def load_balancing_loss(router_logits: Sequence[Tensor], k: int, token_mask_T: Tensor | None = None) -> Tensor:
+    """The auxiliary loss that is k when the experts share the tokens evenly, over the tokens of all layers.
+
+    Args:
+        router_logits: one [tokens, experts] per layer, -inf where an expert is not allowed.
+        k: number of active experts.
+        token_mask_T: bool [tokens], False for padding.
+
+    Source: Switch Transformers, arXiv 2101.03961, equations 4 to 6, with top-k shares as in Mixtral.
+    """
+    logits_NE = _counted(router_logits, token_mask_T)
+    probs_NE = _softmax(logits_NE)
+    chosen_NE = route(logits_NE.detach(), k, renormalize=False) > 0
+    share_E = chosen_NE.float().mean(0)
+    return logits_NE.shape[-1] * (share_E * probs_NE.mean(0)).sum()
+
+
+def router_z_loss(router_logits: Sequence[Tensor], token_mask_T: Tensor | None = None) -> Tensor:
+    """Mean over layers and tokens of the squared log-sum-exp of the router logits, which keeps them small.
+
+    Args: as for `load_balancing_loss`. Source: ST-MoE, arXiv 2202.08906, equation 5.
+    """
+    return _counted(router_logits, token_mask_T).logsumexp(-1).square().mean()
+
+
+def _counted(router_logits: Sequence[Tensor], token_mask_T: Tensor | None) -> Tensor:
+    device = router_logits[0].device
+    logits_LTE = torch.stack([logits.to(device).float() for logits in router_logits])
+    if token_mask_T is not None:
+        logits_LTE = logits_LTE[:, token_mask_T.to(device)]
+    return logits_LTE.flatten(0, 1)
+
+
+__all__ = ["load_balancing_loss", "route", "router_z_loss"]

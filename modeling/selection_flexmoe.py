@@ -1,0 +1,136 @@
+"""Who may take part in a forward pass, and whether a KV cache was filled by the same experts.
+
+Three sets are intersected: the model's active set (saved in its config), the `only_experts` contexts around the call,
+and the call's `expert_mask`. Does not cover which of the allowed experts a token goes to (`routing_flexmoe`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .context_flexmoe import scoped_values
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The allowed experts of a batch.
+
+    Attributes:
+        names: those that at least one sequence may use, in the model's order. The others are not computed.
+        row_mask: bool [batch, len(names)] where sequences differ; None where all may use all of `names`.
+    """
+
+    names: tuple[str, ...]
+    row_mask: Tensor | None
+
+
+def check_names(names: Iterable[str], known: Sequence[str], what: str) -> tuple[str, ...]:
+    """`names` as a tuple in the order of `known`.
+
+    Raises:
+        ValueError: none is named, or one is unknown; `what` says where they came from.
+    """
+    names = list(names)
+    if not names:
+        raise ValueError(f"{what} names no expert: name at least one of {list(known)}.")
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{what} names {unknown}, which this model has not: it has {list(known)}.")
+    return tuple(name for name in known if name in names)
+
+
+def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None) -> Selection:
+    """Intersects the active set, the enclosing `only_experts` contexts and the mask.
+
+    Args:
+        model: the FlexMoE that runs.
+        batch: number of sequences, if known.
+        expert_mask: bool [batch, experts] in the order of `model.expert_names`, or None.
+
+    Raises:
+        ValueError: the mask has another shape, or a sequence is left without an expert.
+        TypeError: the mask is not a bool tensor.
+    """
+    names = tuple(model.active_experts)
+    for scope in scoped_values(model, "only"):
+        names = tuple(name for name in names if name in scope)
+    if not names:
+        raise ValueError(
+            f"No expert is allowed: only_experts leaves nothing of the active set {list(model.active_experts)}."
+        )
+    if expert_mask is None:
+        return Selection(names, None)
+    everyone = model.expert_names
+    _check_mask(expert_mask, batch, everyone)
+    columns = [everyone.index(name) for name in names]
+    rows_BA = expert_mask[:, columns]
+    if torch.compiler.is_compiling():  # what follows looks at values
+        return Selection(names, rows_BA)
+    return _without_idle_experts(names, rows_BA)
+
+
+def _check_mask(expert_mask: Tensor, batch: int | None, everyone: Sequence[str]) -> None:
+    if not isinstance(expert_mask, Tensor) or expert_mask.dtype != torch.bool:
+        got = expert_mask.dtype if isinstance(expert_mask, Tensor) else type(expert_mask).__name__
+        raise TypeError(f"expert_mask must be a bool tensor [batch, experts], True = allowed; got {got}.")
+    expected = (expert_mask.shape[0] if batch is None else batch, len(everyone))
+    if tuple(expert_mask.shape) != expected:
+        raise ValueError(
+            f"expert_mask has shape {list(expert_mask.shape)}; expected {list(expected)}: [batch, experts], columns in "
+            f"the order {list(everyone)}."
+        )
+
+
+def _without_idle_experts(names: tuple[str, ...], rows_BA: Tensor) -> Selection:
+    """Drops experts that no sequence may use, so that masking everywhere computes just what removal computes."""
+    rows_BA = rows_BA.cpu()
+    empty = (~rows_BA.any(-1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"expert_mask allows no active expert for sequence(s) {empty} of the batch; active are {list(names)}."
+        )
+    used = rows_BA.any(0)
+    names = tuple(name for name, is_used in zip(names, used.tolist(), strict=True) if is_used)
+    rows_BA = rows_BA[:, used]
+    return Selection(names, None if rows_BA.all() else rows_BA)
+
+
+@dataclass(frozen=True, eq=False)
+class CacheStamp:
+    """Which experts filled a cache: their serial numbers in the model, and the mask where sequences differ."""
+
+    serials: tuple[int, ...]
+    names: tuple[str, ...]
+    row_mask: Tensor | None
+
+    def same_experts(self, other: CacheStamp) -> bool:
+        """Whether going on from one with the other gives what one of them alone would."""
+        if self.serials != other.serials:
+            return False
+        if self.row_mask is None or other.row_mask is None:
+            return self.row_mask is other.row_mask
+        return torch.equal(self.row_mask, other.row_mask)
+
+
+def stamp_cache(cache: Any, stamp: CacheStamp | None) -> None:
+    """Marks a KV cache with the experts that fill it, or checks the mark that it bears.
+
+    Raises:
+        ValueError: other experts filled the cache, so going on would mix them in.
+    """
+    if cache is None or stamp is None or not hasattr(cache, "get_seq_length"):
+        return
+    known = getattr(cache, "_flexmoe_stamp", None)
+    if known is not None and cache.get_seq_length() > 0 and not known.same_experts(stamp):
+        raise ValueError(
+            f"This KV cache was filled by the experts {list(known.names)} (as they were then, or with another mask), and "
+            f"would be continued with {list(stamp.names)}. What it holds carries their influence: start with a fresh cache."
+        )
+    cache._flexmoe_stamp = stamp
+
+
+__all__ = ["CacheStamp", "Selection", "check_names", "select_experts", "stamp_cache"]
