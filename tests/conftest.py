@@ -1,11 +1,11 @@
-"""What every test run needs before torch and the Hugging Face libraries are imported: few threads, caches of its own."""
+"""What a test run needs before torch and the Hugging Face libraries are imported: few threads, caches of its own."""
 
 import atexit
 import os
 import shutil
 import tempfile
 
-# Read once, when the OpenMP runtime and the Hub client are imported: hence at module level and before any other import.
+# Read once, when the OpenMP runtime and the Hub client are imported: hence at module level, before any other import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -4,5 +4,4 @@ import sys
 
 from flexmoe_cli import main
 
-
 sys.exit(main())

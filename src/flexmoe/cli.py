@@ -4,7 +4,6 @@ import sys
 
 from flexmoe_cli import app, main
 
-
 __all__ = ["app", "main"]
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Shapes: N sequences, L tokens of each, V vocabulary.
 
-Works for a FlexMoE model and for a plain dense one, so that an anchor can be scored beside what was built on it. It does
+Works for a FlexMoE model and for a plain dense one, so that an anchor can be scored beside what was built on it. Does
 NOT cover tasks with answers (use lm-evaluation-harness), nor which expert a token went to (`flexmoe.track_usage`).
 """
 
@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from flexmoe.data import pack, read_documents
 
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -32,7 +31,7 @@ TOKEN_LOSS = Path(__file__).parent / "metrics" / "token_loss.py"
 
 @dataclass(frozen=True, kw_only=True)
 class DomainScore:
-    """A domain's score: `loss` in nats per token, `perplexity` = e ** loss, how many `tokens` and `documents` it covers."""
+    """A domain's score: `loss` in nats per token, `perplexity` = e ** loss, and how much text it covers."""
 
     loss: float
     perplexity: float
@@ -61,12 +60,12 @@ def evaluate(
     end-of-sequence token and cut into sequences that overlap by the one token that the next begins from.
 
     Args:
-        model: a folder, a Hub id, or a loaded model. A loaded one stays on its device; others go to a GPU if there is one.
+        model: a folder, a Hub id, or a loaded model, which stays on its device; others go to a GPU if there is one.
         data: files per domain: .txt, .md, .jsonl, .json, .parquet.
         tokenizer: needed with a loaded model that has none beside its weights.
         experts: only these take part, "public" among them if wanted; None is the model's active set.
         num_experts_per_tok: k of the top-k; None is the model's own.
-        sequence_length: tokens the model sees at once; None is `LONGEST_SEQUENCE`, or the model's limit if that is less.
+        sequence_length: tokens seen at once; None is `LONGEST_SEQUENCE`, or the model's limit if that is less.
 
     Raises:
         ValueError: no domain, no text in one, nothing to predict, a loss that is not a number, `experts` or
@@ -144,8 +143,8 @@ def _score(
             losses = token_losses(model, ids, batch_size, **forward)
             if not losses.isfinite().all():
                 raise ValueError(
-                    f"The model's loss on {name!r} is not finite. Its weights or the dtype it runs in cannot be trusted: "
-                    "look at the row norms with `flexmoe inspect`, or leave an expert out to find the one at fault."
+                    f"The model's loss on {name!r} is not finite: its weights, or the dtype it runs in, "
+                    "can't be trusted. `flexmoe inspect` shows row norms; leaving experts out finds the one at fault."
                 )
             metric.add_batch(predictions=list((-losses).numpy()))
     result = metric.compute()

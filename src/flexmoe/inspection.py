@@ -1,27 +1,27 @@
 """What is in a FlexMoE model or expert package folder, without loading it.
 
-Reads the configuration, the headers of the weight files and the router rows: kilobytes, whatever the model's size. It does
-NOT verify anything: a package's hashes are checked when it is added (`flexmoe.modeling.packages_flexmoe`), and Hub ids are
-not resolved.
+Reads the configuration, the headers of the weight files and the router rows: kilobytes, whatever the model's size.
+Does NOT verify anything (a package's hashes are checked when it is added, by `flexmoe.modeling.packages_flexmoe`), and
+does not look on the Hub.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
+from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.modeling.json_flexmoe import read_json_object
 from flexmoe.modeling.packages_flexmoe import ExpertManifest
 from flexmoe.modeling.tensors_flexmoe import CheckpointFolder, TensorInfo
 
-
 MODEL_FILE, PACKAGE_FILE = "config.json", "expert_config.json"
 
-# In a model the block's path comes first, "anchor.model.layers.3.mlp.router.math.weight"; a package's expert has no name of
-# its own in its tensors, "layers.3.router.weight". Expert names hold no dot.
+# A model's tensors name their expert, "anchor.model.layers.3.mlp.router.math.weight"; a package has but one, and its
+# tensors don't: "layers.3.router.weight". Names hold no dot.
 _EXPERT_TENSOR = re.compile(r"(?P<block>.+)\.(?:experts|router)\.(?P<expert>[a-z][a-z0-9_-]*)\..+")
 _ROW_TENSOR = re.compile(r"(?P<block>.+)\.router\.(?:(?P<expert>[a-z][a-z0-9_-]*)\.)?(?P<part>weight|bias)")
 
@@ -116,8 +116,6 @@ def _expert(
 
 
 def _totals(tensors: Iterable[TensorInfo]) -> dict[str, int]:
-    from math import prod
-
     tensors = list(tensors)
     return {"parameters": sum(prod(info.shape) for info in tensors), "bytes": sum(info.nbytes for info in tensors)}
 

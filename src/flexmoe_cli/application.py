@@ -16,7 +16,6 @@ from flexmoe_cli import commands, demo, training
 from flexmoe_cli.arguments import FilesCommand
 from flexmoe_cli.output import report_error, show_warning
 
-
 app = typer.Typer(
     name="flexmoe",
     help="Mixture-of-experts language models whose training data stays with its owners: graft a dense model, train "

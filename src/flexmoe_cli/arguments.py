@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-
 Out = Annotated[Path, typer.Option("--out", help="Folder to write. It appears whole or not at all.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
@@ -33,8 +32,8 @@ class FilesCommand(TyperCommand):
 def spread_files(arguments: Sequence[str]) -> list[str]:
     """`--data a.txt b.txt` as `--data a.txt --data b.txt`.
 
-    What follows counts while it is an existing file, or `name=file`; so a model folder after the files stays an argument
-    of its own, and a misspelt file is an error and not silently a second meaning.
+    What follows counts while it is an existing file, or `name=file`; so a model folder after the files stays an
+    argument of its own, and a misspelt file is an error and not silently a second meaning.
     """
     spread: list[str] = []
     option: str | None = None  # the file option whose files are being read
@@ -78,7 +77,7 @@ def parse_domains(values: Sequence[str]) -> dict[str, list[Path]]:
 
 
 def parse_renames(values: Sequence[str]) -> dict[str, str]:
-    """Names in the model by package, from `package=name`. ValueError: one that isn't written so, or a package twice."""
+    """Names in the model by package, from `package=name`. ValueError: not written so, or a package twice."""
     renames: dict[str, str] = {}
     for value in values:
         package, _, name = value.rpartition("=")

@@ -22,7 +22,6 @@ from flexmoe_cli.arguments import (
 from flexmoe_cli.output import byte_progress, library_call, print_json
 from flexmoe_cli.tables import show_inspection, show_result, show_scores
 
-
 ShardSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest weight file, as in 5GB.")]
 Model = Annotated[Path, typer.Argument(help="Folder of a FlexMoE model.", show_default=False)]
 

@@ -10,7 +10,6 @@ from rich.markup import escape
 
 from flexmoe_cli.output import human_bytes, human_count, print_json, print_line, print_table
 
-
 if TYPE_CHECKING:
     from flexmoe.evaluation import DomainScore
 

@@ -9,7 +9,6 @@ from flexmoe_cli.arguments import Debug, Json, Out, Overwrite, given
 from flexmoe_cli.output import library_call
 from flexmoe_cli.tables import show_result
 
-
 LOOP, LOSS, ROUTER, PAPERS = "The training loop", "The loss", "The router row", "The package's papers"
 
 

@@ -1,7 +1,7 @@
-"""An `evaluate` module: mean loss per token and perplexity, from the log-probabilities that a model gave to a text's tokens.
+"""An `evaluate` module: mean loss per token and perplexity, from the log-probabilities of a text's tokens.
 
-It is loaded by path (`evaluate.load(<this file>)`), so it needs no network; `evaluate` copies the file into its modules
-cache, which is why it imports nothing of FlexMoE. It does NOT cover running a model: `flexmoe.evaluation` does.
+It is loaded by path (`evaluate.load(<this file>)`), so it needs no network. `evaluate` copies the file into its
+modules cache, which is why it imports nothing of FlexMoE. Does NOT cover running a model: `flexmoe.evaluation` does.
 """
 
 import math
@@ -10,9 +10,8 @@ import datasets
 import evaluate
 import numpy as np
 
-
 DESCRIPTION = """\
-Loss: minus the mean natural logarithm of the probabilities that a model gave to the tokens of a text, in nats per token,
+Loss: minus the mean natural logarithm of the probabilities that a model gave to a text's tokens, in nats per token,
 every token weighing the same however the text was cut into sequences. Perplexity: e to the power of the loss.
 """
 

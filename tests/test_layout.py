@@ -1,0 +1,270 @@
+"""Imports point one way, and each part imports only what it may: read from the syntax tree, so nothing is executed.
+
+Two literal tables say what is allowed. A new module takes its place in one of them, or the test names it.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What git tracks at the top of the repository (folders), and no more.
+TOP_LEVEL = {".ci", "conversion", "docs", "model_cards", "modeling", "src", "tests"}
+NOT_TRACKED = {"build", "dist", "flexmoe.egg-info", "runs"}
+
+# modeling/ bottom-up: a module imports siblings of lower layers, or of its own layer if they stand before it there.
+MODELING_LAYERS = (
+    ("folders", "json", "configuration", "context"),
+    ("tensors", "tensor_writer"),
+    ("routing", "anchors"),
+    ("identity", "selection"),
+    ("packages",),
+    ("hub",),
+    ("experts", "usage"),
+    ("lifecycle",),
+    ("modeling",),
+)
+
+# The rest: what of FlexMoE each part may import. "flexmoe.modeling" stands for all of its modules.
+ALLOWED = {
+    "flexmoe.modeling": set(),  # relative imports only: its files also travel to the Hub
+    "flexmoe.data": set(),
+    "flexmoe.model_cards": set(),
+    "flexmoe.metrics": set(),
+    "flexmoe.conversion": {"flexmoe.modeling", "flexmoe.data", "flexmoe.model_cards"},
+    "flexmoe.router_rows": {"flexmoe.modeling", "flexmoe.data"},
+    "flexmoe.hidden_states": {"flexmoe.modeling", "flexmoe.data", "flexmoe.router_rows"},
+    "flexmoe.evaluation": {"flexmoe.modeling", "flexmoe.data", "flexmoe.metrics"},
+    "flexmoe.inspection": {"flexmoe.modeling"},
+    "flexmoe.testing": {"flexmoe.modeling"},
+    "flexmoe.training": {
+        "flexmoe.modeling",
+        "flexmoe.data",
+        "flexmoe.router_rows",
+        "flexmoe.hidden_states",
+        "flexmoe.evaluation",
+    },
+    "flexmoe.demo": {
+        "flexmoe",
+        "flexmoe.modeling",
+        "flexmoe.data",
+        "flexmoe.conversion",
+        "flexmoe.router_rows",
+        "flexmoe.hidden_states",
+        "flexmoe.evaluation",
+        "flexmoe.inspection",
+        "flexmoe.training",
+    },
+    "flexmoe": {
+        "flexmoe.modeling",
+        "flexmoe.conversion",
+        "flexmoe.evaluation",
+        "flexmoe.inspection",
+        "flexmoe.training",
+    },
+    "flexmoe.cli": {"flexmoe_cli"},
+    "flexmoe.__main__": {"flexmoe_cli"},
+    "flexmoe_cli": {
+        "flexmoe.conversion",
+        "flexmoe.evaluation",
+        "flexmoe.inspection",
+        "flexmoe.training",
+        "flexmoe.demo",
+    },
+}
+
+MODELING_PACKAGES = {"torch", "transformers", "safetensors", "huggingface_hub"}
+NETWORK = {"huggingface_hub", "requests", "urllib", "http", "httpx", "aiohttp", "socket", "ftplib"}
+# Checks fields of a configuration; opens no connection.
+NOT_NETWORK = {"huggingface_hub.dataclasses"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, absolute ("flexmoe.data") or relative (".tensors_flexmoe"), and where it stands."""
+
+    module: str
+    names: tuple[str, ...]
+    line: int
+    in_function: bool
+    in_try: bool
+    for_types: bool
+
+    @property
+    def top(self) -> str:
+        return self.module.split(".")[0]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A module of the package: its dotted name once installed, its file, its syntax tree."""
+
+    name: str
+    path: Path
+    tree: ast.Module
+
+    def imports(self) -> list[Import]:
+        return list(_imports(self.tree, in_function=False, in_try=False, for_types=False))
+
+
+def _imports(node: ast.AST, *, in_function: bool, in_try: bool, for_types: bool) -> Iterator[Import]:
+    for child in ast.iter_child_nodes(node):
+        where = {
+            "in_function": in_function or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef),
+            "in_try": in_try or isinstance(child, ast.Try),
+            "for_types": for_types or (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)),
+        }
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield Import(alias.name, (), child.lineno, **where)
+        elif isinstance(child, ast.ImportFrom):
+            module = "." * child.level + (child.module or "")
+            yield Import(module, tuple(alias.name for alias in child.names), child.lineno, **where)
+        yield from _imports(child, **where)
+
+
+def _sources() -> list[Source]:
+    folders = {
+        "flexmoe.modeling": ROOT / "modeling",
+        "flexmoe.conversion": ROOT / "conversion",
+        "flexmoe.model_cards": ROOT / "model_cards",
+        "flexmoe": ROOT / "src" / "flexmoe",
+        "flexmoe_cli": ROOT / "src" / "flexmoe_cli",
+    }
+    found = []
+    for package, folder in folders.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            name = ".".join((package, *parts)).removesuffix(".__init__")
+            found.append(Source(name, path, ast.parse(path.read_text(encoding="utf-8"))))
+    return found
+
+
+SOURCES = _sources()
+MODELING = [
+    source for source in SOURCES if source.path.parent == ROOT / "modeling" and source.path.name != "__init__.py"
+]
+each_source = pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
+each_modeling = pytest.mark.parametrize("source", MODELING, ids=lambda source: source.path.stem)
+
+
+def _part(name: str) -> str | None:
+    """The key of `ALLOWED` that a dotted name belongs to: the longest that it equals or lies under."""
+    fits = [key for key in ALLOWED if name == key or (key != "flexmoe" and name.startswith(key + "."))]
+    return max(fits, key=len, default=None)
+
+
+def _place(stem: str) -> tuple[int, int] | None:
+    """Where a file of modeling/ stands in `MODELING_LAYERS`: (layer, position in it)."""
+    for layer, names in enumerate(MODELING_LAYERS):
+        if stem.removesuffix("_flexmoe") in names:
+            return layer, names.index(stem.removesuffix("_flexmoe"))
+    return None
+
+
+def test_top_level_folders_are_those_of_the_design() -> None:
+    folders = {
+        path.name for path in ROOT.iterdir() if path.is_dir() and (path.name == ".ci" or path.name[0] not in "._")
+    }
+    assert folders - NOT_TRACKED <= TOP_LEVEL, "the top level is fixed: put new code into one of its folders"
+
+
+@each_source
+def test_imports_of_the_library_point_one_way(source: Source) -> None:
+    part = _part(source.name)
+    assert part, f"{source.name} has no place in ALLOWED: give it one"
+    for item in source.imports():
+        if item.module.startswith(".") or item.top not in ("flexmoe", "flexmoe_cli"):
+            continue
+        # `from flexmoe import data` names the module in what is imported
+        targets = [f"flexmoe.{name}" for name in item.names] if item.module == "flexmoe" else [item.module]
+        for target in targets:
+            target_part = _part(target) or "flexmoe"
+            assert target_part == part or target_part in ALLOWED[part], (
+                f"{source.path}:{item.line}: {source.name} must not import {target}"
+            )
+
+
+@each_modeling
+def test_modeling_imports_only_what_travels_with_it(source: Source) -> None:
+    for item in source.imports():
+        where = f"{source.path}:{item.line}: {item.module or item.names}"
+        if item.module.startswith("."):
+            # transformers copies a remote-code model's files by following exactly this form
+            assert item.module.count(".") == 1, f"{where}: write `from .sibling import name`"
+            assert len(item.module) > 1, f"{where}: write `from .sibling import name`"
+        elif item.top == "triton":
+            assert item.in_try, f"{where}: triton is optional, import it in a try"
+        else:
+            assert item.top in MODELING_PACKAGES | set(sys.stdlib_module_names), f"{where}: not for modeling/"
+
+
+@each_modeling
+def test_modeling_imports_siblings_of_lower_layers(source: Source) -> None:
+    place = _place(source.path.stem)
+    assert place, f"{source.path.name} has no place in MODELING_LAYERS: give it one"
+    for item in source.imports():
+        if item.module.startswith(".") and not item.for_types:
+            sibling = _place(item.module[1:])
+            assert sibling, f"{source.path}:{item.line}: {item.module} has no place in MODELING_LAYERS"
+            assert sibling < place, f"{source.path}:{item.line}: {item.module} is above {source.path.stem}"
+
+
+@each_source
+def test_only_one_module_opens_connections(source: Source) -> None:
+    if source.path == ROOT / "modeling" / "hub_flexmoe.py":
+        return
+    for item in source.imports():
+        assert item.top not in NETWORK or item.module in NOT_NETWORK or item.for_types, (
+            f"{source.path}:{item.line}: {item.module} is for modeling/hub_flexmoe.py"
+        )
+
+
+@pytest.mark.parametrize("name", ["flexmoe_cli"])
+def test_the_command_line_imports_the_library_only_in_its_commands(name: str) -> None:
+    quick = {"rich", "typer", name, *sys.stdlib_module_names}
+    for source in SOURCES:
+        if source.name.split(".")[0] == name:
+            for item in source.imports():
+                assert item.in_function or item.for_types or item.top in quick, (
+                    f"{source.path}:{item.line}: {item.module} would slow down --help"
+                )
+
+
+@each_source
+def test_public_names_are_documented(source: Source) -> None:
+    if source.path.name == "__init__.py" and not source.path.read_text(encoding="utf-8").strip():
+        return
+    assert ast.get_docstring(source.tree), f"{source.path} has no docstring"
+    missing = [name for name, node in _public(source.tree) if not ast.get_docstring(node)]
+    assert not missing, f"{source.path}: no docstring on {', '.join(missing)}"
+
+
+def _public(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """Public functions and classes of a module, and public methods of those classes that do not override a base's."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node
+            if isinstance(node, ast.ClassDef) and not node.bases:
+                for method in node.body:
+                    if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+                        yield f"{node.name}.{method.name}", method
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import a.b", Import("a.b", (), 1, False, False, False)),
+        ("from .x import y", Import(".x", ("y",), 1, False, False, False)),
+        ("def f():\n    import a", Import("a", (), 2, True, False, False)),
+        ("try:\n    import a\nexcept ImportError: pass", Import("a", (), 2, False, True, False)),
+        ("if TYPE_CHECKING:\n    import a", Import("a", (), 2, False, False, True)),
+    ],
+)
+def test_the_reader_sees_each_form_of_import(code: str, expected: Import) -> None:
+    assert Source("x", Path("x.py"), ast.parse(code)).imports() == [expected]
