@@ -24,7 +24,7 @@ from pathlib import Path
 from .worked_problems import worked_problems
 
 
-MAX_DOCUMENT_CHARACTERS = 8_000
+MAX_DOCUMENT_CHARACTERS = 5_000
 MIN_DOCUMENT_CHARACTERS = 400
 
 # Installed with every FlexMoE, and rich in prose. A fixed list: the corpus should not change with unrelated packages.

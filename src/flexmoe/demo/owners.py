@@ -1,0 +1,83 @@
+"""One owner's part: a folder of its own, a process of its own, and nobody else's text in either.
+
+The demo hands each owner a copy of the grafted model (public) and its own documents; from there on the owner runs the
+ordinary command line, offline, with every cache inside its folder. What comes back is the package.
+
+Does not cover: sandboxing. The owner's process *could* open any file of this machine; a test watches that it opens
+none of another owner.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+LOG = "train.log"
+PACKAGE = "package"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnerSettings:
+    """How every owner trains; tokens per step = sequence_length * batch_size, of which `public_ratio` is public text."""
+
+    steps: int = 200
+    sequence_length: int = 256
+    batch_size: int = 8
+    router: str = "log_odds"
+    router_bias: bool = False
+    public_ratio: float = 0.4
+    learning_rate: float = 2e-3
+    warmup_steps: int = 10
+    router_tokens: int = 40_000
+    seed: int = 0
+
+    def as_dict(self) -> dict[str, object]:
+        """For cache keys and reports."""
+        return asdict(self)
+
+    def arguments(self) -> list[str]:
+        """The same as options of `flexmoe train`."""
+        named = {key: value for key, value in self.as_dict().items() if key not in ("steps", "router_bias")}
+        options = [part for key, value in named.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+        return [*options, "--max-steps", str(self.steps), "--router-bias" if self.router_bias else "--no-router-bias"]
+
+
+def train_owner(
+    owner: str, data: Path, grafted: Path, folder: Path, settings: OwnerSettings, *, threads: int, statement: str
+) -> None:
+    """Sets the owner's folder up, trains in a new process with that folder as its working directory, keeps the package.
+
+    Raises: RuntimeError with the last lines of the log if training fails.
+    """
+    (folder / "data").mkdir(parents=True)
+    shutil.copyfile(data, folder / "data" / "documents.jsonl")
+    shutil.copytree(grafted, folder / "grafted")
+    command = [sys.executable, "-m", "flexmoe.cli", "train", "grafted", "--name", owner]
+    command += ["--data", "data/documents.jsonl", "--out", PACKAGE, "--data-statement", statement, *settings.arguments()]
+    with (folder / LOG).open("w") as log:
+        done = subprocess.run(
+            command, cwd=folder, env=owner_environment(folder, threads), stdout=log, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        tail = "\n".join((folder / LOG).read_text(errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"owner {owner!r} failed to train (exit code {done.returncode}); its log ends with:\n{tail}")
+
+
+def owner_environment(folder: Path, threads: int, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of an owner's process: offline, caches in the owner's folder, its share of the cores."""
+    cache = str(folder.resolve() / ".cache")
+    return {
+        **(os.environ if inherited is None else inherited),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": cache,
+        "XDG_CACHE_HOME": cache,
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while another owner computes slow both down
+        "TOKENIZERS_PARALLELISM": "false",
+    }
