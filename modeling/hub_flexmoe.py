@@ -15,13 +15,12 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HFValidationError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-
 
 # Weights as safetensors under the names that transformers and FlexMoE write, and everything a tokenizer is made of. Pickles and
 # code are never asked for; nor are second copies of the weights (`consolidated.safetensors`, `original/`, ONNX, GGUF).

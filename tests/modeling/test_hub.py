@@ -11,7 +11,6 @@ import pytest
 from flexmoe.modeling.hub_flexmoe import resolve_folder
 from tests.hub_server import HubServer, point_client_at
 
-
 FILES = {
     "config.json": b"{}",
     "model.safetensors": b"weights",

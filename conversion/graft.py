@@ -1,0 +1,218 @@
+"""Graft: a dense checkpoint becomes a FlexMoE with one expert, "public", file to file.
+
+No weight is held in memory beyond a few chunks, and no byte of one changes: the names come from the two models on the meta device, the
+bytes from the anchor's files. New are the public expert's router rows, which are zero.
+
+Not here: which checkpoints can be read (`dense_checkpoint`), how files are written (`tensor_writer_flexmoe`), training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexmoe.conversion.dense_checkpoint import DenseCheckpoint
+from flexmoe.data import END_OF_DOCUMENT, read_documents
+from flexmoe.modeling.anchors_flexmoe import NameMap
+from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.modeling.folders_flexmoe import atomic_folder, check_new_folder
+from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
+from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+from flexmoe.modeling.tensor_writer_flexmoe import (
+    MAX_SHARD_SIZE,
+    TensorSource,
+    source_from_file,
+    source_from_tensor,
+    write_checkpoint,
+)
+from flexmoe.modeling.tensors_flexmoe import fingerprint as fingerprint_of
+
+PUBLIC_SAMPLE = "public_sample.jsonl"
+
+COMPANIONS = (  # what comes along beside the weights: tokenizer, chat template, generation settings, licence
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece*.model",
+    "*.spm",
+    "*.tiktoken",
+    "chat_template*.json",
+    "chat_template*.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "USE_POLICY*",
+)
+
+
+def graft(
+    anchor: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    public_data: Sequence[str | Path] | None = None,
+    public_sample_bytes: int = 2_000_000,
+    text_column: str = "text",
+    seed: int = 0,
+    norm_topk_prob: bool | None = None,
+    num_experts_per_tok: int | None = None,
+    fingerprint: bool = True,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Writes the dense causal LM `anchor` as a FlexMoE whose only expert is its own feed-forward networks; returns `out`'s path.
+
+    The result computes exactly what the anchor computes. It appears whole or not at all.
+
+    Args:
+        anchor: a folder with a safetensors checkpoint, or a Hub id.
+        revision, token: of the Hub repository.
+        public_data: files of public text; a sample of whole documents, at most `public_sample_bytes` in all, is kept beside the
+            model (`public_sample.jsonl`), as what every owner means by "not mine".
+        text_column, seed: column of tabular public data; which documents the sample holds.
+        norm_topk_prob: divide the chosen experts' weights by their sum; None lets the anchor's block decide.
+        num_experts_per_tok: k of the top-k; None is the configuration's default.
+        fingerprint: hash the anchor's tensors on the way. Without it, packages cannot be checked against this anchor.
+        max_shard_size: bytes per weight file.
+        progress: called with the number of bytes just written.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is False.
+        FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or it has no safetensors.
+        ValueError: the anchor cannot be one (see `DenseCheckpoint`), or the public data has no text that fits.
+    """
+    target = check_new_folder(out, overwrite)
+    source = resolve_folder(anchor, revision=revision, token=token)
+    _check_apart(source.path, target)
+    sample = None if public_data is None else _sample(public_data, public_sample_bytes, text_column, seed)
+    dense = DenseCheckpoint(source.path)
+    settings = {"norm_topk_prob": norm_topk_prob, "num_experts_per_tok": num_experts_per_tok}
+    config = FlexMoeConfig(
+        anchor_config=dense.config, **{key: value for key, value in settings.items() if value is not None}
+    )
+    with torch.device("meta"):
+        model = FlexMoeForCausalLM(config)
+    names = NameMap(dense.sites)
+    with atomic_folder(target, overwrite) as folder:
+        written = write_checkpoint(
+            folder,
+            _sources(model, dense, names),
+            max_shard_size=max_shard_size,
+            hash_tensors=fingerprint,
+            progress=progress,
+        )
+        digests = (
+            {name: written.tensor_sha256[names.to_flexmoe(name)] for name in dense.infos} if fingerprint else None
+        )
+        model.config.anchor = _anchor_record(source, dense, digests)
+        if sample is not None:
+            model.config.public_sample = _write_sample(folder, sample)
+        _copy_companions(source.path, folder)
+        _write_config(folder, model, dense)  # last: a folder without it does not load
+    return target
+
+
+def _sources(model: FlexMoeForCausalLM, dense: DenseCheckpoint, names: NameMap) -> list[TensorSource]:
+    """What to write, in the order of the model's state dict: the anchor's stored tensors under their new names, and zero rows.
+
+    Names in the state dict without a stored tensor are those that the model ties to another, and buffers that it computes.
+    """
+    sources = []
+    stored = dict(dense.stored)
+    for name, tensor in model.state_dict().items():
+        dense_name = names.to_dense(name)
+        if dense_name is None:
+            sources.append(source_from_tensor(name, torch.zeros(tensor.shape, dtype=torch.float32)))
+        elif dense_name in stored:
+            sources.append(source_from_file(dense.files, stored.pop(dense_name), name))
+    assert not stored, f"the FlexMoE has no place for {sorted(stored)}"
+    return sources
+
+
+def _anchor_record(
+    source: ResolvedFolder, dense: DenseCheckpoint, digests: dict[str, str] | None
+) -> dict[str, str | None]:
+    infos = dense.infos.values()
+    return {
+        "repo": source.repo,
+        "revision": source.revision,
+        "fingerprint": digests and fingerprint_of((i.name, i.dtype, i.shape, digests[i.name]) for i in infos),
+        "model_type": dense.config.model_type,
+        "dtype": dense.dtype,
+    }
+
+
+def _write_config(folder: Path, model: FlexMoeForCausalLM, dense: DenseCheckpoint) -> None:
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = (
+        dense.load_dtype
+    )  # what from_pretrained takes for the plain anchor, so that both compute in the same precision
+    config.save_pretrained(folder)
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    for pattern in COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            copy = folder / path.relative_to(source)
+            if path.is_file() and not copy.exists():
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)  # contents only: files of the Hub's cache are links, and may be read-only
+
+
+def _sample(files: Sequence[str | Path], max_bytes: int, column: str, seed: int) -> list[str]:
+    """JSON lines of distinct documents, drawn by a seeded hash of each until the next one would not fit.
+
+    A hash of the document alone, so the sample does not depend on the order of files, and more data changes it little.
+    """
+    documents = read_documents(files, column=column)
+    lines: list[str] = []
+    room = max_bytes
+    for document in sorted(dict.fromkeys(documents), key=lambda document: _draw(document, seed)):
+        line = json.dumps({"text": document}, ensure_ascii=False) + "\n"
+        if (size := len(line.encode("utf-8"))) <= room:
+            lines.append(line)
+            room -= size
+    if not lines:
+        raise ValueError(
+            f"None of the {len(documents)} public documents fits into a sample of {max_bytes:,} bytes. Give a larger "
+            f"--public-sample-bytes, or more and smaller documents: .jsonl rows, or text separated by lines of {END_OF_DOCUMENT}."
+        )
+    return lines
+
+
+def _draw(document: str, seed: int) -> bytes:
+    return hashlib.sha256(f"public sample {seed}\n{document}".encode()).digest()
+
+
+def _write_sample(folder: Path, lines: Iterable[str]) -> dict[str, Any]:
+    lines = list(lines)
+    content = "".join(lines).encode("utf-8")
+    (folder / PUBLIC_SAMPLE).write_bytes(content)
+    return {
+        "file": PUBLIC_SAMPLE,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "documents": len(lines),
+    }
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Overwriting the folder that is read, or one that holds it, would lose the anchor."""
+    if source.resolve().is_relative_to(target):
+        raise ValueError(f"The output {target} is, or holds, the anchor itself. Choose another output folder.")
+
+
+__all__ = ["COMPANIONS", "PUBLIC_SAMPLE", "graft"]
