@@ -1,0 +1,263 @@
+# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
+"""Expert packages, format version 1: what one owner hands over, as a folder of safetensors, a manifest and a card.
+
+    expert_config.json   the manifest: who, what, for which anchor, and the SHA-256 of each weight file
+    expert.safetensors   `layers.<i>.ffn.<parameter of the anchor's network>`, `layers.<i>.router.weight` [1, H] and
+                         `layers.<i>.router.bias` [1]; shards and an index above 5 GB
+    README.md            the card
+
+A package is a stranger's: every name, shape, dtype, number and hash is checked, and nothing in it is run. Its hashes
+say that the weights belong to the manifest, not who wrote both. `docs/expert-package.md` is the format for readers.
+
+Not here: whether an expert fits a model (`lifecycle_flexmoe`), the Hub (`hub_flexmoe`), signatures.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .folders_flexmoe import atomic_folder, file_inside
+from .json_flexmoe import json_text, read_json_object
+from .manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, ExpertManifest, PackageError
+from .tensor_writer_flexmoe import source_from_tensor, write_checkpoint
+from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, tensor_from_chunks, tensor_info
+
+CARD_FILE = "README.md"
+
+_TENSOR_NAME = re.compile(
+    r"layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<part>ffn\.[\w.]+|router\.weight|router\.bias)", re.ASCII
+)
+
+
+@dataclass(frozen=True)
+class ExpertPackage:
+    """An expert package on disk, opened and checked as far as that goes without reading its weights.
+
+    Attributes:
+        folder: where it is.
+        manifest: what its `expert_config.json` says.
+        infos: what the headers of its weight files say, by tensor name.
+    """
+
+    folder: Path
+    manifest: ExpertManifest
+    infos: Mapping[str, TensorInfo]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "ExpertPackage":
+        """Opens a package: manifest, file names and headers are checked, weights are not read yet.
+
+        Raises:
+            FileNotFoundError: no such folder, no manifest in it, or a weight file is missing.
+            PackageError: the package is not what its manifest says; names the file and the fault.
+        """
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}.")
+        if not os.path.lexists(folder / MANIFEST_FILE):
+            raise FileNotFoundError(f"{folder} is not an expert package: it has no {MANIFEST_FILE}.")
+        with _package_errors():
+            path = file_inside(folder, MANIFEST_FILE)
+            manifest = ExpertManifest.from_dict(read_json_object(path), where=str(path))
+            _check_files(folder, manifest)
+            infos: dict[str, TensorInfo] = {}
+            for name in sorted(manifest.sha256):
+                with TensorFile(file_inside(folder, name)) as file:
+                    if twice := infos.keys() & file.infos.keys():
+                        raise PackageError(f"{file.path}: tensor {min(twice)!r} is in another file too.")
+                    infos.update(file.infos)
+            _check_infos(str(folder), manifest, infos)
+        return cls(folder, manifest, infos)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields every (name, CPU tensor), reading each weight file once and hashing what it reads.
+
+        The last tensor of a file comes only after the file's hash was found right, so use what came before, for
+        more than scratch, when the iteration has ended.
+
+        Raises:
+            PackageError: a number is not finite, the bytes are not those that the manifest names, or the files are
+                no longer those that were opened.
+        """
+        with _package_errors():
+            for name in sorted(self.manifest.sha256):
+                with TensorFile(file_inside(self.folder, name)) as file:
+                    yield from self._verified(file, self.manifest.sha256[name])
+
+    def read_rows(self) -> dict[str, torch.Tensor]:
+        """The router rows and biases alone, by tensor name. They are not verified: `tensors` does that."""
+        rows = {}
+        with _package_errors():
+            for name in sorted(self.manifest.sha256):
+                with TensorFile(file_inside(self.folder, name)) as file:
+                    rows.update({key: file.read(key) for key in file.infos if ".router." in key})
+        return rows
+
+    def _verified(self, file: TensorFile, sha256: str) -> Iterator[tuple[str, torch.Tensor]]:
+        digest = hashlib.sha256(file.header)
+        held: tuple[str, torch.Tensor] | None = None  # one tensor behind: the last waits for the hash
+        for info in file.infos.values():
+            if self.infos.get(info.name) != info:
+                raise PackageError(f"{file.path}: tensor {info.name!r} changed since the package was opened.")
+            if held is not None:
+                yield held
+            tensor = tensor_from_chunks(info, _hashed(file.chunks(info.name), digest))
+            if not _all_finite(tensor):
+                raise PackageError(f"{file.path}: tensor {info.name!r} holds NaN or an infinity.")
+            held = info.name, tensor
+        if digest.hexdigest() != sha256:
+            raise PackageError(
+                f"{file.path}: its SHA-256 is {digest.hexdigest()}, the manifest says {sha256}. The file was damaged "
+                "or changed: fetch the package again, from its owner."
+            )
+        if held is not None:
+            yield held
+
+
+def write_package(
+    out: str | Path,
+    manifest: ExpertManifest,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    card: str | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes an expert package, whole or not at all, and returns its folder.
+
+    Args:
+        out: the folder to make; must not exist, unless `overwrite`.
+        manifest: what the package is; its `sha256` is computed here.
+        tensors: names as in the module's docstring; floating-point and finite.
+        card: text of the README.md; by default `default_card`.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is False.
+        PackageError: manifest and tensors disagree, or a number is not finite.
+    """
+    given = list(tensors)
+    infos = {name: tensor_info(name, tensor) for name, tensor in given}
+    if len(infos) != len(given):
+        raise PackageError(f"{out}: a tensor name is given twice.")
+    _check_infos(str(out), manifest, infos)
+    for name, tensor in given:
+        if not _all_finite(tensor):
+            raise PackageError(f"{out}: tensor {name!r} holds NaN or an infinity.")
+    with atomic_folder(out, overwrite) as folder:
+        sources = [source_from_tensor(name, tensor) for name, tensor in given]
+        written = write_checkpoint(folder, sources, stem="expert", hash_files=True)
+        manifest = replace(manifest, sha256={name: digest or "" for name, digest in written.files.items()})
+        (folder / MANIFEST_FILE).write_text(json_text(manifest.to_dict()), encoding="utf-8")
+        (folder / CARD_FILE).write_text(default_card(manifest) if card is None else card, encoding="utf-8")
+    return Path(out)
+
+
+def default_card(manifest: ExpertManifest) -> str:
+    """The README.md of a package: the Hub's front matter, how to use the expert, what it was trained on."""
+    anchor = manifest.anchor
+    fields: dict[str, object] = {"library_name": "flexmoe", "tags": ["flexmoe", "flexmoe-expert"]}
+    if anchor.get("repo"):
+        fields |= {"base_model": anchor["repo"], "base_model_relation": "adapter"}
+    if manifest.license and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", manifest.license):
+        fields["license"] = manifest.license
+    elif manifest.license:  # the Hub takes only its own identifiers here, other names in a second field
+        fields |= {"license": "other", "license_name": manifest.license}
+    front = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in fields.items())
+    base = anchor.get("repo") or f"an anchor of type {anchor['model_type']}"
+    return f"""---
+{front}---
+
+# {manifest.name}
+
+An expert for FlexMoE, version {manifest.version}, kind {manifest.kind}: {len(manifest.layers)} layers of
+{manifest.ffn["class"]}, for {base} with the fingerprint `{anchor.get("fingerprint") or "unknown"}`.
+
+## Usage
+
+```python
+import flexmoe
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/grafted-anchor")
+model.add_expert("path/to/this-folder")  # becomes "{manifest.name}"
+model.remove_expert("{manifest.name}")  # and the model is again the one that never had it
+```
+
+## Data statement
+
+{manifest.data_statement or "The owner gave none."}
+"""
+
+
+def _check_files(folder: Path, manifest: ExpertManifest) -> None:
+    present = {entry.name for entry in os.scandir(folder) if WEIGHT_FILE.fullmatch(entry.name)}
+    if strangers := sorted(present - manifest.sha256.keys()):
+        raise PackageError(f"{folder}: {MANIFEST_FILE} does not name the weight file {strangers[0]!r}.")
+
+
+def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, TensorInfo]) -> None:
+    """Names, layers, shapes of rows and dtypes are those of the manifest. The networks' shapes only a model knows."""
+    rows: dict[str, tuple[int, ...]] = {}
+    for layer in manifest.layers:
+        rows |= {f"layers.{layer}.router.weight": (1, manifest.ffn["hidden"]), f"layers.{layer}.router.bias": (1,)}
+    expected, layers, dtypes = set(manifest.layers), set(), set()
+    for name, info in infos.items():
+        match = _TENSOR_NAME.fullmatch(name)
+        if match is None or int(match["layer"]) not in expected:
+            raise PackageError(
+                f"{where}: tensor {name[:200]!r} has no place in an expert with layers {_span(manifest.layers)}; "
+                "names are layers.<i>.ffn.<parameter>, layers.<i>.router.weight and layers.<i>.router.bias."
+            )
+        dtype = TORCH_DTYPES[info.dtype]
+        if not dtype.is_floating_point:
+            raise PackageError(f"{where}: tensor {name!r} is {info.dtype}; experts hold floating-point numbers.")
+        if name in rows and info.shape != rows.pop(name):
+            raise PackageError(
+                f"{where}: tensor {name!r} has shape {list(info.shape)}; a row is [1, {manifest.ffn['hidden']}], "
+                "a bias [1]."
+            )
+        if match["part"].startswith("ffn."):
+            layers.add(int(match["layer"]))
+            dtypes.add(str(dtype).removeprefix("torch."))
+    if rows or (missing := expected - layers):
+        lacking = next(iter(rows), None) or f"layers.{min(missing)}.ffn.*"
+        raise PackageError(f"{where}: there is no tensor {lacking}.")
+    dtype_name = dtypes.pop() if len(dtypes) == 1 else "mixed"
+    if dtype_name != manifest.dtype:
+        raise PackageError(f"{where}: the manifest says dtype {manifest.dtype!r}, the weights are {dtype_name}.")
+
+
+def _span(layers: list[int]) -> str:
+    return f"{layers[0]} to {layers[-1]}"
+
+
+def _hashed(chunks: Iterable[memoryview], digest: "hashlib._Hash") -> Iterator[memoryview]:
+    for chunk in chunks:
+        digest.update(chunk)
+        yield chunk
+
+
+def _all_finite(tensor: torch.Tensor) -> bool:
+    if tensor.element_size() == 1:  # torch has no isfinite for the eight-bit floats
+        return all(bool(part.float().isfinite().all()) for part in tensor.detach().reshape(-1).split(1 << 24))
+    return bool(tensor.detach().isfinite().all())
+
+
+@contextmanager
+def _package_errors() -> Iterator[None]:
+    """What is wrong with a file of a package is a PackageError, whoever noticed it."""
+    try:
+        yield
+    except PackageError:
+        raise
+    except ValueError as error:
+        raise PackageError(str(error)) from error
+
+
+__all__ = ["CARD_FILE", "ExpertManifest", "ExpertPackage", "PackageError", "default_card", "write_package"]
