@@ -128,7 +128,7 @@ def _ffn_attributes(layer: nn.Module) -> tuple[str, ...] | None:
 
 
 def _routed_module(ffn: nn.Module) -> str | None:
-    """Names the class of `ffn` if it routes tokens, which shows in a child called experts, router or gate of rank 2."""
+    """Names the class of `ffn` if it routes tokens, which shows in a child called experts or router."""
     children = dict(ffn.named_children())
     if "experts" in children or "router" in children:
         return type(ffn).__name__

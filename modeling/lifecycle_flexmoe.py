@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .anchors_flexmoe import build_on_meta
 from .configuration_flexmoe import PUBLIC, check_expert_name, expert_record
-from .context_flexmoe import model_scope, scoped_values
+from .context_flexmoe import model_scope
 from .experts_flexmoe import FlexMoeBlock, make_expert, router_row
 from .hub_flexmoe import resolve_folder
 from .packages_flexmoe import ExpertManifest, ExpertPackage, write_package

@@ -80,8 +80,8 @@ def _check_mask(expert_mask: Tensor, batch: int | None, everyone: Sequence[str])
     expected = (expert_mask.shape[0] if batch is None else batch, len(everyone))
     if tuple(expert_mask.shape) != expected:
         raise ValueError(
-            f"expert_mask has shape {list(expert_mask.shape)}; expected {list(expected)}: [batch, experts], columns in "
-            f"the order {list(everyone)}."
+            f"expert_mask has shape {list(expert_mask.shape)}; expected {list(expected)}: [batch, experts], "
+            f"columns in the order {list(everyone)}."
         )
 
 
@@ -127,8 +127,8 @@ def stamp_cache(cache: Any, stamp: CacheStamp | None) -> None:
     known = getattr(cache, "_flexmoe_stamp", None)
     if known is not None and cache.get_seq_length() > 0 and not known.same_experts(stamp):
         raise ValueError(
-            f"This KV cache was filled by the experts {list(known.names)} (as they were then, or with another mask), and "
-            f"would be continued with {list(stamp.names)}. What it holds carries their influence: start with a fresh cache."
+            f"This KV cache was filled by the experts {list(known.names)} (as they were then, or with another mask) "
+            f"and would be continued with {list(stamp.names)}. It carries their influence: start with a fresh cache."
         )
     cache._flexmoe_stamp = stamp
 

@@ -135,7 +135,7 @@ def test_a_dead_hub_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_hf_endpoint_is_honoured_in_a_fresh_process(hub: HubServer, source: Path, tmp_path: Path) -> None:
     commit = hub.push_folder("lab/anchor", source)
-    code = "import sys; from flexmoe.modeling.hub_flexmoe import resolve_folder; print(resolve_folder('lab/anchor').revision)"
+    code = "import flexmoe.modeling.hub_flexmoe as hub; print(hub.resolve_folder('lab/anchor').revision)"
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == commit
