@@ -8,17 +8,20 @@ does not look on the Hub.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.modeling.json_flexmoe import read_json_object
-from flexmoe.modeling.packages_flexmoe import ExpertManifest
+from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE
+from flexmoe.modeling.packages_flexmoe import ExpertPackage
 from flexmoe.modeling.tensors_flexmoe import CheckpointFolder, TensorInfo
 
-MODEL_FILE, PACKAGE_FILE = "config.json", "expert_config.json"
+MODEL_FILE = "config.json"
 
 # A model's tensors name their expert, "anchor.model.layers.3.mlp.router.math.weight"; a package has but one, and its
 # tensors don't: "layers.3.router.weight". Names hold no dot.
@@ -43,12 +46,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Give the folder of a model or of an expert package.")
-    if (folder / PACKAGE_FILE).is_file():
+    if (folder / MANIFEST_FILE).is_file():
         return _inspect_package(folder)
     if (folder / MODEL_FILE).is_file():
         return _inspect_model(folder)
     raise FileNotFoundError(
-        f"{folder} holds neither {MODEL_FILE} (a model) nor {PACKAGE_FILE} (an expert package). Give one that does."
+        f"{folder} holds neither {MODEL_FILE} (a model) nor {MANIFEST_FILE} (an expert package). Give one that does."
     )
 
 
@@ -60,11 +63,10 @@ def _inspect_model(folder: Path) -> dict[str, Any]:
         )
     config = FlexMoeConfig.from_pretrained(folder)
     with CheckpointFolder(folder) as checkpoint:
-        rows = _read_rows(checkpoint)
-        owner = _owner_of(config.expert_names)
+        rows = _rows({name: checkpoint.read(name) for name in checkpoint.infos if _ROW_TENSOR.fullmatch(name)})
+        tensors = _by_expert(checkpoint.infos.values())
         experts = [
-            _expert(record, _owned(checkpoint.infos.values(), record["name"], owner), rows.get(record["name"], {}))
-            for record in config.experts
+            _expert(record, tensors.get(record["name"], []), rows.get(record["name"], {})) for record in config.experts
         ]
         totals = _totals(checkpoint.infos.values())
     active = set(config.expert_names if config.active_experts is None else config.active_experts)
@@ -87,15 +89,14 @@ def _inspect_model(folder: Path) -> dict[str, Any]:
 
 
 def _inspect_package(folder: Path) -> dict[str, Any]:
-    manifest = ExpertManifest.from_dict(read_json_object(folder / PACKAGE_FILE))
-    with CheckpointFolder(folder, stem="expert") as checkpoint:
-        infos = list(checkpoint.infos.values())
-        expert = _expert(manifest.record(), infos, _read_rows(checkpoint).get(None, {}))
+    package = ExpertPackage.open(folder)
+    infos = package.infos.values()
+    expert = _expert(package.manifest.record(), infos, _rows(package.read_rows()).get(None, {}))
     return {
         "kind": "package",
         "path": str(folder),
-        "anchor": dict(manifest.anchor),
-        "layers": len(manifest.layers),
+        "anchor": dict(package.manifest.anchor),
+        "layers": len(package.manifest.layers),
         **_totals(infos),
         "experts": [expert | {"active": True}],
     }
@@ -120,31 +121,21 @@ def _totals(tensors: Iterable[TensorInfo]) -> dict[str, int]:
     return {"parameters": sum(prod(info.shape) for info in tensors), "bytes": sum(info.nbytes for info in tensors)}
 
 
-def _owner_of(names: Iterable[str]) -> Callable[[str], str | None]:
-    """Which expert a model's tensor belongs to; None for the anchor's shared tensors."""
-    known = set(names)
-
-    def owner(tensor: str) -> str | None:
-        match = _EXPERT_TENSOR.fullmatch(tensor)
-        return match["expert"] if match and match["expert"] in known else None
-
-    return owner
+def _by_expert(tensors: Iterable[TensorInfo]) -> dict[str, list[TensorInfo]]:
+    """A model's tensors by the expert they belong to; the anchor's shared ones are left out."""
+    found: dict[str, list[TensorInfo]] = {}
+    for info in tensors:
+        if match := _EXPERT_TENSOR.fullmatch(info.name):
+            found.setdefault(match["expert"], []).append(info)
+    return found
 
 
-def _owned(tensors: Iterable[TensorInfo], name: str, owner: Callable[[str], str | None]) -> list[TensorInfo]:
-    return [info for info in tensors if owner(info.name) == name]
-
-
-def _read_rows(checkpoint: CheckpointFolder) -> dict[str | None, dict[str, list[float]]]:
+def _rows(tensors: Mapping[str, torch.Tensor]) -> dict[str | None, dict[str, list[float]]]:
     """Row norms and biases, layer by layer: {expert: {"weight": [...], "bias": [...]}}; a package's expert is None."""
     found: dict[str | None, dict[str, list[float]]] = {}
-    for name in sorted(checkpoint.infos, key=_natural):
+    for name in sorted(tensors, key=_natural):
         if match := _ROW_TENSOR.fullmatch(name):
-            value = (
-                checkpoint.read(name).float().norm()
-                if match["part"] == "weight"
-                else checkpoint.read(name).float().sum()
-            )
+            value = tensors[name].float().norm() if match["part"] == "weight" else tensors[name].float().sum()
             found.setdefault(match["expert"], {}).setdefault(match["part"], []).append(value.item())
     return found
 

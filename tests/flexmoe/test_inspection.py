@@ -1,0 +1,101 @@
+"""Inspection against the model it looks at."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexmoe.inspection import inspect
+from flexmoe.testing import ANCHOR_CONFIGS, tiny_anchor, tiny_flexmoe
+
+
+@pytest.fixture
+def model():
+    return tiny_flexmoe("llama", ["math", "code-2"], num_experts_per_tok=2)
+
+
+@pytest.fixture
+def folder(model, tmp_path: Path) -> Path:
+    model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    return tmp_path / "model"
+
+
+def test_a_model(model, folder: Path) -> None:
+    found = inspect(folder)
+    assert found["kind"] == "model"
+    assert found["path"] == str(folder)
+    assert found["model_type"] == "flexmoe"
+    assert found["layers"] == 2
+    assert found["num_experts_per_tok"] == 2
+    assert found["norm_topk_prob"] is True
+    assert found["public_prior"] == 0.0
+    assert found["parameters"] == model.num_parameters()
+    assert [expert["name"] for expert in found["experts"]] == ["public", "math", "code-2"]
+    assert [expert["active"] for expert in found["experts"]] == [True, True, True]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_experts_are_measured_one_by_one(model, folder: Path) -> None:
+    for expert in inspect(folder)["experts"]:
+        name, blocks = expert["name"], model.flexmoe_blocks()
+        networks = [*(block.experts[name] for block in blocks), *(block.router[name] for block in blocks)]
+        assert expert["parameters"] == sum(part.numel() for network in networks for part in network.parameters())
+        assert expert["bytes"] == 4 * expert["parameters"]
+        assert expert["row_norms"] == pytest.approx([block.router[name].weight.norm().item() for block in blocks])
+        assert expert["biases"] == pytest.approx([block.router[name].bias.item() for block in blocks])
+
+
+@pytest.mark.parametrize("family", ANCHOR_CONFIGS)
+def test_every_family_has_its_rows_found(family: str, tmp_path: Path) -> None:
+    tiny_flexmoe(family, ["math"]).save_pretrained(tmp_path)
+    found = inspect(tmp_path)
+    assert found["layers"] == 2
+    assert all(expert["parameters"] > 4096 for expert in found["experts"])
+
+
+def test_layers_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tiny_flexmoe("llama").save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    for layer in range(12):
+        state[f"anchor.model.layers.{layer}.mlp.router.public.bias"] = torch.tensor([float(layer)])
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = inspect(tmp_path)
+    assert found["experts"][0]["biases"] == [float(layer) for layer in range(12)]
+    assert found["public_prior"] is None
+
+
+def test_the_active_set_shows(model, tmp_path: Path) -> None:
+    model.set_active_experts(["public", "math"])
+    model.save_pretrained(tmp_path)
+    assert [expert["active"] for expert in inspect(tmp_path)["experts"]] == [True, True, False]
+
+
+def test_a_package(model, tmp_path: Path) -> None:
+    model.save_expert("math", tmp_path / "package", license="MIT", data_statement="Sums.")
+    found = inspect(tmp_path / "package")
+    model.save_pretrained(tmp_path / "model")
+    whole = inspect(tmp_path / "model")["experts"][1]
+    (expert,) = found["experts"]
+    assert found["kind"] == "package"
+    assert found["layers"] == 2
+    assert found["anchor"]["model_type"] == "llama"
+    assert (expert["name"], expert["license"], expert["data_statement"]) == ("math", "MIT", "Sums.")
+    measured = ("parameters", "bytes", "row_norms", "biases")
+    assert {key: expert[key] for key in measured} == {key: whole[key] for key in measured}
+    assert found["parameters"] == expert["parameters"]
+
+
+def test_a_dense_model_is_told_how_to_become_one(tmp_path: Path) -> None:
+    tiny_anchor("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"is a llama model, not a FlexMoE one.*flexmoe graft"):
+        inspect(tmp_path)
+
+
+def test_what_is_neither_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds neither"):
+        inspect(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        inspect(tmp_path / "nowhere")
