@@ -148,7 +148,7 @@ def _rename(
         yield stored, name
     if computed:
         raise CheckpointNamesError(
-            f"transformers computes {len(computed)} tensor(s) of this checkpoint while it loads them (fuses, splits or "
+            f"transformers computes {len(computed)} tensor(s) of this checkpoint while it loads them (fuses, splits, "
             f"turns them), so their bytes cannot be copied: {_listed(computed)}. "
             f"Write it in the model's own format first: {WAY_OUT}."
         )
@@ -229,8 +229,8 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UnsupportedAnchorError(
-            f"{folder}: the installed transformers has no model_type {raw.get('model_type')!r} (code from the folder is "
-            "not run). Update transformers, or choose another anchor."
+            f"{folder}: the installed transformers has no model_type {raw.get('model_type')!r} (code from the folder "
+            "is not run). Update transformers, or choose another anchor."
         ) from error
 
 

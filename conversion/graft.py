@@ -1,9 +1,9 @@
 """Graft: a dense checkpoint becomes a FlexMoE with one expert, "public", file to file.
 
-No weight is held in memory beyond a few chunks, and no byte of one changes: the names come from the two models on the meta device, the
-bytes from the anchor's files. New are the public expert's router rows, which are zero.
+No weight is held in memory beyond a few chunks, and no byte of one changes: the names come from the two models on the
+meta device, the bytes from the anchor's files. New are the public expert's router rows, which are zero.
 
-Not here: which checkpoints can be read (`dense_checkpoint`), how files are written (`tensor_writer_flexmoe`), training.
+Not here: which checkpoints can be read (`dense_checkpoint`) and how files are written (`tensor_writer_flexmoe`).
 """
 
 from __future__ import annotations
@@ -72,15 +72,15 @@ def graft(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes the dense causal LM `anchor` as a FlexMoE whose only expert is its own feed-forward networks; returns `out`'s path.
+    """Writes the dense causal LM `anchor` as a FlexMoE whose only expert is its own feed-forward networks.
 
-    The result computes exactly what the anchor computes. It appears whole or not at all.
+    The result computes exactly what the anchor computes. It appears whole or not at all. Returns its folder.
 
     Args:
         anchor: a folder with a safetensors checkpoint, or a Hub id.
         revision, token: of the Hub repository.
-        public_data: files of public text; a sample of whole documents, at most `public_sample_bytes` in all, is kept beside the
-            model (`public_sample.jsonl`), as what every owner means by "not mine".
+        public_data: files of public text; a sample of whole documents, at most `public_sample_bytes` in all, is kept
+            beside the model (`public_sample.jsonl`), as what every owner means by "not mine".
         text_column, seed: column of tabular public data; which documents the sample holds.
         norm_topk_prob: divide the chosen experts' weights by their sum; None lets the anchor's block decide.
         num_experts_per_tok: k of the top-k; None is the configuration's default.
@@ -90,7 +90,7 @@ def graft(
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
-        FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or it has no safetensors.
+        FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or no safetensors.
         ValueError: the anchor cannot be one (see `DenseCheckpoint`), or the public data has no text that fits.
     """
     target = check_new_folder(out, overwrite)
@@ -113,9 +113,9 @@ def graft(
             hash_tensors=fingerprint,
             progress=progress,
         )
-        digests = (
-            {name: written.tensor_sha256[names.to_flexmoe(name)] for name in dense.infos} if fingerprint else None
-        )
+        digests = None
+        if fingerprint:
+            digests = {name: written.tensor_sha256[names.to_flexmoe(name)] for name in dense.infos}
         model.config.anchor = _anchor_record(source, dense, digests)
         if sample is not None:
             model.config.public_sample = _write_sample(folder, sample)
@@ -125,9 +125,9 @@ def graft(
 
 
 def _sources(model: FlexMoeForCausalLM, dense: DenseCheckpoint, names: NameMap) -> list[TensorSource]:
-    """What to write, in the order of the model's state dict: the anchor's stored tensors under their new names, and zero rows.
+    """What to write, in the order of the model's state dict: the anchor's tensors under their new names, zero rows.
 
-    Names in the state dict without a stored tensor are those that the model ties to another, and buffers that it computes.
+    Names in the state dict without a stored tensor are tied to another, or buffers that the model computes.
     """
     sources = []
     stored = dict(dense.stored)
@@ -157,9 +157,7 @@ def _anchor_record(
 def _write_config(folder: Path, model: FlexMoeForCausalLM, dense: DenseCheckpoint) -> None:
     config = model.config
     config.architectures = [type(model).__name__]
-    config.dtype = (
-        dense.load_dtype
-    )  # what from_pretrained takes for the plain anchor, so that both compute in the same precision
+    config.dtype = dense.load_dtype  # as the plain anchor is loaded, so that both compute in the same precision
     config.save_pretrained(folder)
 
 
@@ -188,7 +186,8 @@ def _sample(files: Sequence[str | Path], max_bytes: int, column: str, seed: int)
     if not lines:
         raise ValueError(
             f"None of the {len(documents)} public documents fits into a sample of {max_bytes:,} bytes. Give a larger "
-            f"--public-sample-bytes, or more and smaller documents: .jsonl rows, or text separated by lines of {END_OF_DOCUMENT}."
+            "--public-sample-bytes, or more and smaller documents: .jsonl rows, or text separated by lines of "
+            f"{END_OF_DOCUMENT}."
         )
     return lines
 

@@ -1,7 +1,7 @@
 """Where a folder comes from: a path on this machine, or a repository on the Hugging Face Hub.
 
-The only module of FlexMoE that opens a network connection, and always through `huggingface_hub`. It does not look into what it
-fetched (`tensors_flexmoe` and `packages_flexmoe` validate), and it does not upload.
+The only module of FlexMoE that opens a network connection, and always through `huggingface_hub`. It does not look into
+what it fetched (`tensors_flexmoe` and `packages_flexmoe` validate), and it does not upload.
 """
 
 import os
@@ -22,8 +22,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-# Weights as safetensors under the names that transformers and FlexMoE write, and everything a tokenizer is made of. Pickles and
-# code are never asked for; nor are second copies of the weights (`consolidated.safetensors`, `original/`, ONNX, GGUF).
+# Weights as safetensors under the names that transformers and FlexMoE write, and everything a tokenizer is made of.
+# Not asked for: pickles, code, second copies of the weights (`consolidated.safetensors`, `original/`, ONNX, GGUF).
 DOWNLOADED = (
     "model*.safetensors",
     "expert*.safetensors",
@@ -44,7 +44,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 @dataclass(frozen=True)
 class ResolvedFolder:
-    """A folder that can be read now. `repo` and `revision` (a commit hash) are None for one that was not fetched from the Hub."""
+    """A folder that can be read now, and the Hub repository and commit hash that it came from, if it did."""
 
     path: Path
     repo: str | None = None
@@ -60,7 +60,7 @@ def resolve_folder(
     local_files_only: bool = False,
     allow_patterns: Sequence[str] | None = None,
 ) -> ResolvedFolder:
-    """The folder that `source` names: itself if it exists, else the Hub repository of that id, fetched into the Hub's cache.
+    """The folder that `source` names: itself if it exists, else the Hub repository of that id, fetched into the cache.
 
     Args:
         source: a folder, or a Hub id ("owner/name", or a bare "name"). A `Path` is never taken for a Hub id.
@@ -68,7 +68,8 @@ def resolve_folder(
         allow_patterns: files to fetch instead of `DOWNLOADED`; pickles and code stay out whatever it says.
 
     Raises:
-        FileNotFoundError: neither a folder nor a repository (or revision) that this account can see; or not cached, while offline.
+        FileNotFoundError: neither a folder nor a repository (or revision) that this account can see; or not cached,
+            while offline.
         NotADirectoryError: `source` is a file.
         PermissionError: the repository is gated and this account has not been let in.
         ConnectionError: the Hub answered with a fault of its own.
@@ -107,7 +108,8 @@ def _plain_errors(repo: str, revision: str | None) -> Iterator[None]:
         yield
     except GatedRepoError as error:
         raise PermissionError(
-            f"the Hub repository {repo!r} is gated: ask for access on its page, then log in (`hf auth login`) or pass a token"
+            f"the Hub repository {repo!r} is gated: ask for access on its page, then log in (`hf auth login`) "
+            "or pass a token"
         ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
@@ -120,8 +122,9 @@ def _plain_errors(repo: str, revision: str | None) -> Iterator[None]:
         ) from error
     except LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{repo!r} is not a folder here, and the Hub repository of that name is not (wholly) in the local cache while the Hub "
-            "cannot be reached or is switched off (HF_HUB_OFFLINE, local_files_only): go online once, or give a folder"
+            f"{repo!r} is not a folder here, and the Hub repository of that name is not (wholly) in the local cache "
+            "while the Hub cannot be reached or is switched off (HF_HUB_OFFLINE, local_files_only): "
+            "go online once, or give a folder"
         ) from error
     except HFValidationError as error:
         raise FileNotFoundError(f"{repo!r} is neither a folder here nor a valid Hub id: {error}") from error

@@ -1,7 +1,7 @@
-"""The smallest honest Hub: model repositories in memory, served over HTTP on the loopback to the real `huggingface_hub` client.
+"""The smallest honest Hub: model repositories in memory, served on the loopback to the real `huggingface_hub` client.
 
-Speaks what a download needs: repository info, the file tree, and HEAD / GET of files with ETag and X-Repo-Commit, errors named in
-X-Error-Code as the Hub names them. No uploads, datasets, LFS redirects or Xet.
+Speaks what a download needs: repository info, the file tree, and HEAD / GET of files with ETag and X-Repo-Commit,
+errors named in X-Error-Code as the Hub names them. No uploads, datasets, LFS redirects or Xet.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from huggingface_hub import constants
 
 @dataclass
 class Repository:
-    """One model repository: `commits` maps a hash to its files, `refs` a branch to a hash; `tokens` who a gate lets in."""
+    """A model repository: `commits` maps a hash to its files, `refs` a branch to a hash; a gate lets in `tokens`."""
 
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class HubServer:
 
 
 def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """HF_ENDPOINT for this process and its children; the client reads it once, on import, so here its constants change too."""
+    """Sets HF_ENDPOINT; the client reads it once, on import, so in this process its constants change too."""
     monkeypatch.setenv("HF_ENDPOINT", url)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -156,8 +156,14 @@ def _blob_id(body: bytes) -> str:
 
 def _info(name: str, repository: Repository, commit: str) -> dict[str, object]:
     files = repository.commits[commit]
-    return {"id": name, "modelId": name, "sha": commit, "private": False, "gated": "manual" if repository.gated else False,
-            "tags": [], "downloads": 0, "likes": 0, "siblings": [{"rfilename": file} for file in files]}  # fmt: skip
+    return {
+        "id": name,
+        "sha": commit,
+        "private": False,
+        "gated": "manual" if repository.gated else False,
+        "tags": [],
+        "siblings": [{"rfilename": file} for file in files],
+    }
 
 
 def _tree(repository: Repository, commit: str) -> list[dict[str, object]]:
