@@ -19,7 +19,6 @@ from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from flexmoe.data import pack
 
-
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -66,7 +65,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 def train_anchor(
     texts: Sequence[str], settings: AnchorSettings, folder: Path, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Trains tokenizer and model on the texts and saves both into `folder`; `progress(step, steps)` after each step."""
+    """Trains tokenizer and model on the texts, saves both into `folder`; `progress(step, steps)` after each step."""
     tokenizer = train_tokenizer(texts, settings.vocabulary)
     tokens_NL = pack(texts, tokenizer, settings.sequence_length)
     model = build_anchor(tokenizer, settings)

@@ -1,8 +1,8 @@
 """The demo's corpus: text of several kinds, deduplicated, split by document, and the public mix put together.
 
-Order of work: read every kind, drop every document that is nearly an earlier one *of any kind*, and only then split by
-document (all parts of a file go to one side). So no held-out text is in, or nearly in, anything that is trained on; the
-largest overlap left is measured again at the end and stored.
+Order of work: read every kind, drop every document that is nearly an earlier one *of any kind*, and only then split
+by document (all parts of a file go to one side). So no held-out text is in, or nearly in, anything that is trained on;
+the largest overlap left is measured again at the end and stored.
 
 Does not cover: where the text comes from (`sources`), tokens (`anchor`).
 """
@@ -18,7 +18,6 @@ from pathlib import Path
 from .near_duplicates import NEAR_DUPLICATE, drop_near_duplicates, largest_overlap
 from .sources import SOURCES, Document, read_source
 
-
 PUBLIC = "public"
 PUBLIC_KIND = "english"
 OWNER_KINDS = tuple(kind for kind in SOURCES if kind != PUBLIC_KIND)
@@ -26,7 +25,7 @@ OWNER_KINDS = tuple(kind for kind in SOURCES if kind != PUBLIC_KIND)
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings:
-    """What the corpus holds; sizes in characters. `public_share`: how much of the public mix each owner's kind makes up."""
+    """What the corpus holds; sizes in characters. `public_share`: of the English text, added from each owner's kind."""
 
     owners: tuple[str, ...]
     seed: int = 0
@@ -41,7 +40,9 @@ class CorpusSettings:
         if unknown := [owner for owner in self.owners if owner not in OWNER_KINDS]:
             raise ValueError(f"no text for owner(s) {unknown}; this demo has text for {list(OWNER_KINDS)}")
         if not 0 < self.public_share * len(self.owners) < 0.5:
-            raise ValueError(f"public_share={self.public_share}: the owners' kinds must make up less than half of the public mix")
+            raise ValueError(
+                f"public_share={self.public_share}: the owners' kinds must make up less than half of the public mix"
+            )
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,16 @@ def build_corpus(settings: CorpusSettings, folder: Path) -> None:
     kinds = without_near_duplicates(raw)
     share = settings.public_share * sum(len(d.text) for d in kinds[PUBLIC])
     splits = {
-        kind: split_by_document(documents, settings.held_out_characters, None if kind == PUBLIC else int(share), settings.seed)
+        kind: split_by_document(
+            documents, settings.held_out_characters, None if kind == PUBLIC else int(share), settings.seed
+        )
         for kind, documents in kinds.items()
     }
     for kind, split in splits.items():
         if not split.held_out or not (split.public if kind == PUBLIC else split.public and split.private):
-            raise ValueError(f"too little distinct text of kind {kind!r}: {sum(len(d.text) for d in kinds[kind])} characters")
+            raise ValueError(
+                f"too little distinct text of kind {kind!r}: {sum(len(d.text) for d in kinds[kind])} characters"
+            )
     mix = [d for split in splits.values() for d in split.public]
     random.Random(settings.seed).shuffle(mix)
 
@@ -151,4 +156,9 @@ def _overlap(splits: dict[str, Split]) -> dict[str, object]:
     share, i, j = largest_overlap([d.text for d in held_out], [d.text for d in training])
     if share >= NEAR_DUPLICATE:
         raise ValueError(f"held-out {held_out[i].name!r} is nearly {training[j].name!r} ({share:.0%} of its shingles)")
-    return {"largest": share, "allowed_below": NEAR_DUPLICATE, "held_out": held_out[i].name, "training": training[j].name}
+    return {
+        "largest": share,
+        "allowed_below": NEAR_DUPLICATE,
+        "held_out": held_out[i].name,
+        "training": training[j].name,
+    }

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import sparse
 
-
 SHINGLE_WORDS = 5
 NEAR_DUPLICATE = 0.5
 
@@ -31,7 +30,9 @@ def shingles(text: str, words: int = SHINGLE_WORDS) -> np.ndarray:
     tokens = [_word_hash(word) for word in _WORD.findall(text.lower())]
     if len(tokens) <= words:
         return np.array([_combine(tokens)], dtype=np.int64)
-    return np.unique(np.array([_combine(tokens[i : i + words]) for i in range(len(tokens) - words + 1)], dtype=np.int64))
+    return np.unique(
+        np.array([_combine(tokens[i : i + words]) for i in range(len(tokens) - words + 1)], dtype=np.int64)
+    )
 
 
 def overlaps(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> sparse.csr_matrix:
@@ -40,7 +41,9 @@ def overlaps(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> sparse.
         return sparse.csr_matrix((len(left), len(right)))
     vocabulary, columns = np.unique(np.concatenate([*left, *right]), return_inverse=True)
     split = sum(len(s) for s in left)
-    counts = (_incidence(left, columns[:split], len(vocabulary)) @ _incidence(right, columns[split:], len(vocabulary)).T).tocoo()
+    counts = (
+        _incidence(left, columns[:split], len(vocabulary)) @ _incidence(right, columns[split:], len(vocabulary)).T
+    ).tocoo()
     sizes_left = np.array([len(s) for s in left])[counts.row]
     sizes_right = np.array([len(s) for s in right])[counts.col]
     shares = counts.data / np.minimum(sizes_left, sizes_right)

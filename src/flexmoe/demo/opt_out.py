@@ -9,7 +9,6 @@ Does not cover: influence through other channels, such as a router tuned on ever
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -19,19 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
 from .owners import owner_environment
 from .stages import folder_digest
 
 
 def prove_opt_out(
-    owner: str, opted_out: Path, grafted: Path, packages: Mapping[str, Path], input_ids: torch.Tensor, folder: Path
+    owner: str,
+    opted_out: Path,
+    grafted: Path,
+    packages: Mapping[str, Path],
+    input_ids: torch.Tensor,
+    folder: Path,
+    *,
+    num_experts_per_tok: int,
 ) -> dict[str, Any]:
     """Compares the model in `opted_out` with one composed from `packages` without `owner`; the verdict as a dict.
 
-    `input_ids`: int64 [B, L], on which logits are compared. Works in `folder`, which keeps all evidence.
+    `input_ids`: int64 [B, L], on which logits are compared; `num_experts_per_tok`: what the model was composed with.
+    Works in `folder`, which keeps all evidence.
     """
     never_met = folder / "never-met"
     shutil.copytree(grafted, never_met / "grafted")
@@ -39,7 +45,7 @@ def prove_opt_out(
     for name in others:
         shutil.copytree(packages[name], never_met / "packages" / name)
     compose = [sys.executable, "-m", "flexmoe.cli", "compose", "grafted", *(f"packages/{name}" for name in others)]
-    _run([*compose, "--out", "model"], never_met, folder / ".cache")
+    _run([*compose, "--num-experts-per-tok", str(num_experts_per_tok), "--out", "model"], never_met, folder / ".cache")
     (folder / "tokens.json").write_text(json.dumps(input_ids.tolist()))
     left = _measure(opted_out, folder, "opted-out")
     right = _measure(never_met / "model", folder, "never-met")
@@ -56,38 +62,17 @@ def prove_opt_out(
     }
 
 
-def state_dict_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in order."""
-    digest = hashlib.sha256()
-    for name, tensor in state_dict.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def measure(model_folder: Path, tokens: Path, out: Path) -> None:
-    """What the proof compares, of one model: writes `<out>.json` (hash, config) and `<out>.safetensors` (logits)."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto").eval()
-    with torch.no_grad():
-        logits_BLV = model(input_ids=torch.tensor(json.loads(tokens.read_text())), use_cache=False).logits
-    record = {"state_dict_sha256": state_dict_sha256(model.state_dict()), "config": model.config.to_dict()}
-    out.with_suffix(".json").write_text(json.dumps(record, default=str, sort_keys=True))
-    save_file({"logits": logits_BLV.contiguous()}, out.with_suffix(".safetensors"))
-
-
 def _measure(model_folder: Path, folder: Path, name: str) -> dict[str, Any]:
     arguments = [str(path.resolve()) for path in (model_folder, folder / "tokens.json", folder / name)]
-    _run([sys.executable, "-m", __name__, *arguments], folder, folder / ".cache")
+    _run([sys.executable, "-m", "flexmoe.demo.fresh_process", *arguments], folder, folder / ".cache")
     record = json.loads((folder / f"{name}.json").read_text())
     record["config"].pop("_name_or_path", None)  # where it was loaded from
     return {**record, "logits": load_file(folder / f"{name}.safetensors")["logits"]}
 
 
 def _run(command: Sequence[str], cwd: Path, cache: Path) -> None:
-    done = subprocess.run(command, cwd=cwd, env=owner_environment(cache, 1), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=owner_environment(cache, 1), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed (exit code {done.returncode}):\n{done.stderr[-2000:]}")
-
-
-if __name__ == "__main__":
-    measure(*(Path(argument) for argument in sys.argv[1:4]))

@@ -17,14 +17,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-
 LOG = "train.log"
 PACKAGE = "package"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerSettings:
-    """How every owner trains; tokens per step = sequence_length * batch_size, of which `public_ratio` is public text."""
+    """How every owner trains; tokens per step = sequence_length * batch_size, a `public_ratio` of them public text."""
 
     steps: int = 200
     sequence_length: int = 256
@@ -51,7 +50,7 @@ class OwnerSettings:
 def train_owner(
     owner: str, data: Path, grafted: Path, folder: Path, settings: OwnerSettings, *, threads: int, statement: str
 ) -> None:
-    """Sets the owner's folder up, trains in a new process with that folder as its working directory, keeps the package.
+    """Sets the owner's folder up and trains in a new process whose working directory it is; leaves the package there.
 
     Raises: RuntimeError with the last lines of the log if training fails.
     """
@@ -59,14 +58,29 @@ def train_owner(
     shutil.copyfile(data, folder / "data" / "documents.jsonl")
     shutil.copytree(grafted, folder / "grafted")
     command = [sys.executable, "-m", "flexmoe.cli", "train", "grafted", "--name", owner]
-    command += ["--data", "data/documents.jsonl", "--out", PACKAGE, "--data-statement", statement, *settings.arguments()]
+    command += [
+        "--data",
+        "data/documents.jsonl",
+        "--out",
+        PACKAGE,
+        "--data-statement",
+        statement,
+        *settings.arguments(),
+    ]
     with (folder / LOG).open("w") as log:
         done = subprocess.run(
-            command, cwd=folder, env=owner_environment(folder, threads), stdout=log, stderr=subprocess.STDOUT, check=False
+            command,
+            cwd=folder,
+            env=owner_environment(folder, threads),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
         )
     if done.returncode:
         tail = "\n".join((folder / LOG).read_text(errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"owner {owner!r} failed to train (exit code {done.returncode}); its log ends with:\n{tail}")
+        raise RuntimeError(
+            f"owner {owner!r} failed to train (exit code {done.returncode}); its log ends with:\n{tail}"
+        )
 
 
 def owner_environment(folder: Path, threads: int, inherited: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -3,8 +3,8 @@
 Shapes: N sequences of a domain, L tokens each.
 
 A system is anything that predicts the next token: the anchor alone, the anchor with one owner's expert, all experts at
-several k, the soup. `true-domain` is the ceiling that a router can be measured against: each owner's domain is scored by
-that owner's two-expert model and public text by the anchor, as if an oracle had said where the text comes from.
+several k, the soup. `true-domain` is the ceiling that a router can be measured against: each owner's domain is scored
+by that owner's two-expert model and public text by the anchor, as if an oracle had said where the text comes from.
 
 Does not cover: bars and presentation (`report`).
 """
@@ -26,13 +26,12 @@ from flexmoe.modeling.anchors_flexmoe import find_ffn_sites
 
 from .corpus import PUBLIC, read_texts
 
-
 Losses = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Models:
-    """Where the systems lie: the dense anchor, the grafted model, the packages, the composed and the opted-out model."""
+    """Where the systems lie: dense anchor, grafted model, packages, composed and opted-out model."""
 
     anchor: Path
     grafted: Path

@@ -23,14 +23,34 @@ from pathlib import Path
 
 from .worked_problems import worked_problems
 
-
 MAX_DOCUMENT_CHARACTERS = 5_000
 MIN_DOCUMENT_CHARACTERS = 400
 
 # Installed with every FlexMoE, and rich in prose. A fixed list: the corpus should not change with unrelated packages.
-_DOCSTRING_PACKAGES = ("numpy", "torch", "transformers", "pandas", "networkx", "datasets", "huggingface_hub", "accelerate", "sklearn", "scipy")
+_DOCSTRING_PACKAGES = (
+    "numpy",
+    "torch",
+    "transformers",
+    "pandas",
+    "networkx",
+    "datasets",
+    "huggingface_hub",
+    "accelerate",
+    "sklearn",
+    "scipy",
+)
 # Tables rather than code; pydoc_data is the English documentation itself; tests are not installed everywhere.
-_NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__", "_bundled"}
+_NOT_SOURCE = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "__pycache__",
+    "_bundled",
+}
 # 6,000 generated stubs that say one thing; the rest of torch's headers is written by people.
 _GENERATED_HEADERS = {"ops", "nvfuser"}
 
@@ -109,7 +129,9 @@ def mathematics(characters: int) -> Iterator[Document]:
 def python_source(characters: int) -> Iterator[Document]:
     """Modules of the Python standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [(p, str(p.relative_to(root))) for p in root.rglob("*.py") if not _NOT_SOURCE & set(p.relative_to(root).parts)]
+    files = [
+        (p, str(p.relative_to(root))) for p in root.rglob("*.py") if not _NOT_SOURCE & set(p.relative_to(root).parts)
+    ]
     for path, name in _in_hash_order([f for f in files if not f[1].startswith("_sysconfigdata")]):
         for part in _parts(_read(path)):
             yield Document(name, part)
@@ -119,17 +141,25 @@ def python_source(characters: int) -> Iterator[Document]:
 def cpp_headers(characters: int) -> Iterator[Document]:
     """C++ headers of torch."""
     root = _package_folder("torch") / "include"
-    files = [(p, str(p.relative_to(root))) for p in root.rglob("*.h") if not _GENERATED_HEADERS & set(p.relative_to(root).parts)]
+    files = [
+        (p, str(p.relative_to(root)))
+        for p in root.rglob("*.h")
+        if not _GENERATED_HEADERS & set(p.relative_to(root).parts)
+    ]
     for path, name in _in_hash_order(files):
         for part in _parts(_header_body(_read(path))):
             yield Document(name, part)
 
 
 def without_examples(text: str) -> str:
-    """The prose of a documentation text: no doctests, no fenced or indented code, no badges, pictures or HTML lines."""
+    """The prose of a documentation text: no doctests, fenced or deeply indented code, badges, pictures or HTML tags."""
     text = re.sub(r"^(```|~~~).*?^\1\s*$", "", text, flags=re.M | re.S)
     text = re.sub(r"<[^>\n]{3,}>|!\[[^\]]*\]\([^)]*\)|\[!\[.*", "", text)
-    kept = [line for line in text.splitlines() if not re.match(r"\s*(>>>|\.\.\. |\$ |In \[)|\.\. (image|code|\|)|    {4,}\S", line)]
+    kept = [
+        line
+        for line in text.splitlines()
+        if not re.match(r"\s*(>>>|\.\.\. |\$ |In \[)|\.\. (image|code|\|)|    {4,}\S", line)
+    ]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept))
 
 
@@ -166,7 +196,12 @@ def _parts(text: str) -> Iterator[str]:
 
 def _header_body(text: str) -> str:
     """A C++ header without the licence and the include guard around it: the same lines in thousands of them."""
-    text = re.sub(r"\A#if !defined\(TORCH_STABLE_ONLY\)[^\n]*\n|#else\n#error \"This file should not be included.*\Z", "", text, flags=re.S)
+    text = re.sub(
+        r"\A#if !defined\(TORCH_STABLE_ONLY\)[^\n]*\n|#else\n#error \"This file should not be included.*\Z",
+        "",
+        text,
+        flags=re.S,
+    )
     return re.sub(r"\A\s*(/\*.*?\*/\s*|(?://[^\n]*\n\s*)+)+", "", text, flags=re.S)
 
 

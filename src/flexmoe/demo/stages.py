@@ -1,8 +1,8 @@
 """Stages of a pipeline that run again only when what they depend on has changed.
 
 A stage is a folder with a record of what it was made from: its settings, the source code of the modules that do the
-work, the versions of the libraries below, and the *content* of the folders it reads. If all of that and the stage's own
-files are as recorded, it is reused; so an upstream stage that runs again and comes out the same disturbs nothing below.
+work, the versions of the libraries below, and the *content* of the folders it reads. If all of that and the stage's
+own files are as recorded, it is reused; so an upstream stage that runs again and comes out the same disturbs nothing.
 
 Does not cover: sharing a cache between machines, or concurrent runs into one folder.
 """
@@ -20,14 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 RECORD = ".stage.json"
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "numpy")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A finished stage: where its files are, whether they were reused, and how long making them took when they were made."""
+    """A finished stage: where its files are, whether they were reused, how long making them took, a hash of them."""
 
     folder: Path
     reused: bool
@@ -45,7 +44,7 @@ class Stages:
     def run(
         self,
         name: str,
-        make: Callable[[Path], None],
+        make: Callable[[Path], object],
         *,
         settings: Mapping[str, Any],
         code: Sequence[str],
@@ -113,4 +112,3 @@ def source_digest(module: str) -> str:
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
-

@@ -6,6 +6,7 @@ drawn from a seeded generator, so two sheets share phrases, as textbooks do, but
 Does not cover: proofs, or any claim that the route to a result is the one a teacher would take.
 """
 
+# ruff: noqa: E501 - a sentence of a template is easier to judge in one piece
 from __future__ import annotations
 
 import random
@@ -15,12 +16,32 @@ from dataclasses import dataclass, field
 import sympy
 from sympy import Integer, Rational, Symbol
 
-
 Topic = Callable[["Sheet"], str]
 TOPICS: dict[str, Topic] = {}
 
-_NAMES = "Ada Bela Chen Dora Emil Farah Goran Hana Ines Jonas Kemal Lena Mateo Nora Omar Paula Quinn Rosa Sami Tara".split()
-_GOODS = "apples notebooks tickets tiles bolts candles seedlings stamps bricks marbles".split()
+_NAMES = [
+    "Ada",
+    "Bela",
+    "Chen",
+    "Dora",
+    "Emil",
+    "Farah",
+    "Goran",
+    "Hana",
+    "Ines",
+    "Jonas",
+    "Kemal",
+    "Lena",
+    "Mateo",
+    "Nora",
+    "Omar",
+    "Paula",
+    "Quinn",
+    "Rosa",
+    "Sami",
+    "Tara",
+]
+_GOODS = ["apples", "notebooks", "tickets", "tiles", "bolts", "candles", "seedlings", "stamps", "bricks", "marbles"]
 
 
 @dataclass
@@ -63,7 +84,9 @@ def worked_problems(count: int, seed: int = 0) -> list[str]:
         sheet = Sheet(rng, latex=rng.random() < 0.5, variable=Symbol(rng.choice("xyztuns")))
         name = rng.choice(sorted(TOPICS))
         exercises = [TOPICS[name](sheet) for _ in range(rng.choice((2, 2, 3, 4)))]
-        heading = sheet.say(f"Worked problems: {name}.", f"Exercises on {name}, with solutions.", f"{name.capitalize()}.")
+        heading = sheet.say(
+            f"Worked problems: {name}.", f"Exercises on {name}, with solutions.", f"{name.capitalize()}."
+        )
         lead = rng.choice(("Problem", "Exercise", "Question"))
         sheets.append("\n\n".join([heading, *(f"{lead} {i}. {text}" for i, text in enumerate(exercises, 1))]))
     return sheets
@@ -133,7 +156,9 @@ def product_rule(s: Sheet) -> str:
 @topic("derivatives by the chain rule")
 def chain_rule(s: Sheet) -> str:
     x, f, inner, n = s.variable, s.formula, s.polynomial(s.number(1, 2)), s.number(2, 9)
-    name, outer = s.rng.choice((("sin", sympy.sin), ("cos", sympy.cos), ("exp", sympy.exp), (f"the power {n}", lambda w: w**n)))
+    name, outer = s.rng.choice(
+        (("sin", sympy.sin), ("cos", sympy.cos), ("exp", sympy.exp), (f"the power {n}", lambda w: w**n))
+    )
     h = outer(inner)
     at = s.number(-2, 2, zero=True)
     return (
@@ -241,7 +266,11 @@ def progression(s: Sheet) -> str:
         )
     r, n = Rational(s.number(1, 5), s.number(2, 6)), s.number(3, 7)
     total = sympy.together(sum(a * r**i for i in range(n)))
-    tail = f"The infinite series converges to {f(a / (1 - r))}." if r < 1 else "The infinite series diverges, as the ratio is not below one."
+    tail = (
+        f"The infinite series converges to {f(a / (1 - r))}."
+        if r < 1
+        else "The infinite series diverges, as the ratio is not below one."
+    )
     return (
         f"{s.say('Sum', 'Add up')} the first {n} terms of the geometric progression with first term {a} and ratio {f(r)}.\n"
         f"Solution. {s.say('The terms are', 'We have')} {', '.join(f(a * r**i) for i in range(n))}. "

@@ -1,0 +1,343 @@
+"""The main job, end to end: a public anchor, owners who train apart, one model put together, one owner who opts out.
+
+Each step is a stage (`stages`): run again only when what it depends on has changed. Training runs one process per
+owner, all at once, sharing the cores.
+
+Does not cover: how a stage does its work; every one is a call of the library or of its command line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from flexmoe.conversion.compose import compose, remove
+from flexmoe.conversion.graft import graft
+
+from .anchor import AnchorSettings, train_anchor
+from .corpus import PUBLIC, CorpusSettings, build_corpus, read_texts
+from .memory import PeakMemory
+from .opt_out import prove_opt_out
+from .owners import PACKAGE, OwnerSettings, train_owner
+from .report import build_report, print_report, write_report
+from .scoring import (
+    Models,
+    continuations,
+    held_out_tokens,
+    load,
+    load_tokenizer,
+    prompts,
+    routing_shares,
+    score_systems,
+)
+from .sources import installed_versions
+from .stages import Stage, Stages
+
+DEFAULT_OWNERS = ("math", "code", "cpp")
+ANCHOR_STEPS_PER_OWNER_STEP = 4
+MODEL = "model"
+
+# What each stage's result depends on; a change in one of these runs the stage again.
+_FILES = ("flexmoe.modeling", "flexmoe.conversion")
+_TRAINING = (
+    "flexmoe.modeling",
+    "flexmoe.data",
+    "flexmoe.hidden_states",
+    "flexmoe.router_rows",
+    "flexmoe.training",
+    "flexmoe.expert_trainer",
+    "flexmoe.demo.owners",
+)
+_SCORING = ("flexmoe.modeling", "flexmoe.data", "flexmoe.evaluation", "flexmoe.demo.scoring")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoSettings:
+    """Everything that a run of the demo can be told. `opt_out`: the owner who leaves; None is the first one."""
+
+    corpus: CorpusSettings
+    anchor: AnchorSettings = field(default_factory=AnchorSettings)
+    owner: OwnerSettings = field(default_factory=OwnerSettings)
+    opt_out: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.owners) < 2:
+            raise ValueError(f"the demo needs two owners at least, to show one leaving; got {list(self.owners)}")
+        if self.opt_out is not None and self.opt_out not in self.owners:
+            raise ValueError(f"opt_out={self.opt_out!r} is no owner of this demo; they are {list(self.owners)}")
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        return self.corpus.owners
+
+    @property
+    def leaving(self) -> str:
+        return self.opt_out or self.owners[0]
+
+    @classmethod
+    def of(cls, *, seed: int = 0, owners: Sequence[str] = DEFAULT_OWNERS, steps: int | None = None) -> DemoSettings:
+        """The demo as `flexmoe demo` runs it. `steps`: of each owner; the anchor gets four times as many."""
+        owner = OwnerSettings(seed=seed) if steps is None else OwnerSettings(seed=seed, steps=steps)
+        if owner.steps < 1:
+            raise ValueError(f"steps={owner.steps}: must be at least 1")
+        anchor = AnchorSettings(seed=seed, steps=ANCHOR_STEPS_PER_OWNER_STEP * owner.steps)
+        return cls(corpus=CorpusSettings(owners=tuple(owners), seed=seed), anchor=anchor, owner=owner)
+
+
+def run_demo(
+    out: str | Path,
+    *,
+    seed: int = 0,
+    owners: Sequence[str] = DEFAULT_OWNERS,
+    steps: int | None = None,
+    settings: DemoSettings | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Runs the demo into `out`, reusing what has not changed there; returns the path of `report.json`.
+
+    `settings`, if given, stands in for `seed`, `owners` and `steps`. Beside the report lie `report.md`, two plots, and
+    a folder per stage.
+
+    Raises: ValueError for owners without text or a bad number of steps; RuntimeError if an owner's process fails.
+    """
+    settings = settings or DemoSettings.of(seed=seed, owners=owners, steps=steps)
+    console = console or Console()
+    started = time.perf_counter()
+    with PeakMemory() as peak:
+        demo = Demo(Path(out), settings, console)
+        results = demo.run()
+    report = build_report(
+        results,
+        settings=asdict(settings),
+        seconds=time.perf_counter() - started,
+        peak_bytes=peak.bytes,
+        versions=installed_versions(),
+    )
+    path = write_report(report, Path(out))
+    print_report(report, console)
+    return path
+
+
+class Demo:
+    """One run: its folder, its settings, and the stages in their order."""
+
+    def __init__(self, out: Path, settings: DemoSettings, console: Console) -> None:
+        self.out, self.settings, self.console = out, settings, console
+        self.done: dict[str, Stage] = {}
+        self.stages = Stages(out, self._announce)
+
+    def run(self) -> dict[str, Any]:
+        """All stages; what the report needs."""
+        self._keep("corpus", self.corpus())
+        self._keep("anchor", self.anchor())
+        self._keep("grafted", self.grafted())
+        for owner, stage in self.train_all(self.settings.owner).items():
+            self._keep(f"owners/{owner}", stage)
+        self._keep("composed", self.compose("composed", list(self.settings.owners)))
+        self._keep("opted-out", self.opted_out())
+        self._keep("opt-out-proof", self.proof())
+        self._keep("scores", self.scores())
+        return {
+            "owners": list(self.settings.owners),
+            "mix": json.loads((self.folder("corpus") / "mix.json").read_text()),
+            "scores": json.loads((self.folder("scores") / "scores.json").read_text()),
+            "opt_out": json.loads((self.folder("opt-out-proof") / "verdict.json").read_text()),
+            "stages": {name: {"seconds": round(s.seconds, 1), "reused": s.reused} for name, s in self.done.items()},
+        }
+
+    def folder(self, stage: str) -> Path:
+        """Where a finished stage's files are."""
+        return self.done[stage].folder
+
+    def corpus(self) -> Stage:
+        settings = self.settings.corpus
+        return self.stages.run(
+            "corpus",
+            lambda folder: build_corpus(settings, folder),
+            settings={**asdict(settings), "versions": installed_versions()},
+            code=[
+                "flexmoe.demo.corpus",
+                "flexmoe.demo.sources",
+                "flexmoe.demo.worked_problems",
+                "flexmoe.demo.near_duplicates",
+            ],
+        )
+
+    def anchor(self) -> Stage:
+        settings, public = self.settings.anchor, self.folder("corpus") / "public.jsonl"
+
+        def make(folder: Path) -> None:
+            columns = (
+                TextColumn("  {task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total} steps"),
+                TimeElapsedColumn(),
+            )
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task("training the anchor", total=settings.steps)
+                train_anchor(
+                    read_texts(public), settings, folder, lambda step, steps: bar.update(task, completed=step)
+                )
+
+        return self.stages.run(
+            "anchor",
+            make,
+            settings={**settings.as_dict(), "public": _sha256(public)},
+            code=["flexmoe.demo.anchor", "flexmoe.data"],
+        )
+
+    def grafted(self) -> Stage:
+        public, seed = self.folder("corpus") / "public.jsonl", self.settings.corpus.seed
+        return self.stages.run(
+            "grafted",
+            lambda folder: graft(self.folder("anchor"), folder / MODEL, public_data=[public], seed=seed),
+            settings={"public": _sha256(public), "seed": seed},
+            code=_FILES,
+            inputs=[self.done["anchor"]],
+        )
+
+    def train_all(self, settings: OwnerSettings, *, below: str = "owners") -> dict[str, Stage]:
+        """Every owner's package, all owners at once, each in `<below>/<owner>` and a process of its own."""
+        owners = self.settings.owners
+        threads = max(1, (os.cpu_count() or 1) // len(owners))
+        with ThreadPoolExecutor(max_workers=min(len(owners), (os.cpu_count() or 1) + 1)) as pool:
+            stages = pool.map(lambda owner: self._train(owner, settings, f"{below}/{owner}", threads), owners)
+            return dict(zip(owners, stages, strict=True))
+
+    def compose(
+        self, name: str, owners: Sequence[str], *, below: str = "owners", public_prior: float | None = None
+    ) -> Stage:
+        """The grafted model and the packages of `owners`, put together in `<name>`; all experts active."""
+        packages = [self.stages.root / below / owner / PACKAGE for owner in owners]
+        k = len(self.settings.owners) + 1
+
+        def make(folder: Path) -> None:
+            compose(self.grafted_model, packages, folder / MODEL, public_prior=public_prior, num_experts_per_tok=k)
+
+        return self.stages.run(
+            name,
+            make,
+            settings={
+                "owners": list(owners),
+                "packages": [_sha256(p / "expert_config.json") for p in packages],
+                "prior": public_prior,
+                "k": k,
+            },
+            code=_FILES,
+            inputs=[self.done["grafted"]],
+        )
+
+    def opted_out(self) -> Stage:
+        owner = self.settings.leaving
+        return self.stages.run(
+            "opted-out",
+            lambda folder: remove(self.folder("composed") / MODEL, owner, folder / MODEL),
+            settings={"owner": owner},
+            code=_FILES,
+            inputs=[self.done["composed"]],
+        )
+
+    def proof(self) -> Stage:
+        owner, k = self.settings.leaving, len(self.settings.owners) + 1
+
+        def make(folder: Path) -> None:
+            verdict = prove_opt_out(
+                owner,
+                self.folder("opted-out") / MODEL,
+                self.grafted_model,
+                self.packages,
+                prompts(self.tokens()),
+                folder,
+                num_experts_per_tok=k,
+            )
+            (folder / "verdict.json").write_text(json.dumps(verdict, indent=2) + "\n")
+
+        packages = [self.done[f"owners/{name}"] for name in self.settings.owners]
+        return self.stages.run(
+            "opt-out-proof",
+            make,
+            settings={"owner": owner, "k": k},
+            code=[*_FILES, "flexmoe.demo.opt_out", "flexmoe.demo.fresh_process"],
+            inputs=[self.done["corpus"], self.done["grafted"], self.done["opted-out"], *packages],
+        )
+
+    def scores(self) -> Stage:
+        models = Models(
+            anchor=self.folder("anchor"),
+            grafted=self.grafted_model,
+            packages=self.packages,
+            composed=self.folder("composed") / MODEL,
+            opted_out=self.folder("opted-out") / MODEL,
+        )
+
+        def make(folder: Path) -> None:
+            tokens = self.tokens()
+            model = load(models.composed)
+            scores = {
+                "domains": list(tokens),
+                "tokens": {name: ids.numel() for name, ids in tokens.items()},
+                "losses": score_systems(models, tokens),
+                "routing": routing_shares(model, tokens),
+                "continuations": continuations(
+                    model, load_tokenizer(models.composed), tokens, seed=self.settings.corpus.seed
+                ),
+            }
+            (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+
+        read = ["corpus", "anchor", "grafted", *(f"owners/{o}" for o in self.settings.owners), "composed", "opted-out"]
+        return self.stages.run(
+            "scores",
+            make,
+            settings={"sequence_length": self.settings.anchor.sequence_length, "seed": self.settings.corpus.seed},
+            code=_SCORING,
+            inputs=[self.done[name] for name in read],
+        )
+
+    @property
+    def grafted_model(self) -> Path:
+        return self.folder("grafted") / MODEL
+
+    @property
+    def packages(self) -> dict[str, Path]:
+        return {owner: self.folder(f"owners/{owner}") / PACKAGE for owner in self.settings.owners}
+
+    def tokens(self) -> dict[str, Any]:
+        """Held-out tokens of public text and of each owner's domain, int64 [N, L] each."""
+        domains = [PUBLIC, *self.settings.owners]
+        held_out = self.folder("corpus") / "held_out"
+        return held_out_tokens(
+            held_out, domains, load_tokenizer(self.folder("anchor")), self.settings.anchor.sequence_length
+        )
+
+    def _train(self, owner: str, settings: OwnerSettings, name: str, threads: int) -> Stage:
+        data = self.folder("corpus") / "owners" / f"{owner}.jsonl"
+        statement = f"Demo text of kind {owner!r}, gathered on this machine."
+        return self.stages.run(
+            name,
+            lambda folder: train_owner(
+                owner, data, self.grafted_model, folder, settings, threads=threads, statement=statement
+            ),
+            settings={**settings.as_dict(), "data": _sha256(data)},
+            code=_TRAINING,
+            inputs=[self.done["grafted"]],
+        )
+
+    def _keep(self, name: str, stage: Stage) -> None:
+        self.done[name] = stage
+
+    def _announce(self, name: str, reused: bool) -> None:
+        self.console.print(f"[dim]{'reusing' if reused else 'making '}[/] {name}", highlight=False)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
