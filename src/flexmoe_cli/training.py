@@ -1,5 +1,6 @@
 """The command that an owner runs, where its data is: train."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,9 @@ LOOP, LOSS, ROUTER, PAPERS = "The training loop", "The loss", "The router row", 
 
 
 def train(
-    grafted: Annotated[Path, typer.Argument(help="Folder that `flexmoe graft` wrote.", show_default=False)],
+    grafted: Annotated[
+        str, typer.Argument(help="What `flexmoe graft` wrote: a folder or a Hub id.", show_default=False)
+    ],
     name: Annotated[str, typer.Option(help="The expert's name, in lower case: math, code-2.")],
     data: Annotated[list[Path], typer.Option(help="The owner's text: .txt, .md, .jsonl, .json, .parquet.")],
     out: Out,
@@ -29,6 +32,7 @@ def train(
     validation_fraction: Annotated[
         float | None, typer.Option(help="Documents held out, as a share. Default: 0.05.")
     ] = None,
+    validation_tokens: Annotated[int | None, typer.Option(help="Of each side, at most. Default: 20000.")] = None,
     router: Annotated[
         str | None,
         typer.Option(help="log_odds, lda, hidden_mean, embedding, random. Default: log_odds.", rich_help_panel=ROUTER),
@@ -45,9 +49,14 @@ def train(
     router_tokens: Annotated[
         int | None, typer.Option(help="Tokens a side to fit it on. Default: 40000.", rich_help_panel=ROUTER)
     ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(help="A sentence-transformers model, for --router embedding.", rich_help_panel=ROUTER),
+    ] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=LOOP)] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the own text, instead.", rich_help_panel=LOOP)
+        float | None,
+        typer.Option(help="Passes over the own text instead; 1 if neither is given.", rich_help_panel=LOOP),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Sequences per batch. Default: 8.", rich_help_panel=LOOP)
@@ -59,15 +68,31 @@ def train(
         int | None, typer.Option(help="Tokens per sequence. Default: 1024.", rich_help_panel=LOOP)
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak. Default: 2e-3.", rich_help_panel=LOOP)] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Steps up to the peak.", rich_help_panel=LOOP)] = None,
+    warmup_steps: Annotated[
+        int | None, typer.Option(help="Steps up to the peak. By default a twentieth of all.", rich_help_panel=LOOP)
+    ] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Validate every so many steps.", rich_help_panel=LOOP)] = None,
     save_steps: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints to resume from.", rich_help_panel=LOOP)
+        int | None, typer.Option(help="Steps between checkpoints. Default: 100.", rich_help_panel=LOOP)
     ] = None,
     resume: Annotated[
         bool, typer.Option(help="Go on where the same command was stopped.", rich_help_panel=LOOP)
     ] = True,
     seed: Annotated[
         int | None, typer.Option(help="Seed of everything drawn. Default: 0.", rich_help_panel=LOOP)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the frozen model: auto, float32, bfloat16. Default: auto.", rich_help_panel=LOOP),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Less memory for more time. Default: no.",
+            show_default=False,
+            rich_help_panel=LOOP,
+        ),
     ] = None,
     lm_z_loss: Annotated[float | None, typer.Option(help="Its weight. Default: 1e-5.", rich_help_panel=LOSS)] = None,
     router_z_loss: Annotated[
@@ -96,14 +121,17 @@ def train(
             data_statement=data_statement,
             overwrite=overwrite,
             resume=resume,
+            progress=sys.stderr.isatty(),
             **given(
                 public_data=public_data,
                 public_ratio=public_ratio,
                 text_column=text_column,
                 validation_fraction=validation_fraction,
+                validation_tokens=validation_tokens,
                 router=router,
                 router_bias=router_bias,
                 router_tokens=router_tokens,
+                embedder=embedder,
                 max_steps=max_steps,
                 epochs=epochs,
                 batch_size=batch_size,
@@ -111,7 +139,10 @@ def train(
                 sequence_length=sequence_length,
                 learning_rate=learning_rate,
                 warmup_steps=warmup_steps,
+                eval_steps=eval_steps,
                 save_steps=save_steps,
+                dtype=dtype,
+                gradient_checkpointing=gradient_checkpointing,
                 seed=seed,
                 lm_z_loss=lm_z_loss,
                 router_z_loss=router_z_loss,

@@ -1,0 +1,292 @@
+"""The command line: what each command asks of the library, how it answers, and that help comes quickly."""
+
+import ast
+import importlib
+import inspect as signatures
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from flexmoe.evaluation import DomainScore
+from flexmoe.training import TrainingSettings
+from flexmoe_cli import app, main
+from flexmoe_cli.arguments import parse_domains, parse_renames, parse_size, spread_files
+from flexmoe_cli.output import human_bytes, human_count, print_json
+
+COMMANDS = ("graft", "train", "compose", "add", "remove", "inspect", "evaluate", "demo")
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch):
+    """Replaces a function of the library by one that only checks that the call fits, and keeps it."""
+    kept: list[dict] = []
+
+    def replace(function: str, result: object = Path("result")) -> list[dict]:
+        module, name = function.rsplit(".", 1)
+        real = getattr(importlib.import_module(module), name)
+
+        def recorder(*args, **kwargs):
+            kept.append(signatures.signature(real).bind(*args, **kwargs).arguments)
+            return result
+
+        monkeypatch.setattr(function, recorder)
+        for shown in ("commands", "training"):
+            monkeypatch.setattr(f"flexmoe_cli.{shown}.show_result", lambda *_: None)
+        return kept
+
+    return replace
+
+
+class TestHelp:
+    @pytest.mark.parametrize("command", COMMANDS)
+    def test_every_command_explains_itself(self, command: str) -> None:
+        result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
+        assert result.exit_code == 0
+        assert "--json" in result.output
+        assert "--debug" in result.output
+
+    def test_it_lists_the_commands_in_the_order_of_the_work(self) -> None:
+        output = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
+        assert re.findall(r"^│ (\w+)  ", output, re.MULTILINE) == list(COMMANDS)
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["--version"]) == 0
+        assert re.fullmatch(r"flexmoe \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+    def test_help_does_not_wait_for_the_library(self) -> None:
+        code = "import sys; from flexmoe_cli import main; main(['train', '--help']); print(sorted(sys.modules))"
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        loaded = {name.split(".")[0] for name in ast.literal_eval(process.stdout.splitlines()[-1])}
+        assert not loaded & {"flexmoe", "torch", "transformers", "datasets", "numpy", "huggingface_hub"}
+
+    def test_help_names_the_defaults_of_training(self) -> None:
+        output = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).output
+        told = {
+            option.replace("-", "_"): value
+            for option, value in re.findall(r"--([a-z-]+) .*Default: ([^ ]+?)\.? +│", output)
+            if not option.startswith("no-")
+        }
+        assert len(told) >= 10
+        for option, value in told.items():
+            default = getattr(TrainingSettings(), option)
+            assert value == ("no" if default is False else str(default)) or float(value) == default, option
+
+
+class TestCalls:
+    """Each command is one call, with what was said and nothing else."""
+
+    def test_graft(self, call, tmp_path: Path) -> None:
+        texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+        for text in texts:
+            text.touch()
+        calls = call("flexmoe.conversion.graft.graft")
+        line = ["graft", "owner/anchor", "--out", "o", "--public-data", *map(str, texts), "--max-shard-size", "2GB"]
+        assert main([*line, "--no-norm-topk-prob", "--no-fingerprint", "--seed", "7"]) == 0
+        (asked,) = calls
+        assert asked["anchor"] == "owner/anchor"
+        assert asked["out"] == Path("o")
+        assert asked["public_data"] == texts
+        assert asked["max_shard_size"] == 2_000_000_000
+        assert (asked["norm_topk_prob"], asked["fingerprint"], asked["seed"]) == (False, False, 7)
+        assert (asked["overwrite"], "revision" in asked) == (False, False)
+
+    def test_train(self, call, tmp_path: Path) -> None:
+        for name in ("a.jsonl", "b.jsonl"):
+            (tmp_path / name).touch()
+        calls = call("flexmoe.training.train_expert")
+        data = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+        assert main(["train", "--data", *data, "grafted", "--name", "math", "--out", "o", "--router-bias"]) == 0
+        (asked,) = calls
+        assert (asked["grafted"], asked["name"], asked["out"]) == ("grafted", "math", Path("o"))
+        assert asked["data"] == [Path(path) for path in data]
+        assert asked["overrides"] == {"router_bias": True}, "defaults are the library's"
+
+    def test_training_options_and_settings_are_the_same(self, call) -> None:
+        calls = call("flexmoe.training.train_expert")
+        values = {"router": "lda", "embedder": "e", "text_column": "body", "dtype": "float32"}
+        flags = {"router_bias", "gradient_checkpointing"}
+        options = []
+        for name in (field.name for field in fields(TrainingSettings)):
+            options += [f"--{name.replace('_', '-')}", *([] if name in flags else [values.get(name, "1")])]
+        assert main(["train", "g", "--name", "math", "--data", "x.txt", "--out", "o", *options]) == 0
+        assert calls[0]["overrides"].keys() == {field.name for field in fields(TrainingSettings)}
+
+    def test_compose(self, call) -> None:
+        calls = call("flexmoe.conversion.compose.compose")
+        line = ["compose", "g", "p/math", "p/code", "--out", "o", "--name", "p/code=c2"]
+        assert main([*line, "--public-prior", "-0.5"]) == 0
+        (asked,) = calls
+        assert (asked["grafted"], asked["packages"]) == (Path("g"), [Path("p/math"), Path("p/code")])
+        assert asked["names"] == {"p/code": "c2"}
+        assert asked["public_prior"] == -0.5
+        assert asked["num_experts_per_tok"] is None
+
+    def test_add_and_remove(self, call) -> None:
+        calls = call("flexmoe.conversion.compose.add")
+        assert main(["add", "m", "p", "--out", "o", "--name", "math-2", "--overwrite"]) == 0
+        assert calls.pop() == {
+            "model": Path("m"),
+            "package": Path("p"),
+            "out": Path("o"),
+            "name": "math-2",
+            "overwrite": True,
+        }
+        calls = call("flexmoe.conversion.compose.remove")
+        assert main(["remove", "m", "math", "--out", "o"]) == 0
+        assert calls.pop() == {"model": Path("m"), "name": "math", "out": Path("o"), "overwrite": False}
+
+    def test_evaluate(self, call, capsys: pytest.CaptureFixture[str]) -> None:
+        score = DomainScore(loss=1.5, perplexity=float("inf"), tokens=3, documents=2)
+        calls = call("flexmoe.evaluation.evaluate", {"math": score})
+        line = ["evaluate", "m", "--data", "math=a.txt", "math=b.txt", "code=c.txt", "--json"]
+        assert main([*line, "--expert", "public", "--expert", "math"]) == 0
+        (asked,) = calls
+        assert asked["data"] == {"math": [Path("a.txt"), Path("b.txt")], "code": [Path("c.txt")]}
+        assert asked["experts"] == ["public", "math"]
+        printed = json.loads(capsys.readouterr().out)
+        assert printed["domains"]["math"] == {"loss": 1.5, "perplexity": None, "tokens": 3, "documents": 2}
+
+    def test_demo(self, call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "report.json").write_text('{"seconds": 1}')
+        calls = call("flexmoe.demo.run_demo", tmp_path / "report.json")
+        assert main(["demo", "--out", str(tmp_path), "--owners", "math,code", "--steps", "3", "--json"]) == 0
+        (asked,) = calls
+        assert (asked["out"], asked["seed"], asked["owners"], asked["steps"]) == (tmp_path, 0, ("math", "code"), 3)
+        assert json.loads(capsys.readouterr().out) == {"seconds": 1}
+
+
+class TestErrors:
+    def fail(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        def raises(_: Path) -> None:
+            raise error
+
+        monkeypatch.setattr("flexmoe.inspection.inspect", raises)
+
+    @pytest.mark.parametrize(
+        ("error", "text"),
+        [
+            (ValueError("What is [wrong].\n   What\tto do."), "Error: What is [wrong]. What to do."),
+            (KeyError("no tensor 'x'"), "Error: no tensor 'x'"),
+            (FileExistsError("o exists"), "Error: o exists"),
+            (ValueError(), "Error: ValueError"),
+            (
+                RuntimeError("odd"),
+                "Error: RuntimeError: odd (This was not foreseen: --debug shows where it happened.)",
+            ),
+        ],
+    )
+    def test_one_paragraph_on_stderr(self, monkeypatch, capsys, error: Exception, text: str) -> None:
+        self.fail(monkeypatch, error)
+        assert main(["inspect", "x"]) == 1
+        assert capsys.readouterr() == ("", text + "\n")
+
+    def test_debug_shows_where(self, monkeypatch) -> None:
+        self.fail(monkeypatch, ValueError("here"))
+        with pytest.raises(ValueError, match="here"):
+            main(["inspect", "x", "--debug"])
+
+    @pytest.mark.parametrize(
+        "line",
+        [["nonsense"], ["remove", "m"], ["graft", "a", "--out", "o", "--max-shard-size", "big"], ["inspect", "--x"]],
+    )
+    def test_a_wrong_command_line_is_2(self, capsys, line: list[str]) -> None:
+        assert main(line) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert "Usage: flexmoe" in printed.err
+
+    def test_a_warning_is_one_line_without_code(self, monkeypatch, capsys) -> None:
+        import warnings
+
+        def warns(_: Path) -> dict:
+            warnings.warn("something\nodd", UserWarning, stacklevel=1)
+            return {}
+
+        monkeypatch.setattr("flexmoe.inspection.inspect", warns)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            assert main(["inspect", "x", "--json"]) == 0
+        assert capsys.readouterr() == ("{}\n", "Warning: something odd\n")
+
+    @pytest.mark.parametrize(("extra", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])
+    def test_no_color_is_respected(self, monkeypatch, capsys, extra: dict[str, str], coloured: bool) -> None:
+        for key, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", **extra}.items():
+            monkeypatch.setenv(key, value)
+        self.fail(monkeypatch, ValueError("red"))
+        assert main(["inspect", "x"]) == 1
+        assert ("31m" in capsys.readouterr().err) is coloured
+
+
+class TestArguments:
+    def test_file_options_take_all_files_that_follow(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("a.txt").touch()
+        Path("b.txt").touch()
+        Path("folder").mkdir()
+
+        def spread(line: str) -> str:
+            return " ".join(spread_files(line.split()))
+
+        assert spread("--data a.txt b.txt --out o") == "--data a.txt --data b.txt --out o"
+        assert spread("--data a.txt folder") == "--data a.txt folder"
+        assert spread("--data missing.txt b.txt") == "--data missing.txt --data b.txt"
+        assert spread("--data a.txt missing.txt b.txt") == "--data a.txt missing.txt b.txt"
+        assert spread("--data x=a.txt y=b.txt m") == "--data x=a.txt --data y=b.txt m"
+        assert spread("--out a.txt b.txt") == "--out a.txt b.txt"
+        assert spread("--data a.txt -- b.txt") == "--data a.txt -- b.txt"
+
+    @pytest.mark.parametrize(
+        ("text", "size"), [("5GB", 5 * 10**9), ("1.5 kb", 1500), ("2GiB", 2 << 30), ("700", 700), ("3M", 3_000_000)]
+    )
+    def test_sizes(self, text: str, size: int) -> None:
+        assert parse_size(text) == size
+
+    def test_domains(self) -> None:
+        asked = parse_domains(["math=a.txt", "dir=x/b.txt", "c.txt", "math=d.txt"])
+        assert asked == {"math": [Path("a.txt"), Path("d.txt")], "dir": [Path("x/b.txt")], "c": [Path("c.txt")]}
+        assert parse_domains(["runs/k=2/math.txt"]) == {"math": [Path("runs/k=2/math.txt")]}
+        with pytest.raises(ValueError, match="write name=file"):
+            parse_domains(["math="])
+
+    def test_renames(self) -> None:
+        assert parse_renames(["p=math", "runs/k=2/p=code"]) == {"p": "math", "runs/k=2/p": "code"}
+        with pytest.raises(ValueError, match="write package=name"):
+            parse_renames(["math"])
+        with pytest.raises(ValueError, match="one name per package"):
+            parse_renames(["p=a", "p=b"])
+
+    def test_numbers_for_people(self) -> None:
+        assert [human_bytes(count) for count in (0, 999, 1000, 1_234_567, 8_660_000_000)] == [
+            "0 B",
+            "999 B",
+            "1 kB",
+            "1.23 MB",
+            "8.66 GB",
+        ]
+        assert [human_count(count) for count in (7, 4_330_000_000, 999_999)] == ["7", "4.33 B", "1 M"]
+
+    def test_json_is_standard(self, capsys) -> None:
+        print_json({"a": float("nan"), "b": [float("-inf"), 1.5], "c": Path("x"), "d": True, "é": None})
+        assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": "x", "d": True, "é": None}
+
+
+def test_as_a_process() -> None:
+    """The installed script, once: its exit code, its one paragraph, nothing on stdout."""
+    script = Path(sys.executable).parent / "flexmoe"
+    process = subprocess.run(
+        [script, "inspect", "/nowhere/at/all"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "NO_COLOR": "1"},
+    )
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert re.fullmatch(r"Error: /nowhere/at/all: no such folder\..*\n", process.stderr)
