@@ -16,8 +16,8 @@ A method is one pure function and one line of registration. It gets what it `nee
 and returns a `RouterRow`. Rows of methods that are `trained_by_loss` are a start; the others are final and stay
 frozen while the expert trains through them.
 
-NOT covered: collecting states (`flexmoe.hidden_states`), training rows (`flexmoe.training`), the prior of a composition
-(public's bias, `flexmoe compose --public-prior`).
+NOT covered: collecting states (`flexmoe.hidden_states`), training rows (`flexmoe.training`), the prior of a
+composition (public's bias, `flexmoe compose --public-prior`).
 """
 
 from __future__ import annotations
@@ -127,21 +127,20 @@ def log_odds(
 def lda(own: Moments, public: Moments, *, hidden_size: int, bias: bool, generator: torch.Generator) -> RouterRow:
     """Linear discriminant: the log-odds of two Gaussians that share one covariance S, from moments alone.
 
-    w = S^-1 (mean_own - mean_pub), b = -<w, m> with m midway between the means. Without a bias, the same under the
-    constraint <w, m> = 0: b vanishes of itself, and w = S^-1 (mean_own - mean_pub - kappa m) needs no other scale.
-    S: the mean of both covariances, shrunk by 0.1 towards its diagonal.
+    With a bias: w = S^-1 d and b = -<w, m>, d the difference of the means and m midway between them. Without one the
+    direction is that of the best linear regression through the origin, R^-1 d with R the uncentred second moments; its
+    length is such that a step along it changes the log-odds by what the two Gaussians say, <w, d> = <w, S w>.
+    S and R: the mean of both sides, shrunk by 0.1 towards the diagonal.
     """
-    pooled = (own.covariance + public.covariance) / 2
-    diagonal = pooled.diagonal().clone()
-    diagonal = diagonal.clamp_min(1e-12 * diagonal.mean().clamp_min(1e-300))  # a dead unit has no variance
-    shrunk = (1 - SHRINKAGE) * pooled + SHRINKAGE * diagonal.diag()
-    factor = torch.linalg.cholesky(shrunk)
     difference, midpoint = own.mean - public.mean, (own.mean + public.mean) / 2
-    towards_own, towards_midpoint = torch.cholesky_solve(torch.stack([difference, midpoint], 1), factor).unbind(1)
+    pooled = (own.covariance + public.covariance) / 2
     if bias:
-        return RouterRow(towards_own.float(), -(towards_own @ midpoint).item())
-    kappa = (midpoint @ towards_own) / (midpoint @ towards_midpoint).clamp_min(1e-300)
-    return RouterRow((towards_own - kappa * towards_midpoint).float())
+        weight = _solve_shrunk(pooled, difference)
+        return RouterRow(weight.float(), -(weight @ midpoint).item())
+    second = pooled + (torch.outer(own.mean, own.mean) + torch.outer(public.mean, public.mean)) / 2
+    weight = _solve_shrunk(second, difference)
+    length = (weight @ difference) / (weight @ pooled @ weight).clamp_min(1e-300)
+    return RouterRow((length * weight).float())
 
 
 @router_row("hidden_mean", needs="moments", trained_by_loss=True)
@@ -251,6 +250,13 @@ def _mean_and_square(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = chunk.double()
         total, square = total + x.sum(0), square + (x * x).sum(0)
     return total / len(states), square / len(states)
+
+
+def _solve_shrunk(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    diagonal = matrix.diagonal()
+    diagonal = diagonal.clamp_min(1e-12 * diagonal.mean().clamp_min(1e-288))  # a dead unit has no variance
+    factor = torch.linalg.cholesky((1 - SHRINKAGE) * matrix + SHRINKAGE * diagonal.diag())
+    return torch.cholesky_solve(vector[:, None], factor)[:, 0]
 
 
 def _project(vector: torch.Tensor, hidden_size: int) -> torch.Tensor:
