@@ -8,15 +8,22 @@ threads, or two masks under one backward pass, do not meet. Does not cover what 
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.utils.output_capturing import CompileableContextVar
 
 # Both hold dictionaries or None: transformers' common tests look into every such variable.
 _forward = CompileableContextVar("flexmoe_forward")
 _scopes = CompileableContextVar("flexmoe_scopes")
+
+# How many scopes of a (model, kind) are open in any thread: all that compiled code can see of them.
+_open_scopes: Counter[tuple[int, str]] = Counter()
+_counting = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -38,16 +45,38 @@ def forward_scope(values: dict[str, Any]) -> contextlib.AbstractContextManager[N
     return _holding(_forward, values)
 
 
-def model_scope(model: nn.Module, kind: str, value: Any) -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def model_scope(model: nn.Module, kind: str, value: Any) -> Iterator[None]:
     """Within it, `scoped_values(model, kind)` ends with `value`; other models and other threads don't see it."""
     key = (id(model), kind)
     outer = _scopes.get() or {}
-    return _holding(_scopes, {**outer, key: (*outer.get(key, ()), value)})
+    with _counting:
+        _open_scopes[key] += 1
+    try:
+        with _holding(_scopes, {**outer, key: (*outer.get(key, ()), value)}):
+            yield
+    finally:
+        with _counting:
+            _open_scopes[key] -= 1
+            if not _open_scopes[key]:
+                del _open_scopes[key]
 
 
 def scoped_values(model: nn.Module, kind: str) -> tuple[Any, ...]:
-    """The values of the enclosing `model_scope`s of this model and kind, outermost first."""
-    return (_scopes.get() or {}).get((id(model), kind), ())
+    """The values of the enclosing `model_scope`s of this model and kind, outermost first.
+
+    Raises:
+        RuntimeError: while compiling, a scope of this model is open in some thread. Compiled code cannot tell whose.
+    """
+    key = (id(model), kind)
+    if torch.compiler.is_compiling():
+        if key in _open_scopes:
+            raise RuntimeError(
+                "Compiled code cannot see the contexts only_experts and track_usage: pass expert_mask, use "
+                "set_active_experts, or call the model that was not compiled."
+            )
+        return ()
+    return (_scopes.get() or {}).get(key, ())
 
 
 def checkpoint_with_context(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ Every change is prepared first and made last, so one that fails leaves the model
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,12 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anchors_flexmoe import build_on_meta
 from .configuration_flexmoe import PUBLIC, check_expert_name, expert_record
 from .context_flexmoe import model_scope
-from .experts_flexmoe import FlexMoeBlock, make_expert, router_row
+from .experts_flexmoe import FlexMoeBlock
+from .fitting_flexmoe import (
+    ExpertPart,
+    check_fits,
+    expert_manifest,
+    expert_tensors,
+    fresh_networks,
+    parts_from_package,
+    parts_from_public,
+)
 from .hub_flexmoe import resolve_folder
-from .packages_flexmoe import ExpertManifest, ExpertPackage, write_package
+from .packages_flexmoe import ExpertPackage, write_package
 from .selection_flexmoe import CacheStamp, Selection, check_names
 
 _counting = threading.Lock()
@@ -117,9 +124,7 @@ class ExpertLifecycle:
         self._refuse_while_generating("add_expert")
         package = _package(source, revision)
         name = self._free_name(name or package.manifest.name)
-        record = {**package.manifest.record(), "name": name}
-        parts = self._parts_from(package, record)
-        self._put(record, parts)
+        self._put_package(package, name)
         return name
 
     def add_expert_copy(self, name: str) -> str:
@@ -131,13 +136,7 @@ class ExpertLifecycle:
         """
         self._refuse_while_generating("add_expert_copy")
         record = expert_record(self._free_name(name))
-        parts = []
-        for block, ffn in zip(self.flexmoe_blocks(), self._fresh_networks(), strict=True):
-            ffn.load_state_dict(
-                {key: value.clone() for key, value in block.experts[PUBLIC].state_dict().items()}, assign=True
-            )
-            parts.append((make_expert(ffn, record).train(self.training), _fresh_row(block)))
-        self._put(record, parts)
+        self._put(record, parts_from_public(self.flexmoe_blocks(), fresh_networks(self.config), record))
         return name
 
     def remove_expert(self, name: str) -> None:
@@ -167,9 +166,7 @@ class ExpertLifecycle:
         """
         self._refuse_while_generating("replace_expert")
         self._check_owned(name, "replaced", "graft the other anchor instead")
-        package = _package(source, revision)
-        record = {**package.manifest.record(), "name": name}
-        self._put(record, self._parts_from(package, record))
+        self._put_package(_package(source, revision), name)
 
     def rename_expert(self, old: str, new: str) -> None:
         """Calls the expert `old` by the name `new`; its position, and caches that it filled, stay valid.
@@ -210,95 +207,28 @@ class ExpertLifecycle:
             FileExistsError: `folder` exists and `overwrite` is False.
         """
         self._check_owned(name, "saved as a package", "it is the anchor itself")
-        tensors = dict(self._expert_tensors(name))
         record = next(record for record in self.config.experts if record["name"] == name)
-        manifest = self._manifest({**record, **manifest_fields}, tensors)
+        tensors = dict(expert_tensors(self.flexmoe_blocks(), name, fresh_networks(self.config)))
+        manifest = expert_manifest(self.config, self.flexmoe_blocks(), {**record, **manifest_fields}, tensors)
         return write_package(folder, manifest, tensors.items(), overwrite=overwrite)
-
-    def _expert_tensors(self, name: str) -> Iterator[tuple[str, Tensor]]:
-        for block, plain in zip(self.flexmoe_blocks(), self._fresh_networks(), strict=True):
-            state = block.experts[name].state_dict()
-            if set(state) != set(plain.state_dict()):
-                raise ValueError(
-                    f"Expert {name!r} holds {sorted(set(state) ^ set(plain.state_dict()))[:3]} ..., which its plain "
-                    "network has not: merge or unload its adapter (merge_and_unload) before saving it."
-                )
-            for key, value in state.items():
-                yield f"layers.{block.layer_index}.ffn.{key}", value.detach().cpu().contiguous()
-            yield f"layers.{block.layer_index}.router.weight", block.router[name].weight.detach().float().cpu()
-            yield f"layers.{block.layer_index}.router.bias", block.router[name].bias.detach().float().cpu()
-
-    def _manifest(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> ExpertManifest:
-        blocks = self.flexmoe_blocks()
-        networks = [block.experts[PUBLIC] for block in blocks]
-        hidden = self.config.anchor_config.hidden_size
-        anchor = self.config.anchor or {"model_type": self.config.anchor_config.model_type}
-        ffn_dtypes = {str(value.dtype).removeprefix("torch.") for key, value in tensors.items() if ".ffn." in key}
-        fields = {key: value for key, value in record.items() if key not in ("sha256", "source")}
-        return ExpertManifest(
-            **fields,
-            layers=[block.layer_index for block in blocks],
-            ffn={
-                "class": type(networks[0]).__name__,
-                "hidden": hidden,
-                "intermediate": [intermediate_size(network, hidden) for network in networks],
-            },
-            dtype=ffn_dtypes.pop() if len(ffn_dtypes) == 1 else "mixed",
-            anchor={key: anchor.get(key) for key in ("repo", "revision", "fingerprint", "model_type")},
-        )
 
     # How it is done
 
-    def _parts_from(self, package: ExpertPackage, record: dict[str, Any]) -> list[tuple[nn.Module, nn.Linear]]:
-        """The package's networks and rows, one pair per layer, checked but not yet part of the model."""
-        blocks = self.flexmoe_blocks()
-        self._check_fits(package, [block.layer_index for block in blocks])
-        parts = [
-            (make_expert(ffn, record), _fresh_row(block))
-            for block, ffn in zip(blocks, self._fresh_networks(), strict=True)
-        ]
-        expected = {}
-        for block, (network, row) in zip(blocks, parts, strict=True):
-            at = f"layers.{block.layer_index}"
-            expected |= {f"{at}.ffn.{key}": (block, network, key) for key in network.state_dict()}
-            expected |= {f"{at}.router.{key}": (block, row, key) for key in row.state_dict()}
-        for tensor_name, tensor in package.tensors():
-            if tensor_name not in expected:
-                raise ValueError(f"{package.folder}: {tensor_name!r} has no place in this model's networks.")
-            block, module, key = expected.pop(tensor_name)
-            _assign(module, key, tensor, _like(block, module, self.dtype), f"{package.folder}: {tensor_name}")
-        if expected:
-            raise ValueError(f"{package.folder} lacks {len(expected)} tensors, for example {next(iter(expected))!r}.")
-        for network, _ in parts:
-            network.train(self.training)
-        return parts
+    def _put_package(self, package: ExpertPackage, name: str) -> None:
+        check_fits(self.config, self.flexmoe_blocks(), package.manifest)
+        record = {**package.manifest.record(), "name": name}
+        self._put(record, parts_from_package(self.flexmoe_blocks(), fresh_networks(self.config), package, record))
 
-    def _check_fits(self, package: ExpertPackage, layers: list[int]) -> None:
-        manifest = package.manifest
-        ours, theirs = (self.config.anchor or {}).get("fingerprint"), manifest.anchor.get("fingerprint")
-        if ours != theirs:
-            raise ValueError(
-                f"Expert {manifest.name!r} was made for another anchor: its fingerprint is {theirs}, this model's is "
-                f"{ours}. Graft the anchor that it names ({manifest.anchor.get('repo') or 'no repo given'})."
-            )
-        if list(manifest.layers) != layers:
-            raise ValueError(f"Expert {manifest.name!r} has the layers {manifest.layers}; this model has {layers}.")
-
-    def _put(self, record: dict[str, Any], parts: list[tuple[nn.Module, nn.Linear]]) -> None:
+    def _put(self, record: dict[str, Any], parts: list[ExpertPart]) -> None:
         """Makes the expert part of the model, in place of one of that name or at the end."""
         name = record["name"]
         records = {known["name"]: known for known in self.config.experts} | {name: expert_record(record)}
         self.config.experts = list(records.values())
         for block, (network, row) in zip(self.flexmoe_blocks(), parts, strict=True):
-            block.experts[name] = network
+            block.experts[name] = network.train(self.training)
             block.router[name] = row
         self._serials[name] = self._next_serial
         self._next_serial += 1
-
-    def _fresh_networks(self) -> list[nn.Module]:
-        """The anchor's networks without weights: plain modules, whatever hooks or adapters the live ones carry."""
-        dense, sites = build_on_meta(self.config.anchor_config)
-        return [site.ffn(dense) for site in sites]
 
     def _free_name(self, name: str) -> str:
         check_expert_name(name)
@@ -340,50 +270,10 @@ class ExpertLifecycle:
             )
 
 
-def intermediate_size(network: nn.Module, hidden: int) -> int:
-    """Width of a feed-forward network: of its matrices' sides that are not `hidden`, the least (a fused gate_up has
-    twice the width)."""
-    sides = itertools.chain.from_iterable(p.shape for p in network.parameters() if p.dim() == 2)
-    return min((side for side in sides if side != hidden), default=hidden)
-
-
 def _package(source: str | Path | ExpertPackage, revision: str | None) -> ExpertPackage:
     if isinstance(source, ExpertPackage):
         return source
     return ExpertPackage.open(resolve_folder(source, revision=revision).path)
-
-
-def _fresh_row(block: FlexMoeBlock) -> nn.Linear:
-    public = block.router[PUBLIC].weight
-    return router_row(public.shape[-1], device=_home(block, public), dtype=public.dtype)
-
-
-def _home(block: FlexMoeBlock, parameter: Tensor) -> torch.device:
-    """Where the block computes; under offload its parameters lie on the meta device in between."""
-    hook = getattr(block, "_hf_hook", None)
-    if parameter.device.type == "meta" and getattr(hook, "execution_device", None) is not None:
-        return torch.device(hook.execution_device)
-    return parameter.device
-
-
-def _like(block: FlexMoeBlock, module: nn.Module, default: torch.dtype) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype that a new expert's tensors take: the public network's, or the public row's."""
-    is_row = isinstance(module, nn.Linear) and module.out_features == 1 and module.weight.device.type != "meta"
-    public = next((block.router if is_row else block.experts)[PUBLIC].parameters())
-    dtype = public.dtype if public.dtype.is_floating_point else default
-    return _home(block, public), dtype
-
-
-def _assign(module: nn.Module, key: str, tensor: Tensor, like: tuple[torch.device, torch.dtype], what: str) -> None:
-    """Puts `tensor` where the module has `key`, as a parameter of its own."""
-    owner_name, _, leaf = key.rpartition(".")
-    owner = module.get_submodule(owner_name)
-    empty = getattr(owner, leaf)
-    if empty.shape != tensor.shape:
-        raise ValueError(f"{what} has shape {list(tensor.shape)}; this model's networks have {list(empty.shape)}.")
-    device, dtype = like
-    value = tensor.to(device=device, dtype=dtype)
-    setattr(owner, leaf, nn.Parameter(value) if isinstance(empty, nn.Parameter) else value)
 
 
 def _rename_entry(modules: nn.ModuleDict, old: str, new: str) -> None:
@@ -392,4 +282,4 @@ def _rename_entry(modules: nn.ModuleDict, old: str, new: str) -> None:
         modules[new if name == old else name] = module
 
 
-__all__ = ["ExpertLifecycle", "intermediate_size"]
+__all__ = ["ExpertLifecycle"]

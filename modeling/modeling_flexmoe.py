@@ -285,19 +285,25 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
             RuntimeError (in the other thread): experts are changed while this runs.
         """
         with self._while_generating():
-            if experts is None:
-                return super().generate(*args, **kwargs)
-            if all(isinstance(name, str) for name in experts):
-                with self.only_experts(*experts):
-                    return super().generate(*args, **kwargs)
-            mask = self.expert_mask(experts)
-            if (given := kwargs.pop("expert_mask", None)) is not None:
-                mask = mask & given.to(mask.device)
-            return super().generate(*args, expert_mask=mask, **kwargs)
+            if experts is not None:
+                kwargs["expert_mask"] = self._mask_of(experts, _prompts(args, kwargs), kwargs.get("expert_mask"))
+            return super().generate(*args, **kwargs)
+
+    def _mask_of(self, experts: list[str] | list[list[str]], prompts: int, mask: Tensor | None) -> Tensor:
+        per_prompt = [experts] * prompts if all(isinstance(name, str) for name in experts) else experts
+        named = self.expert_mask(per_prompt)
+        return named if mask is None else named & mask.to(named.device)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The anchor's way, which families override."""
         return self.anchor.prepare_inputs_for_generation(*args, **kwargs)
+
+
+def _prompts(args: tuple, kwargs: dict[str, Any]) -> int:
+    """Number of prompts in a call of `generate`."""
+    named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+    prompts = args[0] if args else next((value for value in named if value is not None), None)
+    return 1 if prompts is None else len(prompts)
 
 
 def _moe_output(cls: type[ModelOutput], out: ModelOutput, values: dict[str, Any]) -> Any:

@@ -5,6 +5,7 @@ Does not cover trained models: what these say is noise, which is enough to tell 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -98,6 +99,17 @@ def perturb_expert(model: FlexMoeForCausalLM, name: str, seed: int = 0) -> None:
         block.router[name].bias.copy_(noise(block.router[name].bias))
 
 
+def realigned(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, its tensors copied to memory of their own.
+
+    A mapped file puts tensors at odd addresses, and a BLAS may sum in another order there: logits then differ in the
+    last bit between models whose weights are equal.
+    """
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
 def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """Token ids [batch, length] without the special ones."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -109,6 +121,7 @@ __all__ = [
     "VOCABULARY",
     "perturb_expert",
     "random_tokens",
+    "realigned",
     "tiny_anchor",
     "tiny_flexmoe",
 ]

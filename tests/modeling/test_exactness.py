@@ -115,7 +115,7 @@ def test_each_row_of_a_mask_is_that_row_alone(family, k):
         for row, names in enumerate(sets):
             with model.only_experts(*names):
                 alone = model(tokens[row, None]).logits[0]
-            # another number of rows in a matrix product may round otherwise; sandwich norms of random models amplify it
+            # another number of rows in a product may round otherwise, and sandwich norms amplify it
             torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
 
 

@@ -1,0 +1,173 @@
+"""An expert's modules from a package or from the public network, and a package's tensors from an expert's modules.
+
+New modules are always plain ones of the anchor's class, built anew: the live ones may carry hooks, adapters or
+quantised weights. Nothing here changes a model. Does not cover making them part of one (`lifecycle_flexmoe`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anchors_flexmoe import build_on_meta
+from .configuration_flexmoe import PUBLIC, FlexMoeConfig
+from .experts_flexmoe import FlexMoeBlock, make_expert, router_row
+from .manifest_flexmoe import ExpertManifest
+from .packages_flexmoe import ExpertPackage
+
+ExpertPart = tuple[nn.Module, nn.Linear]
+"""An expert in one layer: its network and its router row."""
+
+
+def fresh_networks(config: FlexMoeConfig) -> list[nn.Module]:
+    """The anchor's networks without weights, one per layer."""
+    dense, sites = build_on_meta(config.anchor_config)
+    return [site.ffn(dense) for site in sites]
+
+
+def parts_from_public(
+    blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Module], record: dict[str, Any]
+) -> list[ExpertPart]:
+    """Copies of the public networks, with rows of zeros."""
+    parts = []
+    for block, network in zip(blocks, networks, strict=True):
+        state = {key: value.clone() for key, value in block.experts[PUBLIC].state_dict().items()}
+        network.load_state_dict(state, assign=True)
+        parts.append((make_expert(network, record), _fresh_row(block)))
+    return parts
+
+
+def parts_from_package(
+    blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Module], package: ExpertPackage, record: dict[str, Any]
+) -> list[ExpertPart]:
+    """The package's networks and rows, on the devices and in the dtypes of the public ones.
+
+    Raises:
+        ValueError: a tensor is missing, has no place in these networks, or has another shape.
+    """
+    parts = [
+        (make_expert(network, record), _fresh_row(block)) for block, network in zip(blocks, networks, strict=True)
+    ]
+    places: dict[str, tuple[FlexMoeBlock, nn.ModuleDict, nn.Module, str]] = {}
+    for block, (network, row) in zip(blocks, parts, strict=True):
+        at = f"layers.{block.layer_index}"
+        places |= {f"{at}.ffn.{key}": (block, block.experts, network, key) for key in network.state_dict()}
+        places |= {f"{at}.router.{key}": (block, block.router, row, key) for key in row.state_dict()}
+    for name, tensor in package.tensors():
+        if name not in places:
+            raise ValueError(f"{package.folder}: {name!r} has no place in this model's networks.")
+        block, beside, module, key = places.pop(name)
+        _assign(module, key, _moved(tensor, block, beside[PUBLIC]), f"{package.folder}: {name}")
+    if places:
+        raise ValueError(f"{package.folder} lacks {len(places)} tensors, for example {next(iter(places))!r}.")
+    return parts
+
+
+def check_fits(config: FlexMoeConfig, blocks: Sequence[FlexMoeBlock], manifest: ExpertManifest) -> None:
+    """Checks that an expert was made for this anchor.
+
+    Raises:
+        ValueError: its fingerprint is another one (both are in the message), or its layers are.
+    """
+    ours, theirs = (config.anchor or {}).get("fingerprint"), manifest.anchor.get("fingerprint")
+    if ours != theirs:
+        raise ValueError(
+            f"Expert {manifest.name!r} was made for another anchor: its fingerprint is {theirs}, this model's is "
+            f"{ours}. Graft the anchor that it names ({manifest.anchor.get('repo') or 'no repository given'})."
+        )
+    layers = [block.layer_index for block in blocks]
+    if list(manifest.layers) != layers:
+        raise ValueError(f"Expert {manifest.name!r} has the layers {manifest.layers}; this model has {layers}.")
+
+
+def expert_tensors(
+    blocks: Sequence[FlexMoeBlock], name: str, networks: Sequence[nn.Module]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the expert `name`, called as in a package, on the CPU; rows in float32.
+
+    Raises:
+        ValueError: the expert holds other tensors than its plain network: an adapter is wrapped around it.
+    """
+    for block, network in zip(blocks, networks, strict=True):
+        at = f"layers.{block.layer_index}"
+        state = block.experts[name].state_dict()
+        if strange := sorted(set(state) ^ set(network.state_dict())):
+            raise ValueError(
+                f"Expert {name!r} differs from its plain network in {strange[:3]} ...: merge or unload the adapter "
+                "around it (merge_and_unload) before saving it."
+            )
+        for key, value in state.items():
+            yield f"{at}.ffn.{key}", value.detach().cpu().contiguous()
+        for key, value in block.router[name].state_dict().items():
+            yield f"{at}.router.{key}", value.detach().float().cpu()
+
+
+def expert_manifest(
+    config: FlexMoeConfig, blocks: Sequence[FlexMoeBlock], record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> ExpertManifest:
+    """The manifest of an expert with this record and these tensors."""
+    networks = [block.experts[PUBLIC] for block in blocks]
+    hidden = config.anchor_config.hidden_size
+    anchor = {**(config.anchor or {}), "model_type": config.anchor_config.model_type}
+    dtypes = {str(value.dtype).removeprefix("torch.") for name, value in tensors.items() if ".ffn." in name}
+    return ExpertManifest(
+        **{key: value for key, value in record.items() if key not in ("sha256", "source")},
+        layers=[block.layer_index for block in blocks],
+        ffn={
+            "class": type(networks[0]).__name__,
+            "hidden": hidden,
+            "intermediate": [intermediate_size(network, hidden) for network in networks],
+        },
+        dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
+        anchor={key: anchor.get(key) for key in ("repo", "revision", "fingerprint", "model_type")},
+    )
+
+
+def intermediate_size(network: nn.Module, hidden: int) -> int:
+    """Width of a feed-forward network: of its matrices' sides that are not `hidden`, the least, because a fused
+    gate_up has twice the width."""
+    sides = itertools.chain.from_iterable(p.shape for p in network.parameters() if p.dim() == 2)
+    return min((side for side in sides if side != hidden), default=hidden)
+
+
+def _fresh_row(block: FlexMoeBlock) -> nn.Linear:
+    public = block.router[PUBLIC].weight
+    return router_row(public.shape[-1], device=_home(block, public), dtype=public.dtype)
+
+
+def _home(block: FlexMoeBlock, parameter: Tensor) -> torch.device:
+    """Where the block computes; under offload its parameters lie on the meta device in between."""
+    device = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
+    return torch.device(device) if parameter.device.type == "meta" and device is not None else parameter.device
+
+
+def _moved(tensor: Tensor, block: FlexMoeBlock, public: nn.Module) -> Tensor:
+    """`tensor` where the public module is, in its dtype; in the tensor's own beside a quantised one."""
+    like = next(public.parameters())
+    return tensor.to(device=_home(block, like), dtype=like.dtype if like.dtype.is_floating_point else tensor.dtype)
+
+
+def _assign(module: nn.Module, key: str, tensor: Tensor, what: str) -> None:
+    """Puts `tensor` where the module has `key`."""
+    owner_name, _, leaf = key.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    empty = getattr(owner, leaf)
+    if empty.shape != tensor.shape:
+        raise ValueError(f"{what} has shape {list(tensor.shape)}; this model's networks have {list(empty.shape)}.")
+    setattr(owner, leaf, nn.Parameter(tensor) if isinstance(empty, nn.Parameter) else tensor)
+
+
+__all__ = [
+    "ExpertPart",
+    "check_fits",
+    "expert_manifest",
+    "expert_tensors",
+    "fresh_networks",
+    "intermediate_size",
+    "parts_from_package",
+    "parts_from_public",
+]

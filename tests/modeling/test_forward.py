@@ -1,0 +1,240 @@
+"""One forward pass: k, masks, scopes, outputs, losses, checkpointing, threads, compilation."""
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel
+from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
+
+OWNERS = ("math", "code", "legal")
+
+
+@torch.no_grad()
+def logits(model, tokens=None, **kwargs):
+    return model(random_tokens(2, 9) if tokens is None else tokens, **kwargs).logits
+
+
+@pytest.fixture
+def model() -> FlexMoeForCausalLM:
+    return tiny_flexmoe("llama", OWNERS, num_experts_per_tok=2)
+
+
+class TestActiveExpertsPerToken:
+    def test_of_the_call_wins_over_the_config_and_is_not_kept(self, model):
+        by_config = logits(model)
+        by_call = logits(model, num_experts_per_tok=1)
+        assert not torch.equal(by_call, by_config)
+        model.config.num_experts_per_tok = 1
+        assert torch.equal(logits(model), by_call)
+        assert torch.equal(logits(model, num_experts_per_tok=2), by_config)
+
+    def test_more_than_there_are_is_clamped_and_kept(self, model):
+        model.config.num_experts_per_tok = 50
+        assert torch.equal(logits(model), logits(model, num_experts_per_tok=4))
+        assert model.config.num_experts_per_tok == 50
+
+    @pytest.mark.parametrize("k", [0, -1])
+    def test_below_one_is_refused(self, model, k):
+        with pytest.raises(ValueError, match="at least 1"):
+            logits(model, num_experts_per_tok=k)
+
+
+class TestBadMasks:
+    def test_shape(self, model):
+        for shape in [(2, 3), (1, 4), (2, 4, 1), (4,)]:
+            with pytest.raises(ValueError, match="expert_mask has shape"):
+                logits(model, expert_mask=torch.ones(shape, dtype=torch.bool))
+
+    def test_dtype(self, model):
+        with pytest.raises(TypeError, match="bool"):
+            logits(model, expert_mask=torch.ones(2, 4))
+        with pytest.raises(TypeError, match="bool"):
+            logits(model, expert_mask=[[True] * 4] * 2)
+
+    def test_a_row_without_an_expert_is_named(self, model):
+        mask = torch.tensor([[True] * 4, [False] * 4])
+        with pytest.raises(ValueError, match=r"sequence\(s\) \[1\]"):
+            logits(model, expert_mask=mask)
+
+    def test_mask_and_active_set_that_do_not_meet(self, model):
+        model.set_active_experts(["code"])
+        with pytest.raises(ValueError, match="no active expert"):
+            logits(model, expert_mask=model.expert_mask([["math"], ["math"]]))
+
+
+class TestScopes:
+    def test_scopes_narrow_each_other(self, model):
+        with model.only_experts("public", "math"):
+            outer = logits(model)
+            with model.only_experts("math", "code"):
+                inner = logits(model)
+            assert torch.equal(logits(model), outer)
+        with model.only_experts("math"):
+            assert torch.equal(logits(model), inner)
+
+    def test_scope_holds_for_its_own_model_only(self, model):
+        other = tiny_flexmoe("llama", OWNERS, num_experts_per_tok=2)
+        free = logits(other)
+        with model.only_experts("math"):
+            assert torch.equal(logits(other), free)
+
+    def test_scope_that_contradicts_the_active_set(self, model):
+        model.set_active_experts(["public"])
+        with model.only_experts("math"), pytest.raises(ValueError, match="No expert is allowed"):
+            logits(model)
+
+    @pytest.mark.parametrize("names", [(), ("nobody",)])
+    def test_bad_names(self, model, names):
+        for call in (lambda: model.only_experts(*names), lambda: model.set_active_experts(list(names))):
+            with pytest.raises(ValueError, match=r"name at least one|has not"):
+                call()
+
+    def test_threads_do_not_meet(self, model):
+        sets = [("public",), ("math",), ("code", "legal"), ("public", "legal")]
+        alone = []
+        for names in sets:
+            with model.only_experts(*names):
+                alone.append(logits(model))
+        wrong = []
+
+        def run(i):
+            for _ in range(25):
+                with model.only_experts(*sets[i]):
+                    if not torch.equal(logits(model), alone[i]):
+                        wrong.append(i)
+
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+
+class TestOutputs:
+    def test_router_logits_have_all_columns(self, model):
+        with model.only_experts("public", "legal"), torch.no_grad():
+            out = model(random_tokens(2, 9), output_router_logits=True)
+        assert len(out.router_logits) == 2
+        for layer in out.router_logits:
+            assert layer.shape == (18, 4)
+            assert (layer[:, 1:3] == -float("inf")).all()
+            assert layer[:, [0, 3]].isfinite().all()
+        assert out.aux_loss.isfinite()
+        assert out.z_loss.isfinite()
+
+    def test_coefficients_reach_the_loss(self, model):
+        tokens = random_tokens(2, 9)
+        plain = model(tokens, labels=tokens, output_router_logits=True)
+        model.config.router_aux_loss_coef, model.config.router_z_loss_coef = 0.5, 0.25
+        out = model(tokens, labels=tokens, output_router_logits=True)
+        torch.testing.assert_close(out.loss, plain.loss + 0.5 * out.aux_loss + 0.25 * out.z_loss)
+        assert model(tokens, labels=tokens).aux_loss is None
+
+    def test_tuple(self, model):
+        out = model(random_tokens(2, 9), return_dict=False)
+        assert isinstance(out, tuple)
+        assert torch.equal(out[0], model(random_tokens(2, 9)).logits)
+
+    def test_hidden_states_and_inputs_embeds(self, model):
+        tokens = random_tokens(2, 9)
+        out = model(inputs_embeds=model.get_input_embeddings()(tokens), output_hidden_states=True, logits_to_keep=1)
+        assert len(out.hidden_states) == 3
+        torch.testing.assert_close(out.logits[:, 0], logits(model)[:, -1], **TOLERANCES[torch.float32])
+
+    def test_decoder_gives_the_hidden_states_of_the_causal_lm(self, model):
+        decoder = FlexMoeModel(model.config)
+        decoder.load_state_dict({k: v for k, v in model.state_dict().items() if "lm_head" not in k})
+        tokens = random_tokens(2, 9)
+        hidden = model(tokens, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(decoder.eval()(tokens).last_hidden_state, hidden)
+
+
+def gradients(model: nn.Module, tokens: torch.Tensor, **kwargs: object) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    model(tokens, labels=tokens, output_router_logits=True, **kwargs).loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+class TestTraining:
+    def test_freeze_except(self, model):
+        model.freeze_except("math")
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {name for name in dict(model.named_parameters()) if ".math." in name}
+        model.freeze_except("math", rows=False)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {name for name in dict(model.named_parameters()) if ".experts.math." in name}
+
+    def test_trained_expert_that_no_token_reaches_has_gradients(self, model):
+        model.freeze_except("math")
+        for block in model.flexmoe_blocks():
+            block.router["math"].bias.data.fill_(-1e4)
+        found = gradients(model, random_tokens(2, 9))
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == set(found)
+        assert all(not gradient.any() for gradient in found.values())
+
+    @pytest.mark.parametrize("k", [1, 2, 4])
+    def test_checkpointing_recomputes_with_the_mask_and_k_of_the_first_pass(self, model, k):
+        tokens = random_tokens(2, 9)
+        model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0.1
+        mask = model.expert_mask([["public", "math"], ["code", "legal"]])
+        plain = gradients(model, tokens, expert_mask=mask, num_experts_per_tok=k)
+        model.activation_checkpointing_enable()
+        model.train()
+        checkpointed = gradients(model, tokens, expert_mask=mask, num_experts_per_tok=k)
+        assert plain.keys() == checkpointed.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(checkpointed[name], gradient, msg=name)
+
+    def test_two_masks_under_one_backward(self, model):
+        model.activation_checkpointing_enable()
+        model.train()
+        tokens = random_tokens(2, 9)
+        first, second = (gradients(model, tokens, expert_mask=model.expert_mask([s, s])) for s in (["math"], ["code"]))
+        model.zero_grad()
+        masks = [model.expert_mask([s, s]) for s in (["math"], ["code"])]
+        sum(model(tokens, labels=tokens, expert_mask=mask).loss for mask in masks).backward()
+        both = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        for name, gradient in both.items():
+            parts = [part[name] for part in (first, second) if name in part]
+            torch.testing.assert_close(gradient, sum(parts), msg=name)
+
+    def test_reentrant_checkpointing_is_refused(self, model):
+        with pytest.raises(ValueError, match="use_reentrant"):
+            model.activation_checkpointing_enable({"use_reentrant": True})
+
+    def test_autocast_leaves_the_router_in_float32(self, model):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            out = model(random_tokens(2, 9), output_router_logits=True)
+        assert all(layer.dtype == torch.float32 for layer in out.router_logits)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiles_into_one_graph(model, masked):
+    tokens = random_tokens(2, 9)
+    kwargs = {"expert_mask": model.expert_mask([["public", "math"], ["code"]])} if masked else {}
+    expected = logits(model, tokens, **kwargs)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, tokens, **kwargs), expected, **TOLERANCES[torch.float32])
+
+
+def test_compiled_and_masked_expert_may_hold_nan(model):
+    for block in model.flexmoe_blocks():
+        for parameter in block.experts["legal"].parameters():
+            parameter.data.fill_(float("nan"))
+    mask = model.expert_mask([["public", "math"], ["code"]])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert logits(compiled, expert_mask=mask).isfinite().all()
+
+
+def test_compiled_code_follows_the_active_set_and_refuses_scopes(model):
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    everyone = logits(compiled)
+    model.set_active_experts(["public", "code"])
+    torch.testing.assert_close(logits(compiled), logits(model), **TOLERANCES[torch.float32])
+    assert not torch.allclose(logits(compiled), everyone)
+    with model.only_experts("code"), pytest.raises(Exception, match="cannot see the contexts"):
+        logits(compiled)

@@ -1,0 +1,198 @@
+"""Generation with chosen experts, and KV caches that know who filled them."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.generation.streamers import BaseStreamer
+
+from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.testing import random_tokens, tiny_flexmoe
+
+OWNERS = ("math", "code", "legal")
+
+
+@pytest.fixture
+def model() -> FlexMoeForCausalLM:
+    model = tiny_flexmoe("llama", OWNERS, num_experts_per_tok=2)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def generate(model, tokens, **kwargs):
+    attention_mask = torch.ones_like(tokens)
+    kwargs = {"max_new_tokens": 6, "do_sample": False, **kwargs}
+    return model.generate(tokens, attention_mask=attention_mask, **kwargs)
+
+
+MODES = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "returned sequences": {"num_beams": 3, "num_return_sequences": 2},
+    "without a cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_experts_for_all_is_removal_of_the_others(model, mode):
+    tokens = random_tokens(2, 7)
+    chosen = generate(model, tokens, experts=["public", "code"], **MODES[mode])
+    everyone = generate(model, tokens, **MODES[mode])
+    model.remove_expert("math")
+    model.remove_expert("legal")
+    assert torch.equal(generate(model, tokens, **MODES[mode]), chosen)
+    assert not torch.equal(everyone, chosen)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_experts_per_prompt_are_each_prompts_own(model, mode):
+    tokens = random_tokens(2, 7)
+    sets = [["public", "code"], ["math"]]
+    together = generate(model, tokens, experts=sets, **MODES[mode])
+    for row, names in enumerate(sets):
+        alone = generate(model, tokens[row, None], experts=names, **MODES[mode])
+        per_prompt = len(together) // 2
+        assert torch.equal(together[row * per_prompt : (row + 1) * per_prompt], alone)
+
+
+def test_experts_and_the_active_set_are_both_obeyed(model):
+    tokens = random_tokens(1, 7)
+    expected = generate(model, tokens, experts=["code"])
+    model.set_active_experts(["public", "code"])
+    assert torch.equal(generate(model, tokens, experts=["code", "math"]), expected)
+
+
+@pytest.mark.parametrize("experts", [[], ["nobody"], [["public"], []], [["public"], ["nobody"]]])
+def test_bad_experts(model, experts):
+    with pytest.raises(ValueError, match="name"):
+        generate(model, random_tokens(2, 7), experts=experts)
+
+
+def test_one_list_too_few_says_what_shape(model):
+    with pytest.raises(ValueError, match="expert_mask has shape"):
+        generate(model, random_tokens(3, 7), experts=[["public"], ["math"]])
+
+
+def test_k_of_the_call(model):
+    tokens = random_tokens(1, 7)
+    by_call = generate(model, tokens, num_experts_per_tok=1)
+    model.config.num_experts_per_tok = 1
+    assert torch.equal(generate(model, tokens), by_call)
+
+
+def filled_cache(model, cache=None, **kwargs):
+    tokens = random_tokens(2, 5)
+    with torch.no_grad():
+        return model(tokens, past_key_values=cache, use_cache=True, **kwargs).past_key_values
+
+
+def go_on(model, cache, **kwargs):
+    with torch.no_grad():
+        return model(random_tokens(2, 1, seed=9), past_key_values=cache, **kwargs).logits
+
+
+CHANGES = {
+    "remove": lambda model: model.remove_expert("math"),
+    "add": lambda model: model.add_expert_copy("news"),
+    "replace": lambda model: (model.remove_expert("legal"), model.add_expert_copy("legal")),
+    "active set": lambda model: model.set_active_experts(["public", "code"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_cache_of_other_experts_is_refused(model, change):
+    cache = filled_cache(model)
+    go_on(model, cache)
+    CHANGES[change](model)
+    with pytest.raises(ValueError, match="fresh cache"):
+        go_on(model, cache)
+    go_on(model, DynamicCache(config=model.config))
+
+
+def test_cache_with_another_mask_or_scope_is_refused(model):
+    one = model.expert_mask([["public"], ["math"]])
+    other = model.expert_mask([["math"], ["public"]])
+    cache = filled_cache(model, expert_mask=one)
+    go_on(model, cache, expert_mask=one)
+    for kwargs in ({"expert_mask": other}, {}):
+        with pytest.raises(ValueError, match="fresh cache"):
+            go_on(model, cache, **kwargs)
+    with model.only_experts("math"), pytest.raises(ValueError, match="fresh cache"):
+        go_on(model, cache)
+
+
+def test_a_rename_keeps_caches_valid_and_a_copy_keeps_its_stamp(model):
+    cache = filled_cache(model)
+    twin = copy.deepcopy(cache)
+    expected = go_on(model, cache)
+    model.rename_expert("math", "algebra")
+    assert torch.equal(go_on(model, twin), expected)
+    model.remove_expert("algebra")
+    with pytest.raises(ValueError, match="fresh cache"):
+        go_on(model, twin)
+
+
+def test_an_emptied_static_cache_starts_afresh(model):
+    cache = filled_cache(model, StaticCache(config=model.config, max_cache_len=16))
+    model.remove_expert("math")
+    with pytest.raises(ValueError, match="fresh cache"):
+        go_on(model, cache)
+    cache.reset()
+    filled_cache(model, cache)
+
+
+def test_generate_refuses_a_cache_of_others(model):
+    tokens = random_tokens(2, 7)
+    cache = DynamicCache(config=model.config)
+    generate(model, tokens, past_key_values=cache, experts=["public"])
+    longer = random_tokens(2, 20)
+    with pytest.raises(ValueError, match="fresh cache"):
+        generate(model, longer, past_key_values=cache, experts=["math"])
+
+
+class Meddler(BaseStreamer):
+    def __init__(self, change):
+        self.change, self.error = change, None
+
+    def put(self, value):
+        try:
+            self.change()
+        except RuntimeError as error:
+            self.error = error
+
+    def end(self): ...
+
+
+@pytest.mark.parametrize("change", ["remove", "add", "active set", "rename"])
+def test_changes_while_generating_are_refused(model, change):
+    change = {**CHANGES, "rename": lambda model: model.rename_expert("math", "algebra")}[change]
+    expected = generate(model, random_tokens(1, 7))
+    meddler = Meddler(lambda: change(model))
+    assert torch.equal(generate(model, random_tokens(1, 7), streamer=meddler), expected)
+    assert "while generate() runs" in str(meddler.error)
+    change(model)
+
+
+def test_changes_from_another_thread_while_generating_are_refused(model):
+    errors = []
+
+    def meddle():
+        thread = threading.Thread(target=lambda: errors.append(_error_of(lambda: model.remove_expert("math"))))
+        thread.start()
+        thread.join()
+
+    generate(model, random_tokens(1, 7), streamer=Meddler(meddle))
+    assert errors
+    assert all(isinstance(error, RuntimeError) for error in errors)
+    assert model.expert_names == ["public", *OWNERS]
+
+
+def _error_of(call):
+    try:
+        call()
+    except RuntimeError as error:
+        return error
+    return None

@@ -1,0 +1,223 @@
+"""Experts come, go, change places and names, on a live model; what fails leaves no trace."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM
+from flexmoe.testing import ANCHOR_CONFIGS, perturb_expert, random_tokens, tiny_flexmoe
+
+OWNERS = ("math", "code", "legal")
+FINGERPRINT = {"repo": "org/anchor", "revision": "abc", "fingerprint": "f" * 64, "model_type": "llama"}
+
+
+@torch.no_grad()
+def logits(model):
+    return model(random_tokens(2, 9)).logits
+
+
+def snapshot(model: FlexMoeForCausalLM) -> tuple:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return copy.deepcopy(model.config.to_dict()), list(state), state, logits(model)
+
+
+def assert_unchanged(model: FlexMoeForCausalLM, before: tuple) -> None:
+    config, names, state, was = before
+    assert model.config.to_dict() == config
+    assert list(model.state_dict()) == names
+    assert all(torch.equal(model.state_dict()[name], state[name]) for name in names)
+    assert torch.equal(logits(model), was)
+
+
+@pytest.fixture
+def model() -> FlexMoeForCausalLM:
+    return tiny_flexmoe("llama", OWNERS, num_experts_per_tok=2, anchor=FINGERPRINT)
+
+
+@pytest.mark.parametrize("family", ANCHOR_CONFIGS)
+def test_a_saved_expert_is_the_same_elsewhere(family, tmp_path):
+    model, empty = tiny_flexmoe(family, OWNERS), tiny_flexmoe(family)
+    for name in OWNERS:
+        assert empty.add_expert(model.save_expert(name, tmp_path / name)) == name
+    assert list(empty.state_dict()) == list(model.state_dict())
+    assert torch.equal(logits(empty), logits(model))
+
+
+def test_what_a_package_says_travels_with_the_expert(model, tmp_path):
+    model.save_expert("math", tmp_path / "a", license="cc-by-4.0", data_statement="Proofs.", version="2.1.0")
+    bare = tiny_flexmoe("llama", anchor=FINGERPRINT)
+    bare.add_expert(tmp_path / "a", name="algebra")
+    bare.save_expert("algebra", tmp_path / "b")
+    one, other = (ExpertPackage.open(tmp_path / folder).manifest for folder in "ab")
+    assert other.name == "algebra"
+    assert {**one.to_dict(), "name": "algebra"} == other.to_dict()
+    assert one.ffn == {"class": "LlamaMLP", "hidden": 32, "intermediate": [64, 64]}
+    assert one.anchor == FINGERPRINT
+
+
+def test_order_is_the_order_of_adding(model, tmp_path):
+    packages = {name: model.save_expert(name, tmp_path / name) for name in OWNERS}
+    other = tiny_flexmoe("llama", anchor=FINGERPRINT)
+    for name in ("legal", "math", "code"):
+        other.add_expert(ExpertPackage.open(packages[name]))
+    assert other.expert_names == ["public", "legal", "math", "code"]
+
+
+def test_replace_keeps_place_and_name(model, tmp_path):
+    other = tiny_flexmoe("llama", ["code"], anchor=FINGERPRINT)
+    perturb_expert(other, "code", seed=5)
+    package = other.save_expert("code", tmp_path / "new", version="2.0.0")
+    model.replace_expert("math", package)
+    assert model.expert_names == ["public", *OWNERS]
+    assert model.config.experts[1]["version"] == "2.0.0"
+    block, theirs = model.flexmoe_blocks()[0], other.flexmoe_blocks()[0]
+    assert torch.equal(block.experts["math"].up_proj.weight, theirs.experts["code"].up_proj.weight)
+    assert torch.equal(block.router["math"].weight, theirs.router["code"].weight)
+
+
+def test_rename_changes_no_logit_and_no_place(model):
+    model.set_active_experts(["public", "code"])
+    before = logits(model)
+    model.rename_expert("code", "programs")
+    assert model.expert_names == ["public", "math", "programs", "legal"]
+    assert model.active_experts == ["public", "programs"]
+    assert list(model.flexmoe_blocks()[0].experts) == model.expert_names
+    assert list(model.flexmoe_blocks()[0].router) == model.expert_names
+    assert torch.equal(logits(model), before)
+
+
+def test_remove_takes_the_name_out_of_the_active_set(model):
+    model.set_active_experts(["public", "code", "math"])
+    model.remove_expert("code")
+    assert model.active_experts == ["public", "math"]
+
+
+def test_added_experts_take_the_dtype_and_mode_of_the_model(model, tmp_path):
+    package = model.save_expert("math", tmp_path / "math")
+    other = tiny_flexmoe("llama", anchor=FINGERPRINT).to(torch.bfloat16).train()
+    other.add_expert(package)
+    block = other.flexmoe_blocks()[0]
+    assert block.experts["math"].up_proj.weight.dtype == torch.bfloat16
+    assert block.experts["math"].training
+
+
+def test_copy_of_public_starts_as_public(model):
+    model.add_expert_copy("news")
+    for block in model.flexmoe_blocks():
+        for (name, value), public in zip(
+            block.experts["news"].named_parameters(), block.experts["public"].parameters(), strict=True
+        ):
+            assert torch.equal(value, public), name
+            assert value.data_ptr() != public.data_ptr()
+        assert not block.router["news"].weight.any()
+
+
+BAD_NAMES = ["", "Math", "1math", "a--b", "math", "public", "keys", "default", "base_layer", "x" * 65, "a.b"]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES)
+def test_bad_names_change_nothing(model, tmp_path, name):
+    package = model.save_expert("math", tmp_path / "math")
+    before = snapshot(model)
+    if name:  # an empty name means the package's own
+        with pytest.raises(ValueError, match=r"name|already"):
+            model.add_expert(package, name=name)
+    for call in (model.add_expert_copy, lambda new: model.rename_expert("code", new)):
+        with pytest.raises(ValueError, match=r"name|already"):
+            call(name)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("call", ["remove_expert", "rename_expert", "replace_expert", "save_expert"])
+@pytest.mark.parametrize("name", ["public", "nobody"])
+def test_public_and_strangers_cannot_be_changed(model, tmp_path, call, name):
+    arguments = {"remove_expert": ()}.get(call, (str(tmp_path / "somewhere"),))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"cannot be|no expert"):
+        getattr(model, call)(name, *arguments)
+    assert_unchanged(model, before)
+
+
+def test_the_only_active_expert_stays(model):
+    model.set_active_experts(["math"])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="only active expert"):
+        model.remove_expert("math")
+    assert_unchanged(model, before)
+
+
+def _other_fingerprint(folder, tmp_path):
+    other = tiny_flexmoe("llama", ["math"], anchor={**FINGERPRINT, "fingerprint": "a" * 64})
+    return other.save_expert("math", tmp_path / "other")
+
+
+def _edit_manifest(**changes):
+    def edit(folder, tmp_path):
+        path = folder / "expert_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        return folder
+
+    return edit
+
+
+def _other_width(folder, tmp_path):
+    other = tiny_flexmoe("qwen3", ["math"], anchor=FINGERPRINT)
+    other.anchor.config.intermediate_size = 48
+    from flexmoe.modeling import FlexMoeConfig
+
+    config = other.config.anchor_config
+    config.intermediate_size = 48
+    narrow = FlexMoeForCausalLM(FlexMoeConfig(anchor_config=config, experts=["public", "math"], anchor=FINGERPRINT))
+    return narrow.save_expert("math", tmp_path / "narrow")
+
+
+def _last_bit(folder, tmp_path):
+    path = folder / "expert.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    return folder
+
+
+UNFIT = {
+    "another anchor": (_other_fingerprint, "f{64}|a{64}"),
+    "another width": (_other_width, r"shape"),
+    "fewer layers": (_edit_manifest(layers=[0]), r"layer"),
+    "unknown kind": (_edit_manifest(kind="sparse"), r"kind"),
+    "a flipped bit": (_last_bit, r"SHA-256"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize("call", ["add_expert", "replace_expert"])
+def test_packages_that_do_not_fit_change_nothing(model, tmp_path, case, call):
+    spoil, words = UNFIT[case]
+    folder = spoil(model.save_expert("math", tmp_path / "math"), tmp_path)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=words):
+        model.add_expert(folder, name="news") if call == "add_expert" else model.replace_expert("code", folder)
+    assert_unchanged(model, before)
+
+
+def test_missing_package_says_so(model, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        model.add_expert(tmp_path / "nowhere")
+
+
+def test_saving_over_something_needs_to_be_said(model, tmp_path):
+    folder = model.save_expert("math", tmp_path / "math")
+    with pytest.raises(FileExistsError):
+        model.save_expert("code", folder)
+    assert ExpertPackage.open(folder).manifest.name == "math"
+    model.save_expert("code", folder, overwrite=True)
+    assert ExpertPackage.open(folder).manifest.name == "code"
+
+
+def test_an_adapter_around_an_expert_is_not_saved_as_the_expert(model, tmp_path):
+    block = model.flexmoe_blocks()[0]
+    block.experts["math"].up_proj = torch.nn.Sequential(block.experts["math"].up_proj)
+    with pytest.raises(ValueError, match="adapter"):
+        model.save_expert("math", tmp_path / "math")
+    assert not (tmp_path / "math").exists()

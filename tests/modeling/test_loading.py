@@ -1,0 +1,198 @@
+"""Checkpoints: both classes and the Auto classes load them, everything comes back, nothing is silently missing."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+import flexmoe
+from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, find_ffn_sites
+from flexmoe.modeling.identity_flexmoe import live_fingerprint
+from flexmoe.testing import ANCHOR_CONFIGS, random_tokens, realigned, tiny_anchor, tiny_flexmoe
+
+OWNERS = ("math", "code-2")
+families = pytest.mark.parametrize("family", ANCHOR_CONFIGS)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(random_tokens(2, 9)).logits
+
+
+@families
+def test_both_classes_load_the_same_checkpoint(family, tmp_path):
+    model = tiny_flexmoe(family, OWNERS)
+    model.save_pretrained(tmp_path)
+    hidden = model(random_tokens(2, 9), output_hidden_states=True).hidden_states[-1]
+    for auto, cls in ((AutoModelForCausalLM, FlexMoeForCausalLM), (AutoModel, FlexMoeModel)):
+        loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)
+        assert type(loaded) is cls
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        if cls is FlexMoeForCausalLM:
+            assert torch.equal(logits(realigned(loaded)), logits(model))
+        else:
+            assert torch.equal(realigned(loaded)(random_tokens(2, 9)).last_hidden_state, hidden)
+
+
+@families
+def test_a_decoders_checkpoint_loads_as_a_causal_lm_but_for_an_untied_head(family, tmp_path):
+    model = tiny_flexmoe(family, OWNERS)
+    model.save_pretrained(tmp_path / "causal")
+    AutoModel.from_pretrained(tmp_path / "causal").save_pretrained(tmp_path / "decoder")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "decoder", output_loading_info=True)
+    head = {name for name in model.state_dict() if "lm_head" in name or "embed_out" in name}
+    assert set(info["missing_keys"]) <= head
+    assert not info["unexpected_keys"]
+    for name, value in loaded.state_dict().items():
+        assert name in head or torch.equal(value, model.state_dict()[name])
+
+
+def test_everything_in_the_config_comes_back(tmp_path):
+    records = ["public", {"name": "math", "version": "2.0.0", "license": "mit", "training": {"tokens": 5}}, "code-2"]
+    model = tiny_flexmoe("olmo2")
+    config = flexmoe.FlexMoeConfig(
+        anchor_config=model.config.anchor_config,
+        experts=records,
+        active_experts=["public", "math"],
+        num_experts_per_tok=7,
+        norm_topk_prob=True,
+        router_aux_loss_coef=0.01,
+        router_z_loss_coef=0.001,
+        anchor={"repo": "org/x", "fingerprint": None},
+        public_sample={"file": "public_sample.jsonl", "sha256": "0" * 64},
+    )
+    FlexMoeForCausalLM(config).save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    for key in ("experts", "active_experts", "num_experts_per_tok", "norm_topk_prob", "anchor", "public_sample"):
+        assert getattr(again, key) == getattr(config, key), key
+    assert again.router_aux_loss_coef == 0.01
+    ignored = {"dtype": None, "architectures": None}  # filled in by saving
+    assert {**again.anchor_config.to_dict(), **ignored} == {**model.config.anchor_config.to_dict(), **ignored}
+
+
+def test_the_donors_config_is_left_alone():
+    anchor = tiny_anchor("llama")
+    before = logits(anchor), anchor.config.to_dict(), anchor.config._attn_implementation
+    FlexMoeForCausalLM(flexmoe.FlexMoeConfig(anchor_config=anchor.config))
+    assert (anchor.config.to_dict(), anchor.config._attn_implementation) == before[1:]
+    assert torch.equal(logits(anchor), before[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_stay_float32_when_the_rest_is_cast(tmp_path, dtype):
+    model = tiny_flexmoe("llama", OWNERS)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    dtypes = {".router." in name: value.dtype for name, value in loaded.state_dict().items()}
+    assert dtypes == {True: torch.float32, False: dtype}
+    loaded.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto")
+    assert torch.equal(logits(realigned(again)), logits(realigned(loaded)))
+
+
+def edit(folder, change_tensors=None, change_config=None):
+    if change_tensors:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(change_tensors(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    if change_config:
+        path = folder / "config.json"
+        path.write_text(json.dumps(change_config(json.loads(path.read_text()))))
+
+
+def without(part):
+    return lambda tensors: {name: value for name, value in tensors.items() if part not in name}
+
+
+def renamed_to_unknown(config):
+    return {**config, "experts": [{"name": "public"}, {"name": "math"}, {"name": "zoology"}]}
+
+
+DAMAGE = {
+    "an expert's network": ({"change_tensors": without(".experts.math.")}, "lacks tensors"),
+    "one matrix": ({"change_tensors": without("layers.1.mlp.experts.math.up_proj")}, "lacks tensors"),
+    "a router row": ({"change_tensors": without("layers.0.mlp.router.code-2.")}, "lacks tensors"),
+    "public's network": ({"change_tensors": without(".experts.public.")}, "lacks tensors"),
+    "a name in the config": (
+        {"change_config": lambda config: {**config, "experts": config["experts"][:2]}},
+        "does not name",
+    ),
+    "an unknown expert in the config": ({"change_config": renamed_to_unknown}, "lacks tensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("cls", [FlexMoeForCausalLM, FlexMoeModel])
+def test_config_and_tensors_that_disagree_are_refused(tmp_path, damage, cls):
+    changes, words = DAMAGE[damage]
+    tiny_flexmoe("llama", OWNERS).save_pretrained(tmp_path)
+    edit(tmp_path, **changes)
+    with pytest.raises(ValueError, match=words):
+        cls.from_pretrained(tmp_path)
+
+
+UNFIT_ANCHORS = {
+    "mixtral": "mixture of experts already",
+    "olmoe": "mixture of experts already",
+    "flex_olmo": "mixture of experts already",
+    "t5": "no causal LM",
+    "mamba": "no feed-forward",
+    "vit": "no causal LM",
+}
+
+
+@pytest.mark.parametrize("model_type", UNFIT_ANCHORS)
+def test_models_that_cannot_be_an_anchor_say_why(model_type):
+    config = AutoConfig.for_model(model_type)
+    with pytest.raises(UnsupportedAnchorError, match=UNFIT_ANCHORS[model_type]):
+        flexmoe.modeling.build_on_meta(config)
+
+
+@families
+def test_names_go_both_ways(family):
+    anchor = tiny_anchor(family)
+    model = tiny_flexmoe(family, OWNERS)
+    dense, ours = set(anchor.state_dict()), set(model.state_dict())
+    names = flexmoe.modeling.NameMap(find_ffn_sites(anchor))
+    assert {names.to_flexmoe(name) for name in dense} <= ours
+    assert {names.to_dense(names.to_flexmoe(name)) for name in dense} == dense
+    others = ours - {names.to_flexmoe(name) for name in dense}
+    assert others
+    assert all(".router." in name or ".experts.math." in name or ".experts.code-2." in name for name in others)
+    assert {names.to_dense(name) for name in others} == {None}
+
+
+class TestModifiedAnchor:
+    def graft(self, **anchor):
+        model = tiny_flexmoe("llama", OWNERS)
+        fingerprint, dtype = live_fingerprint(model.state_dict(), model.anchor_names, set())
+        model.config.anchor = {"repo": "org/a", "revision": "1", "fingerprint": fingerprint, "dtype": dtype, **anchor}
+        return model, fingerprint
+
+    def test_untouched_keeps_its_fingerprint(self, tmp_path, caplog):
+        model, fingerprint = self.graft()
+        model.remove_expert("math")
+        model.save_pretrained(tmp_path)
+        assert AutoConfig.from_pretrained(tmp_path).anchor["fingerprint"] == fingerprint
+        assert "modified" not in caplog.text
+
+    @pytest.mark.parametrize("part", ["embed_tokens", "experts.public.up_proj", "lm_head"])
+    def test_modified_says_so_and_refuses_the_experts_of_the_original(self, tmp_path, caplog, part):
+        model, fingerprint = self.graft()
+        package = model.save_expert("math", tmp_path / "math")
+        parameter = next(p for name, p in model.named_parameters() if part in name)
+        parameter.data.view(-1)[0] += 1
+        model.save_pretrained(tmp_path / "saved")
+        assert "modified" in caplog.text
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+        assert again.config.anchor["fingerprint"] != fingerprint
+        assert again.config.anchor["repo"] is None
+        with pytest.raises(ValueError, match="another anchor"):
+            again.add_expert(package, name="news")
+
+    def test_a_cast_is_no_modification(self, tmp_path):
+        model, fingerprint = self.graft()
+        model.to(torch.bfloat16).save_pretrained(tmp_path)
+        assert AutoConfig.from_pretrained(tmp_path).anchor["fingerprint"] == fingerprint
