@@ -1,0 +1,442 @@
+# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
+"""Compose, add, remove: the lifecycle of experts on disk, checkpoint in, checkpoint out.
+
+A result is a function of who is in it: the checkpoint after a removal has the bytes of the one that never had that
+expert. The model is built on the meta device for names, order and shapes; weights pass through a tensor at a time,
+and a package is read once, verified on the way, before its result appears.
+
+Not here: live models (`flexmoe.modeling.lifecycle_flexmoe`), training of any kind, compositions by reference.
+"""
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import torch
+
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
+from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
+from flexmoe.modeling.folders_flexmoe import atomic_folder, check_new_folder, file_inside
+from flexmoe.modeling.hub_flexmoe import resolve_folder
+from flexmoe.modeling.json_flexmoe import read_json_object
+from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError
+from flexmoe.modeling.tensor_writer_flexmoe import (
+    MAX_SHARD_SIZE,
+    TensorSource,
+    source_from_file,
+    source_from_tensor,
+    write_checkpoint,
+)
+from flexmoe.modeling.tensors_flexmoe import (
+    TORCH_DTYPES,
+    CheckpointFolder,
+    Chunk,
+    TensorInfo,
+    expected_bytes,
+)
+
+CONFIG_FILE = "config.json"
+PRIOR_WITH_BIASES = 0.5
+"""Public's log prior odds where owners' rows have biases. Source: 3 owners, 40 % replay; docs/results.md."""
+
+_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx"}
+
+PackageLike = str | Path | ExpertPackage
+
+
+def compose(
+    grafted: str | Path,
+    packages: Sequence[PackageLike],
+    out: str | Path,
+    *,
+    names: Mapping[str, str] | None = None,
+    public_prior: float | None = None,
+    num_experts_per_tok: int | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Writes the model of a grafted anchor and the experts in `packages`, in that order. Returns its folder.
+
+    Args:
+        grafted: folder or Hub id of a model that has "public" only.
+        packages: folders, Hub ids or opened packages.
+        names: what to call experts here: {package as given in `packages`, or its own name: name in the model}.
+        public_prior: log prior odds of "public", its bias in every layer. By default 0 if all rows are bias-free and
+            0.5 if none is; a default that depended on who is there would make removal inexact.
+        num_experts_per_tok: k of the top-k; the graft's by default.
+        max_shard_size: bytes per weight file.
+        progress: called with the number of bytes just written.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is False.
+        FileNotFoundError: no such model or package.
+        ValueError: an expert is for another anchor, of an unknown kind or shape, its name is taken, its package is
+            not what it says (`PackageError`), or rows with and without bias meet and no `public_prior` is given.
+    """
+    model = _StoredModel(grafted)
+    if len(model.config.expert_names) > 1:
+        raise ValueError(
+            f"{grafted} has the experts {model.config.expert_names} already: add to it with `flexmoe add`, or compose "
+            "from the grafted anchor."
+        )
+    if not packages:
+        raise ValueError("There is no package to compose with: give at least one.")
+    newcomers = [_Newcomer.open(package) for package in packages]
+    _rename(newcomers, packages, names or {})
+    prior = _default_prior(newcomers) if public_prior is None else public_prior
+    if not isfinite(prior):
+        raise ValueError(f"public_prior must be a finite number; it is {prior}.")
+    config = _with_experts(model.config, newcomers)
+    if num_experts_per_tok is not None:
+        config.num_experts_per_tok = num_experts_per_tok
+    return _write(model, config, newcomers, out, overwrite, max_shard_size, progress, public_prior=prior)
+
+
+def add(
+    model: str | Path,
+    package: PackageLike,
+    out: str | Path,
+    *,
+    name: str | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Writes the stored `model` with the expert in `package` added, as `name` or by its own. Returns its folder.
+
+    The public prior stays what it is. `out` may be the model's own folder, with `overwrite`.
+
+    Raises: as `compose`.
+    """
+    stored, newcomer = _StoredModel(model), _Newcomer.open(package)
+    newcomer.name = name or newcomer.name
+    config = _with_experts(stored.config, [newcomer])
+    return _write(stored, config, [newcomer], out, overwrite, max_shard_size, progress)
+
+
+def remove(
+    model: str | Path,
+    name: str,
+    out: str | Path,
+    *,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Writes the stored `model` without the expert `name`: byte for byte the one that never had it.
+
+    `out` may be the model's own folder, with `overwrite`.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is False.
+        ValueError: there is no such expert, it is "public", or it is the only active one.
+    """
+    stored = _StoredModel(model)
+    config = copy.deepcopy(stored.config)
+    if name == PUBLIC:
+        raise ValueError(f"{PUBLIC!r} is the anchor's own network and cannot be removed, only masked.")
+    if name not in config.expert_names:
+        raise ValueError(f"{model} has no expert {name!r}; it has {', '.join(config.expert_names)}.")
+    if config.active_experts == [name]:
+        raise ValueError(
+            f"{name!r} is the only active expert of {model}: choose others with set_active_experts first."
+        )
+    if config.active_experts is not None:
+        config.active_experts = [other for other in config.active_experts if other != name]
+    config.experts = [record for record in config.experts if record["name"] != name]
+    return _write(stored, config, [], out, overwrite, max_shard_size, progress)
+
+
+class _StoredModel:
+    """A FlexMoE checkpoint: its folder, config and tensors."""
+
+    def __init__(self, source: str | Path):
+        self.folder = resolve_folder(source).path
+        if not (self.folder / CONFIG_FILE).is_file():
+            raise FileNotFoundError(f"{source} is not a model folder: it has no {CONFIG_FILE}.")
+        model_type = read_json_object(self.folder / CONFIG_FILE).get("model_type")
+        if model_type != FlexMoeConfig.model_type:
+            raise ValueError(
+                f"{source} is a {model_type!r} model, not a FlexMoE. Make one of it with `flexmoe graft`."
+            )
+        self.config = FlexMoeConfig.from_pretrained(self.folder)
+        self.tensors = CheckpointFolder(self.folder)
+
+
+@dataclass
+class _Newcomer:
+    """A package on its way into a model, under `name`."""
+
+    package: ExpertPackage
+    name: str
+    source: dict[str, str | None] | None
+    rows: dict[str, torch.Tensor]
+
+    @classmethod
+    def open(cls, given: PackageLike) -> "_Newcomer":
+        if isinstance(given, ExpertPackage):
+            return cls(given, given.manifest.name, None, given.read_rows())
+        found = resolve_folder(given)
+        package = ExpertPackage.open(found.path)
+        source = {"repo": found.repo, "revision": found.revision} if found.repo else None
+        return cls(package, package.manifest.name, source, package.read_rows())
+
+    def record(self) -> dict[str, object]:
+        return expert_record({**self.package.manifest.record(), "name": self.name, "source": self.source})
+
+    def has_bias(self) -> bool:
+        return any(bool(row.any()) for name, row in self.rows.items() if name.endswith(".router.bias"))
+
+
+class _PackageStream:
+    """Hands out a package's networks in the order asked for, reading its files once, in their own order.
+
+    Where the two orders agree, as in packages that FlexMoE wrote, one tensor is in memory at a time. Rows were read
+    beforehand (a composition's prior depends on them) and are compared here with the verified ones.
+    """
+
+    def __init__(self, newcomer: _Newcomer):
+        self._newcomer = newcomer
+        self._stream = newcomer.package.tensors()
+        self._waiting: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str) -> torch.Tensor:
+        while name not in self._waiting:
+            if not self._advance():
+                raise PackageError(f"{self._newcomer.package.folder}: {name!r} vanished while the package was read.")
+        return self._waiting.pop(name)
+
+    def finish(self) -> None:
+        """Reads what is left, so that every file's hash has been compared."""
+        while self._advance():
+            pass
+
+    def _advance(self) -> bool:
+        item = next(self._stream, None)
+        if item is None:
+            return False
+        name, tensor = item
+        row = self._newcomer.rows.get(name)
+        if row is None:
+            self._waiting[name] = tensor
+        elif not torch.equal(row, tensor):
+            raise PackageError(f"{self._newcomer.package.folder}: {name!r} changed while the package was read.")
+        return True
+
+
+def _rename(newcomers: Sequence[_Newcomer], packages: Sequence[PackageLike], names: Mapping[str, str]) -> None:
+    unused = set(names)
+    for newcomer, given in zip(newcomers, packages, strict=True):
+        for key in (str(given), newcomer.name):
+            if key in names:
+                newcomer.name = names[key]
+                unused.discard(key)
+                break
+    if unused:
+        own = ", ".join(newcomer.package.manifest.name for newcomer in newcomers)
+        raise ValueError(f"There is no package {min(unused)!r} to give another name; the packages are {own}.")
+
+
+def _default_prior(newcomers: Sequence[_Newcomer]) -> float:
+    biased = [newcomer.name for newcomer in newcomers if newcomer.has_bias()]
+    if not biased:
+        return 0.0
+    if len(biased) == len(newcomers):
+        return PRIOR_WITH_BIASES
+    free = [newcomer.name for newcomer in newcomers if not newcomer.has_bias()]
+    raise ValueError(
+        f"The rows of {', '.join(biased)} have biases, those of {', '.join(free)} have none, so there is no default "
+        f"for the public prior: give --public-prior (public_prior=), for example {PRIOR_WITH_BIASES}."
+    )
+
+
+def _with_experts(config: FlexMoeConfig, newcomers: Sequence[_Newcomer]) -> FlexMoeConfig:
+    config = copy.deepcopy(config)
+    for newcomer in newcomers:
+        check_expert_name(newcomer.name)
+        if newcomer.name in config.expert_names:
+            raise ValueError(
+                f"There is an expert {newcomer.name!r} already, beside {', '.join(config.expert_names)}: give "
+                f"{newcomer.package.folder} another name (--name)."
+            )
+        _check_anchor(config, newcomer)
+        config.experts = [*(config.experts or []), newcomer.record()]
+    return config
+
+
+def _check_anchor(config: FlexMoeConfig, newcomer: _Newcomer) -> None:
+    anchor = newcomer.package.manifest.anchor
+    ours, theirs = (config.anchor or {}).get("fingerprint"), anchor.get("fingerprint")
+    if ours != theirs:
+        raise ValueError(
+            f"Expert {newcomer.name!r} was made for another anchor ({anchor.get('repo') or anchor['model_type']}): "
+            f"its fingerprint is {theirs}, this model's is {ours}. Compose it with the anchor that it was trained on."
+        )
+
+
+def _write(
+    stored: _StoredModel,
+    config: FlexMoeConfig,
+    newcomers: Sequence[_Newcomer],
+    out: str | Path,
+    overwrite: bool,
+    max_shard_size: int,
+    progress: Callable[[int], None] | None,
+    *,
+    public_prior: float | None = None,
+) -> Path:
+    target = check_new_folder(out, overwrite)
+    _check_apart(stored.folder, [newcomer.package.folder for newcomer in newcomers], target)
+    with torch.device("meta"):
+        model = FlexMoeForCausalLM(config)
+    streams = {newcomer.name: _PackageStream(newcomer) for newcomer in newcomers}
+    sources = _sources(stored, model, {newcomer.name: newcomer for newcomer in newcomers}, streams, public_prior)
+    with atomic_folder(target, overwrite) as folder:
+        write_checkpoint(folder, sources, max_shard_size=max_shard_size, progress=progress)
+        for stream in streams.values():
+            stream.finish()
+        _copy_companions(stored.folder, folder)
+        config.save_pretrained(folder)  # last: a folder without it does not load
+    return target
+
+
+def _sources(
+    stored: _StoredModel,
+    model: FlexMoeForCausalLM,
+    newcomers: Mapping[str, _Newcomer],
+    streams: Mapping[str, _PackageStream],
+    public_prior: float | None,
+) -> list[TensorSource]:
+    """What to write, in the order of the model's state dict."""
+    state, places = model.state_dict(), _places(model)
+    _check_newcomers(newcomers, state, places)
+    _check_stored(stored, state, places, newcomers)
+    sources = []
+    for key, empty in state.items():
+        owner, inside = places.get(key, ("", ""))
+        if owner in newcomers:
+            sources.append(_newcomer_source(stored, newcomers[owner], streams[owner], key, inside, empty.shape))
+        elif owner == PUBLIC and inside.endswith(".router.bias") and public_prior is not None:
+            sources.append(source_from_tensor(key, torch.tensor([public_prior], dtype=torch.float32)))
+        elif key in stored.tensors.infos:
+            sources.append(source_from_file(stored.tensors, key))
+        # what is left is tied to a tensor that is stored
+    return sources
+
+
+def _newcomer_source(
+    stored: _StoredModel, newcomer: _Newcomer, stream: _PackageStream, key: str, inside: str, shape: Sequence[int]
+) -> TensorSource:
+    """A tensor of a package under its name in the model, in the dtype of public's own; rows are float32."""
+    if inside in newcomer.rows:
+        return source_from_tensor(key, newcomer.rows[inside].to(torch.float32))
+    twin = key.replace(f".experts.{newcomer.name}.", f".experts.{PUBLIC}.")
+    code = stored.tensors.infos[twin].dtype
+    folder = newcomer.package.folder
+
+    def chunks() -> Iterator[Chunk]:
+        tensor = stream.take(inside)
+        cast = tensor.to(TORCH_DTYPES[code])
+        if cast.dtype != tensor.dtype and not bool(cast.isfinite().all()):
+            raise ValueError(f"{folder}: {inside!r} holds numbers too large for {code}, the dtype of this anchor.")
+        yield from source_from_tensor(key, cast).chunks()
+
+    return TensorSource(TensorInfo(key, code, tuple(shape), expected_bytes(code, shape)), chunks)
+
+
+def _places(model: FlexMoeForCausalLM) -> dict[str, tuple[str, str]]:
+    """For each tensor of an expert: whose it is, and what a package calls it."""
+    places: dict[str, tuple[str, str]] = {}
+    for path, block in model.named_modules():
+        if not isinstance(block, FlexMoeBlock):
+            continue
+        for part, modules in (("experts", block.experts), ("router", block.router)):
+            inside = f"layers.{block.layer_index}.{'ffn' if part == 'experts' else part}"
+            for name, module in modules.items():
+                places |= {f"{path}.{part}.{name}.{key}": (name, f"{inside}.{key}") for key in module.state_dict()}
+    return places
+
+
+def _check_newcomers(
+    newcomers: Mapping[str, _Newcomer], state: Mapping[str, torch.Tensor], places: Mapping[str, tuple[str, str]]
+) -> None:
+    for name, newcomer in newcomers.items():
+        wanted = {inside: tuple(state[key].shape) for key, (owner, inside) in places.items() if owner == name}
+        found = {inside: info.shape for inside, info in newcomer.package.infos.items()}
+        for inside in sorted(wanted.keys() | found.keys()):
+            if wanted.get(inside) != found.get(inside):
+                raise ValueError(
+                    f"{newcomer.package.folder}: tensor {inside!r} has shape {_shape(found.get(inside))}, this model "
+                    f"wants {_shape(wanted.get(inside))}. The expert was made for another network."
+                )
+
+
+def _check_stored(
+    stored: _StoredModel,
+    state: Mapping[str, torch.Tensor],
+    places: Mapping[str, tuple[str, str]],
+    newcomers: Mapping[str, _Newcomer],
+) -> None:
+    """Every expert that stays is there whole, shapes are right, and nothing is stored that nobody owns."""
+    infos = stored.tensors.infos
+    leaving = _removed(stored, places)
+    for key in infos:
+        if key.startswith(leaving):
+            continue
+        if key not in state or infos[key].shape != tuple(state[key].shape):
+            wanted = _shape(tuple(state[key].shape)) if key in state else "none"
+            raise ValueError(
+                f"{stored.folder}: tensor {key!r} has shape {_shape(infos[key].shape)}; the config says {wanted}."
+            )
+    missing = [key for key, (owner, _) in places.items() if owner not in newcomers and key not in infos]
+    if missing:
+        raise ValueError(
+            f"{stored.folder} lacks {len(missing)} tensors that its config names, such as {missing[0]!r}."
+        )
+
+
+def _removed(stored: _StoredModel, places: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
+    """What the names of tensors begin with that are stored, but belong to an expert who leaves."""
+    leaving = set(stored.config.expert_names) - {owner for owner, _ in places.values()}
+    public = {key.rpartition(f".{PUBLIC}.")[0] for key in places if f".router.{PUBLIC}." in key}
+    blocks = {path.removesuffix(".router") for path in public}
+    return tuple(f"{block}.{part}.{name}." for block in blocks for part in ("experts", "router") for name in leaving)
+
+
+def _shape(shape: Sequence[int] | None) -> str:
+    return "none" if shape is None else str(list(shape))
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """Copies all but weights, config and hidden files: tokenizer, generation settings, public sample, licence."""
+    for entry in sorted(source.iterdir()):
+        if entry.name.startswith(".") or entry.name == CONFIG_FILE or _holds_weights(entry):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            (folder / entry.name).mkdir()
+            _copy_companions(entry, folder / entry.name)
+        else:
+            shutil.copyfile(file_inside(source, entry.name), folder / entry.name)
+
+
+def _holds_weights(path: Path) -> bool:
+    name = path.name.removesuffix(".json").removesuffix(".index")
+    return Path(name).suffix in _WEIGHT_SUFFIXES
+
+
+def _check_apart(model: Path, packages: Sequence[Path], target: Path) -> None:
+    """An output may replace the model that it comes from, but no package, and no folder that holds more."""
+    read = [package.resolve() for package in packages]
+    if model.resolve() != target:
+        read.append(model.resolve())
+    for path in read:
+        if path.is_relative_to(target):
+            raise ValueError(f"The output {target} is, or holds, {path}, which is read. Choose another output folder.")
+
+
+__all__ = ["PRIOR_WITH_BIASES", "add", "compose", "remove"]

@@ -1,0 +1,254 @@
+"""Composing, adding and removing on disk: the model that a live one would be, and the bytes of one that never had them."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flexmoe.conversion.compose import add, compose, remove
+from flexmoe.conversion.graft import graft
+from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK
+from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError
+from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
+from flexmoe.testing import perturb_expert, random_tokens, tiny_anchor
+
+FAMILIES = ("llama", "gpt2", "gemma2", "phi3")  # plain; Conv1D with biases; tied and post-norm; fused gate_up
+
+
+def make_world(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
+    """In `folder`: a graft, and the packages `math`, `code` and `law` of owners who each had the graft alone."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tiny_anchor(family).to(dtype).save_pretrained(folder / "anchor")
+    (folder / "text.txt").write_text("Public text.")
+    graft(folder / "anchor", folder / "grafted", public_data=[folder / "text.txt"])
+    (folder / "grafted" / "tokenizer_config.json").write_text("{}\n")
+    for name in ("math", "code", "law"):
+        save_expert(folder / "grafted", folder / name, name, biased=True)
+    return folder
+
+
+def save_expert(grafted: Path, out: Path, name: str, *, biased: bool) -> Path:
+    model = FlexMoeForCausalLM.from_pretrained(grafted)
+    model.add_expert_copy(name)
+    perturb_expert(model, name)
+    if not biased:
+        for block in model.flexmoe_blocks():
+            torch.nn.init.zeros_(block.router[name].bias)
+    return Path(model.save_expert(name, out, license="mit"))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("one"), "llama")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def packages(world: Path, *names: str) -> list[Path]:
+    return [world / name for name in names]
+
+
+def composed(world: Path, out: Path, *names: str) -> Path:
+    return compose(world / "grafted", packages(world, *names), out)
+
+
+def no_traces(folder: Path) -> bool:
+    return not any(TEMPORARY_MARK in name for name in os.listdir(folder))
+
+
+class TestEqualsTheLiveModel:
+    def test_tensors_config_and_logits(self, world: Path, tmp_path: Path) -> None:
+        live = FlexMoeForCausalLM.from_pretrained(world / "grafted")
+        for name in ("math", "code"):
+            live.add_expert(world / name)
+        live.save_pretrained(tmp_path / "live")
+        folder = compose(world / "grafted", packages(world, "math", "code"), tmp_path / "out", public_prior=0.0)
+
+        ours, theirs = load_file(folder / "model.safetensors"), load_file(tmp_path / "live" / "model.safetensors")
+        assert ours.keys() == theirs.keys()
+        for name, tensor in theirs.items():
+            assert ours[name].dtype == tensor.dtype
+            assert torch.equal(ours[name], tensor), name
+        assert json.loads((folder / "config.json").read_text()) == json.loads(
+            (tmp_path / "live" / "config.json").read_text()
+        )
+        loaded = FlexMoeForCausalLM.from_pretrained(folder)
+        assert list(loaded.state_dict()) == list(live.state_dict())
+        tokens = random_tokens(2, 12)
+        with torch.no_grad():
+            assert torch.equal(loaded(tokens).logits, live(tokens).logits)
+
+    def test_what_lies_beside_the_weights_comes_along(self, llama: Path, tmp_path: Path) -> None:
+        folder = composed(llama, tmp_path / "out", "math")
+        for name in ("public_sample.jsonl", "tokenizer_config.json"):
+            assert (folder / name).read_bytes() == (llama / "grafted" / name).read_bytes()
+
+    def test_two_names_for_one_package(self, llama: Path, tmp_path: Path) -> None:
+        names = {str(llama / "math"): "maths", "code": "software"}
+        folder = compose(llama / "grafted", packages(llama, "math", "code", "law"), tmp_path / "out", names=names)
+        model = FlexMoeForCausalLM.from_pretrained(folder)
+        assert model.expert_names == ["public", "maths", "software", "law"]
+
+    def test_bf16_anchor_takes_float32_experts_and_keeps_rows_in_float32(self, tmp_path: Path) -> None:
+        world = make_world(tmp_path, "llama", torch.bfloat16)
+        model = FlexMoeForCausalLM.from_pretrained(world / "grafted", dtype=torch.float32)
+        model.add_expert_copy("wide")
+        perturb_expert(model, "wide")
+        model.save_expert("wide", tmp_path / "wide")
+        assert ExpertPackage.open(tmp_path / "wide").manifest.dtype == "float32"
+        stored = load_file(composed(world, tmp_path / "out", "wide", "math") / "model.safetensors")
+        for block, live in enumerate(model.flexmoe_blocks()):
+            up = stored[f"anchor.model.layers.{block}.mlp.experts.wide.up_proj.weight"]
+            assert up.dtype == torch.bfloat16
+            assert torch.equal(up, live.experts["wide"].up_proj.weight.to(torch.bfloat16))
+            row = stored[f"anchor.model.layers.{block}.mlp.router.wide.weight"]
+            assert row.dtype == torch.float32
+            assert torch.equal(row, live.router["wide"].weight)
+
+
+class TestRemovalIsExact:
+    def test_every_file_has_the_bytes_of_never_had(self, world: Path, tmp_path: Path) -> None:
+        everyone = composed(world, tmp_path / "all", "math", "code", "law")
+        never = content(composed(world, tmp_path / "never", "math", "law"))
+        assert content(remove(everyone, "code", tmp_path / "out")) == never
+
+    def test_add_then_remove_gives_the_bytes_back(self, llama: Path, tmp_path: Path) -> None:
+        before = composed(llama, tmp_path / "before", "math")
+        both = add(before, llama / "code", tmp_path / "both")
+        assert content(both) == content(composed(llama, tmp_path / "all", "math", "code"))
+        assert content(remove(both, "code", tmp_path / "after")) == content(before)
+
+    def test_in_place_and_in_shards(self, llama: Path, tmp_path: Path) -> None:
+        def sharded(out: str, *names: str) -> Path:
+            return compose(llama / "grafted", packages(llama, *names), tmp_path / out, max_shard_size=60_000)
+
+        model = sharded("all", "math", "code")
+        assert len(list(model.glob("model-*.safetensors"))) > 3
+        assert remove(model, "math", model, max_shard_size=60_000, overwrite=True) == model
+        assert content(model) == content(sharded("never", "code"))
+        assert no_traces(tmp_path)
+        FlexMoeForCausalLM.from_pretrained(model)
+
+    def test_the_active_set_is_a_live_removals(self, llama: Path, tmp_path: Path) -> None:
+        folder = composed(llama, tmp_path / "all", "math", "code")
+        model = FlexMoeForCausalLM.from_pretrained(folder)
+        model.set_active_experts(["public", "code"])
+        model.save_pretrained(tmp_path / "active")
+        config = json.loads((remove(tmp_path / "active", "code", tmp_path / "out") / "config.json").read_text())
+        assert config["active_experts"] == ["public"]
+
+    def test_no_byte_of_the_removed_is_left(self, llama: Path, tmp_path: Path) -> None:
+        folder = remove(composed(llama, tmp_path / "all", "math", "code"), "math", tmp_path / "out")
+        assert not any(b"math" in data for data in content(folder).values())
+
+
+class TestPrior:
+    def priors(self, folder: Path) -> set[float]:
+        with CheckpointFolder(folder) as tensors:
+            return {tensors.read(name).item() for name in tensors.infos if name.endswith(".router.public.bias")}
+
+    def test_defaults(self, llama: Path, tmp_path: Path) -> None:
+        free = save_expert(llama / "grafted", tmp_path / "free", "free", biased=False)
+        assert self.priors(composed(llama, tmp_path / "biased", "math", "code")) == {0.5}
+        assert self.priors(compose(llama / "grafted", [free], tmp_path / "bias-free")) == {0.0}
+        mixed: Sequence[Path] = [free, llama / "math"]
+        with pytest.raises(ValueError, match="--public-prior"):
+            compose(llama / "grafted", mixed, tmp_path / "mixed")
+        assert self.priors(compose(llama / "grafted", mixed, tmp_path / "mixed", public_prior=1.5)) == {1.5}
+
+    def test_must_be_finite(self, llama: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="finite"):
+            compose(llama / "grafted", packages(llama, "math"), tmp_path / "out", public_prior=float("nan"))
+
+
+class TestRefusals:
+    def test_another_anchor_names_both_fingerprints(self, llama: Path, tmp_path: Path) -> None:
+        tiny_anchor("llama", seed=1).save_pretrained(tmp_path / "anchor")
+        other = graft(tmp_path / "anchor", tmp_path / "other")
+        ours = json.loads((other / "config.json").read_text())["anchor"]["fingerprint"]
+        theirs = ExpertPackage.open(llama / "math").manifest.anchor["fingerprint"]
+        with pytest.raises(ValueError, match=f"(?s){theirs}.*{ours}"):
+            compose(other, packages(llama, "math"), tmp_path / "out")
+
+    def test_names(self, llama: Path, tmp_path: Path) -> None:
+        grafted, out = llama / "grafted", tmp_path / "out"
+        with pytest.raises(ValueError, match="'math' already"):
+            compose(grafted, packages(llama, "math", "math"), out)
+        with pytest.raises(ValueError, match="'public' already"):
+            compose(grafted, packages(llama, "math"), out, names={"math": "public"})
+        with pytest.raises(ValueError, match="is not an expert name"):
+            compose(grafted, packages(llama, "math"), out, names={"math": "Maths!"})
+        with pytest.raises(ValueError, match="no package 'maths'"):
+            compose(grafted, packages(llama, "math"), out, names={"maths": "m"})
+        with pytest.raises(ValueError, match="at least one"):
+            compose(grafted, [], out)
+        model = composed(llama, tmp_path / "model", "math")
+        with pytest.raises(ValueError, match="cannot be removed"):
+            remove(model, "public", out)
+        with pytest.raises(ValueError, match="no expert 'law'"):
+            remove(model, "law", out)
+        with pytest.raises(ValueError, match="flexmoe add"):
+            compose(model, packages(llama, "code"), out)
+        assert not out.exists()
+
+    def test_wrong_things_in_the_wrong_place(self, llama: Path, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="flexmoe graft"):
+            compose(llama / "anchor", packages(llama, "math"), tmp_path / "out")
+        with pytest.raises(FileNotFoundError, match=r"config\.json"):
+            compose(llama / "math", packages(llama, "math"), tmp_path / "out")
+        with pytest.raises(FileNotFoundError, match=r"expert_config\.json"):
+            compose(llama / "grafted", [llama / "grafted"], tmp_path / "out")
+
+    def test_damage_found_at_the_end_leaves_nothing(self, llama: Path, tmp_path: Path) -> None:
+        bad = shutil.copytree(llama / "math", tmp_path / "bad")
+        data = bytearray((bad / "expert.safetensors").read_bytes())
+        data[-1] ^= 1  # the last byte: all tensors were written when it shows
+        (bad / "expert.safetensors").write_bytes(data)
+        with pytest.raises(PackageError, match="SHA-256"):
+            compose(llama / "grafted", [bad], tmp_path / "out")
+        assert os.listdir(tmp_path) == ["bad"]
+
+    def test_outputs_are_kept_apart_from_inputs(self, llama: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(llama / "math", tmp_path / "math")
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            compose(llama / "grafted", [copy], copy)
+        for out in (copy, tmp_path):
+            with pytest.raises(ValueError, match="which is read"):
+                compose(llama / "grafted", [copy], out, overwrite=True)
+        assert ExpertPackage.open(copy)
+
+    def test_a_checkpoint_that_its_config_does_not_describe(self, llama: Path, tmp_path: Path) -> None:
+        model = composed(llama, tmp_path / "model", "math", "code")
+        config = json.loads((model / "config.json").read_text())
+        config["experts"] = config["experts"][:2]
+        (model / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=r"\.code\.|config says none"):
+            remove(model, "math", tmp_path / "out")
+
+    def test_links_out_of_the_model_folder_are_not_copied(self, llama: Path, tmp_path: Path) -> None:
+        model = shutil.copytree(llama / "grafted", tmp_path / "model")
+        (tmp_path / "secret").write_text("secret")
+        (model / "vocab.txt").symlink_to(tmp_path / "secret")
+        with pytest.raises(ValueError, match="leads out of the folder"):
+            compose(model, packages(llama, "math"), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+def test_progress_counts_every_byte_of_the_tensors(llama: Path, tmp_path: Path) -> None:
+    counted: list[int] = []
+    folder = compose(llama / "grafted", packages(llama, "math"), tmp_path / "out", progress=counted.append)
+    with CheckpointFolder(folder) as tensors:
+        assert sum(counted) == sum(info.nbytes for info in tensors.infos.values())
