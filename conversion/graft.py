@@ -105,12 +105,14 @@ def graft(
     with torch.device("meta"):
         model = FlexMoeForCausalLM(config)
     names = NameMap(dense.sites)
-    with atomic_folder(target, overwrite) as folder:
+    durable = overwrite  # a new folder can be made again; one that replaces another must not be lost with it
+    with atomic_folder(target, overwrite, durable=durable) as folder:
         written = write_checkpoint(
             folder,
             _sources(model, dense, names),
             max_shard_size=max_shard_size,
             hash_tensors=fingerprint,
+            flush=durable,
             progress=progress,
         )
         digests = None

@@ -43,12 +43,16 @@ def check_new_folder(out: str | Path, overwrite: bool = False) -> Path:
 
 
 @contextmanager
-def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(out: str | Path, overwrite: bool = False, *, durable: bool = True) -> Iterator[Path]:
     """Yields an empty folder beside `out` that becomes `out` when the block ends well and vanishes when it fails.
 
     The files are on disk before the name changes, and an old folder is exchanged for the new one in a single step
     where the system has one (Linux), so a kill at any moment leaves the old folder, the new one, or the old one and
     a stray temporary folder, which the next run names in a warning.
+
+    Args:
+        durable: wait until the disk has the files. Without it a power cut (not a kill) soon afterwards may leave files
+            cut short, which do not load: right for what can be made again from inputs that are still there.
 
     Raises:
         FileExistsError, NotADirectoryError, ValueError: see `check_new_folder`, before the block runs.
@@ -60,8 +64,11 @@ def atomic_folder(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        _flush_to_disk(temporary)
+        if durable:
+            _flush_to_disk(temporary)
         _put_in_place(temporary, target, overwrite)
+        if durable:
+            _sync(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -152,7 +159,6 @@ def _put_in_place(temporary: Path, target: Path, overwrite: bool) -> None:
             os.rename(old, target)
             raise
         shutil.rmtree(old)
-    _sync(target.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

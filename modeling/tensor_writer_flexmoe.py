@@ -83,6 +83,7 @@ def write_checkpoint(
     max_shard_size: int = MAX_SHARD_SIZE,
     hash_tensors: bool = False,
     hash_files: bool = False,
+    flush: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> WrittenCheckpoint:
     """Streams `sources` into `<stem>.safetensors`, or into shards of at most `max_shard_size` bytes and an index.
@@ -95,6 +96,7 @@ def write_checkpoint(
 
     Args:
         hash_tensors, hash_files: also compute SHA-256 of each tensor's bytes, of each whole file.
+        flush: send the bytes to the disk on the way, for a folder that is to be `durable`.
         progress: called with the number of bytes just written.
 
     Raises:
@@ -112,7 +114,8 @@ def write_checkpoint(
             _Flusher(file) as flusher,
             _Hasher(hash_tensors, hash_files) as hasher,
         ):
-            _write_file(file, shard, [flusher.written, *([progress] if progress else [])], hasher)
+            listeners = [*([flusher.written] if flush else []), *([progress] if progress else [])]
+            _write_file(file, shard, listeners, hasher)
         files[name] = hasher.file_sha256() if hash_files else None
         tensor_sha256.update(hasher.tensor_sha256())
     if len(shards) > 1:
