@@ -1,4 +1,4 @@
-"""Composing, adding and removing on disk: the model that a live one would be, and the bytes of one that never had them."""
+"""Composing, adding and removing on disk: what a live model would be, and the bytes of one that never had them."""
 
 import json
 import os
