@@ -125,9 +125,14 @@ class FlexMoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def expert_records(self) -> list[dict[str, Any]]:
+        """The records of all experts, in order."""
+        return list(self.experts or [])
+
+    @property
     def expert_names(self) -> list[str]:
         """Names of all experts, in order."""
-        return [record["name"] for record in self.experts]
+        return [record["name"] for record in self.expert_records]
 
     def validate_experts(self) -> None:
         """Part of `@strict`: names are names, unique, and "public" comes first; active experts exist.
@@ -135,9 +140,7 @@ class FlexMoeConfig(PreTrainedConfig):
         Raises:
             ValueError: one of these does not hold.
         """
-        if not all(isinstance(expert, dict) for expert in self.experts):
-            return  # plain names, before __post_init__ makes them records
-        names = [expert_record(expert)["name"] for expert in self.experts]
+        names = [expert_record(expert)["name"] for expert in self.experts or []]
         if names[:1] != [PUBLIC]:
             raise ValueError(f"The first expert must be {PUBLIC!r}, the anchor's own network; got {names}.")
         if len(set(names)) != len(names):

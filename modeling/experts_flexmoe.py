@@ -54,9 +54,8 @@ def router_row(hidden_size: int, device: torch.device | None = None, dtype: torc
     row = nn.Linear(hidden_size, 1, device=device, dtype=dtype)
     nn.init.zeros_(row.weight)
     nn.init.zeros_(row.bias)
-    row._is_hf_initialized = True  # the anchor's `_init_weights` would draw it at random
-    for parameter in row.parameters():
-        parameter._is_hf_initialized = True
+    for part in (row, *row.parameters()):
+        part.__dict__["_is_hf_initialized"] = True  # the anchor's `_init_weights` would draw it at random
     return row
 
 
@@ -66,7 +65,8 @@ class FlexMoeRouter(nn.ModuleDict):
     def forward(self, x_TH: Tensor, names: Sequence[str]) -> Tensor:
         """Logits of the experts `names`, float32 [T, A], whatever autocast says."""
         with maybe_autocast(x_TH.device.type, enabled=False):
-            logits = [self[name](x_TH.to(self[name].weight.dtype)).float() for name in names]
+            # a row says its dtype by its first parameter, also when an adapter is wrapped around it
+            logits = [row(x_TH.to(next(row.parameters()).dtype)).float() for row in map(self.__getitem__, names)]
         return torch.cat(logits, -1)
 
 
@@ -75,13 +75,13 @@ class FlexMoeBlock(nn.Module):
 
     def __init__(self, ffn: nn.Module, config: FlexMoeConfig, layer_index: int) -> None:
         super().__init__()
-        hidden_size = config.anchor_config.hidden_size
+        hidden_size = config.get_text_config().hidden_size
         self.layer_index = layer_index
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = bool(config.norm_topk_prob)
         self.experts = nn.ModuleDict()
         self.router = FlexMoeRouter()
-        for record in config.experts:
+        for record in config.expert_records:
             name = record["name"]
             self.experts[name] = ffn if name == PUBLIC else make_expert(ffn, record)
             self.router[name] = router_row(hidden_size)

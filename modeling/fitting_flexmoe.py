@@ -25,7 +25,7 @@ ExpertPart = tuple[nn.Module, nn.Linear]
 
 def fresh_networks(config: FlexMoeConfig) -> list[nn.Module]:
     """The anchor's networks without weights, one per layer."""
-    dense, sites = build_on_meta(config.anchor_config)
+    dense, sites = build_on_meta(config.get_text_config())
     return [site.ffn(dense) for site in sites]
 
 
@@ -111,8 +111,8 @@ def expert_manifest(
 ) -> ExpertManifest:
     """The manifest of an expert with this record and these tensors."""
     networks = [block.experts[PUBLIC] for block in blocks]
-    hidden = config.anchor_config.hidden_size
-    anchor = {**(config.anchor or {}), "model_type": config.anchor_config.model_type}
+    hidden = config.get_text_config().hidden_size
+    anchor = {**(config.anchor or {}), "model_type": config.get_text_config().model_type}
     dtypes = {str(value.dtype).removeprefix("torch.") for name, value in tensors.items() if ".ffn." in name}
     return ExpertManifest(
         **{key: value for key, value in record.items() if key not in ("sha256", "source")},
@@ -135,7 +135,7 @@ def intermediate_size(network: nn.Module, hidden: int) -> int:
 
 
 def _fresh_row(block: FlexMoeBlock) -> nn.Linear:
-    public = block.router[PUBLIC].weight
+    (public,) = (p for name, p in block.router[PUBLIC].named_parameters() if name == "weight")
     return router_row(public.shape[-1], device=_home(block, public), dtype=public.dtype)
 
 

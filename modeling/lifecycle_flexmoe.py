@@ -10,12 +10,12 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .configuration_flexmoe import PUBLIC, check_expert_name, expert_record
+from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from .context_flexmoe import model_scope
 from .experts_flexmoe import FlexMoeBlock
 from .fitting_flexmoe import (
@@ -31,11 +31,19 @@ from .hub_flexmoe import resolve_folder
 from .packages_flexmoe import ExpertPackage, write_package
 from .selection_flexmoe import CacheStamp, Selection, check_names
 
+# For type checkers alone: at run time the model classes bring PreTrainedModel in themselves.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Model
+else:
+    _Model = object
+
 _counting = threading.Lock()
 
 
-class ExpertLifecycle:
+class ExpertLifecycle(_Model):
     """The part of a FlexMoE model that deals with experts by name."""
+
+    config: FlexMoeConfig
 
     def _start_lifecycle(self) -> None:
         # serial numbers tell an expert from another of the same name; a rename keeps them
@@ -153,7 +161,7 @@ class ExpertLifecycle:
             raise ValueError(f"{name!r} is the only active expert: choose others with set_active_experts first.")
         if active is not None:
             self.config.active_experts = [other for other in active if other != name]
-        self.config.experts = [record for record in self.config.experts if record["name"] != name]
+        self.config.experts = [record for record in self.config.expert_records if record["name"] != name]
         for block in self.flexmoe_blocks():
             del block.experts[name]
             del block.router[name]
@@ -182,7 +190,7 @@ class ExpertLifecycle:
         if active is not None:
             self.config.active_experts = None  # for a moment neither name is right
         self.config.experts = [
-            {**record, "name": new} if record["name"] == old else record for record in self.config.experts
+            {**record, "name": new} if record["name"] == old else record for record in self.config.expert_records
         ]
         if active is not None:
             self.config.active_experts = [new if name == old else name for name in active]
@@ -207,7 +215,7 @@ class ExpertLifecycle:
             FileExistsError: `folder` exists and `overwrite` is False.
         """
         self._check_owned(name, "saved as a package", "it is the anchor itself")
-        record = next(record for record in self.config.experts if record["name"] == name)
+        record = next(record for record in self.config.expert_records if record["name"] == name)
         tensors = dict(expert_tensors(self.flexmoe_blocks(), name, fresh_networks(self.config)))
         manifest = expert_manifest(self.config, self.flexmoe_blocks(), {**record, **manifest_fields}, tensors)
         return write_package(folder, manifest, tensors.items(), overwrite=overwrite)
@@ -222,7 +230,7 @@ class ExpertLifecycle:
     def _put(self, record: dict[str, Any], parts: list[ExpertPart]) -> None:
         """Makes the expert part of the model, in place of one of that name or at the end."""
         name = record["name"]
-        records = {known["name"]: known for known in self.config.experts} | {name: expert_record(record)}
+        records = {known["name"]: known for known in self.config.expert_records} | {name: expert_record(record)}
         self.config.experts = list(records.values())
         for block, (network, row) in zip(self.flexmoe_blocks(), parts, strict=True):
             block.experts[name] = network.train(self.training)

@@ -36,7 +36,7 @@ _EXPERT_TENSOR = re.compile(r"\.(?:experts|router)\.(?P<name>[a-z][a-z0-9_-]*)\.
 class FlexMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     """transformers' MoE output, and the router z-loss (a scalar, with `output_router_logits=True`)."""
 
-    z_loss: torch.FloatTensor | None = None
+    z_loss: Tensor | None = None
 
 
 class FlexMoePreTrainedModel(ExpertLifecycle, PreTrainedModel):
@@ -166,7 +166,7 @@ class FlexMoeModel(FlexMoePreTrainedModel):
     def __init__(self, config: FlexMoeConfig) -> None:
         super().__init__(config)
         self._tp_plan.pop("anchor.lm_head", None)
-        self._keys_to_ignore_on_load_unexpected = (self._keys_to_ignore_on_load_unexpected or set()) | {_HEADS}
+        self._keys_to_ignore_on_load_unexpected |= {_HEADS}
 
     def post_init(self) -> None:
         """Takes the head off, then as transformers' own."""
@@ -267,11 +267,12 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
     def _add_router_losses(self, out: FlexMoeCausalLMOutputWithPast, values: dict[str, Any]) -> None:
         if not out.router_logits:
             return
-        out.aux_loss = load_balancing_loss(out.router_logits, values["top_k"], values["token_mask"])
-        out.z_loss = router_z_loss(out.router_logits, values["token_mask"])
+        aux_loss = load_balancing_loss(out.router_logits, values["top_k"], values["token_mask"])
+        z_loss = router_z_loss(out.router_logits, values["token_mask"])
         if out.loss is not None:
-            aux = self.config.router_aux_loss_coef * out.aux_loss + self.config.router_z_loss_coef * out.z_loss
-            out.loss = out.loss + aux.to(out.loss.device)
+            weighted = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
+            out.loss = out.loss + weighted.to(out.loss.device)
+        out.aux_loss, out.z_loss = aux_loss, z_loss
 
     def generate(self, *args: Any, experts: list[str] | list[list[str]] | None = None, **kwargs: Any) -> Any:
         """As transformers' `generate`; `experts` names those that may take part.
@@ -290,8 +291,8 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
             return super().generate(*args, **kwargs)
 
     def _mask_of(self, experts: list[str] | list[list[str]], prompts: int, mask: Tensor | None) -> Tensor:
-        per_prompt = [experts] * prompts if all(isinstance(name, str) for name in experts) else experts
-        named = self.expert_mask(per_prompt)
+        names = [name for name in experts if isinstance(name, str)]
+        named = self.expert_mask([names] * prompts if len(names) == len(experts) else experts)
         return named if mask is None else named & mask.to(named.device)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

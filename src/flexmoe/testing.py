@@ -95,8 +95,8 @@ def perturb_expert(model: FlexMoeForCausalLM, name: str, seed: int = 0) -> None:
     for block in model.flexmoe_blocks():
         public = block.experts[PUBLIC].state_dict()
         block.experts[name].load_state_dict({key: value + 0.3 * noise(value) for key, value in public.items()})
-        block.router[name].weight.copy_(noise(block.router[name].weight))
-        block.router[name].bias.copy_(noise(block.router[name].bias))
+        row = block.router[name].state_dict()
+        block.router[name].load_state_dict({key: noise(value) for key, value in row.items()})
 
 
 def realigned(model: PreTrainedModel) -> PreTrainedModel:
