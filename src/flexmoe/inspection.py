@@ -43,7 +43,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: no such folder, or neither a model nor a package in it.
         ValueError: a dense model, or files that contradict each other.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Give the folder of a model or of an expert package.")
     if (folder / MANIFEST_FILE).is_file():

@@ -14,7 +14,7 @@ import typer
 
 from flexmoe_cli import commands, demo, training
 from flexmoe_cli.arguments import FilesCommand
-from flexmoe_cli.output import report_error, show_warning
+from flexmoe_cli.output import quiet_libraries, report_error, show_warning
 
 app = typer.Typer(
     name="flexmoe",
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = show_warning
+    quiet_libraries()
     try:
         app(given, prog_name="flexmoe")
     except SystemExit as done:  # typer has its own way to end, for success and usage errors alike

@@ -23,7 +23,7 @@ from flexmoe_cli.output import byte_progress, library_call, print_json
 from flexmoe_cli.tables import show_inspection, show_result, show_scores
 
 ShardSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest weight file, as in 5GB.")]
-Model = Annotated[Path, typer.Argument(help="Folder of a FlexMoE model.", show_default=False)]
+Model = Annotated[str, typer.Argument(help="FlexMoE model: a folder or a Hub id.", show_default=False)]
 
 
 def graft(
@@ -75,11 +75,16 @@ def graft(
 
 
 def compose(
-    grafted: Annotated[Path, typer.Argument(help="Folder that `flexmoe graft` wrote.", show_default=False)],
-    packages: Annotated[list[Path], typer.Argument(help="Expert packages, in the order wanted.", show_default=False)],
+    grafted: Annotated[
+        str, typer.Argument(help="What `flexmoe graft` wrote: a folder or a Hub id.", show_default=False)
+    ],
+    packages: Annotated[
+        list[str], typer.Argument(help="Expert packages in the order wanted: folders or Hub ids.", show_default=False)
+    ],
     out: Out,
     name: Annotated[
-        list[str] | None, typer.Option(metavar="PACKAGE=NAME", help="Call a package's expert by another name.")
+        list[str] | None,
+        typer.Option(metavar="PACKAGE=NAME", help="Call an expert otherwise; PACKAGE as given, or its own name."),
     ] = None,
     public_prior: Annotated[
         float | None,
@@ -115,7 +120,7 @@ def compose(
 
 def add(
     model: Model,
-    package: Annotated[Path, typer.Argument(help="Expert package.", show_default=False)],
+    package: Annotated[str, typer.Argument(help="Expert package: a folder or a Hub id.", show_default=False)],
     out: Out,
     name: Annotated[str | None, typer.Option(help="Call the expert so. By default the package's own name.")] = None,
     overwrite: Overwrite = False,

@@ -4,12 +4,14 @@ Colours follow the terminal and NO_COLOR (rich does). With `--json`, stdout carr
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
@@ -27,26 +29,28 @@ def print_line(text: str) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table: the first column to the left, numbers to the right. Cells are plain text."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold")
+    """Prints a table: numbers to the right, text to the left, empty columns not at all. Cells are plain text."""
+    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
     cells = [list(row) for row in rows]
-    for index, column in enumerate(columns):
+    shown = [index for index in range(len(columns)) if index == 0 or any(row[index] for row in cells)]
+    for index in shown:
         numeric = index > 0 and all(_is_number(row[index]) for row in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(columns[index], justify="right" if numeric else "left", overflow="fold", no_wrap=numeric)
     for row in cells:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(row[index]) for index in shown))
     Console().print(table)
+
+
+def quiet_libraries() -> None:
+    """Keeps other libraries' progress bars out of a log file. To be called before they are imported: they look then."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it too
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextmanager
 def library_call(as_json: bool) -> Iterator[None]:
-    """Around a call of the library: keeps stdout clean for JSON, and other libraries' progress bars off a log file."""
-    if not sys.stderr.isatty():
-        import datasets
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+    """Around a call of the library: with `as_json`, whatever it prints goes to stderr."""
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         yield
 

@@ -34,7 +34,7 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     for label, value in _facts(found).items():
         if value is not None:
             print_line(f"[bold]{label:<18}[/] {escape(str(value))}")
-    columns = ("expert", "kind", "parameters", "size", "row norm", "bias", "licence", "version", "active")
+    columns = ("expert", "kind", "params", "size", "row norm", "bias", "license", "version", "active")
     print_table("Experts", columns, [_expert_row(expert) for expert in found["experts"]])
 
 
@@ -80,13 +80,13 @@ def _expert_row(expert: Mapping[str, Any]) -> list[str]:
         _spread(expert["biases"]),
         expert["license"] or "",
         expert["version"] or "",
-        "yes" if expert["active"] else "no",
+        "" if expert["active"] else "no",
     ]
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Mean over the layers, and the range where they differ."""
+    """Least and greatest of the layers' values, once where they read the same."""
     if not values:
         return ""
-    mean = f"{sum(values) / len(values):.3g}"
-    return mean if min(values) == max(values) else f"{mean} ({min(values):.3g} to {max(values):.3g})"
+    least, greatest = f"{min(values):.3g}", f"{max(values):.3g}"
+    return least if least == greatest else f"{least} … {greatest}"

@@ -12,13 +12,16 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flexmoe.evaluation import DomainScore
+from flexmoe.testing import perturb_expert, tiny_anchor
 from flexmoe.training import TrainingSettings
 from flexmoe_cli import app, main
 from flexmoe_cli.arguments import parse_domains, parse_renames, parse_size, spread_files
 from flexmoe_cli.output import human_bytes, human_count, print_json
+from tests.letters import letter_tokenizer
 
 COMMANDS = ("graft", "train", "compose", "add", "remove", "inspect", "evaluate", "demo")
 
@@ -123,7 +126,7 @@ class TestCalls:
         line = ["compose", "g", "p/math", "p/code", "--out", "o", "--name", "p/code=c2"]
         assert main([*line, "--public-prior", "-0.5"]) == 0
         (asked,) = calls
-        assert (asked["grafted"], asked["packages"]) == (Path("g"), [Path("p/math"), Path("p/code")])
+        assert (asked["grafted"], asked["packages"]) == ("g", ["p/math", "p/code"])
         assert asked["names"] == {"p/code": "c2"}
         assert asked["public_prior"] == -0.5
         assert asked["num_experts_per_tok"] is None
@@ -132,15 +135,15 @@ class TestCalls:
         calls = call("flexmoe.conversion.compose.add")
         assert main(["add", "m", "p", "--out", "o", "--name", "math-2", "--overwrite"]) == 0
         assert calls.pop() == {
-            "model": Path("m"),
-            "package": Path("p"),
+            "model": "m",
+            "package": "p",
             "out": Path("o"),
             "name": "math-2",
             "overwrite": True,
         }
         calls = call("flexmoe.conversion.compose.remove")
         assert main(["remove", "m", "math", "--out", "o"]) == 0
-        assert calls.pop() == {"model": Path("m"), "name": "math", "out": Path("o"), "overwrite": False}
+        assert calls.pop() == {"model": "m", "name": "math", "out": Path("o"), "overwrite": False}
 
     def test_evaluate(self, call, capsys: pytest.CaptureFixture[str]) -> None:
         score = DomainScore(loss=1.5, perplexity=float("inf"), tokens=3, documents=2)
@@ -290,3 +293,40 @@ def test_as_a_process() -> None:
     assert process.returncode == 1
     assert process.stdout == ""
     assert re.fullmatch(r"Error: /nowhere/at/all: no such folder\..*\n", process.stderr)
+
+
+def test_the_main_job(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Graft, compose two owners' packages, take one out, look at it, score it: each by its command, on real files."""
+    monkeypatch.chdir(tmp_path)
+    tiny_anchor("llama").save_pretrained("anchor")
+    letter_tokenizer().save_pretrained("anchor")
+    Path("held_out.txt").write_text("a text that nobody owns")
+
+    def run(*line: str) -> dict:
+        assert main([*line, "--json"]) == 0, capsys.readouterr().err
+        return json.loads(capsys.readouterr().out)
+
+    def names(found: dict) -> list[str]:
+        return [expert["name"] for expert in found["experts"]]
+
+    assert names(run("graft", "anchor", "--out", "grafted")) == ["public"]
+    model = AutoModelForCausalLM.from_pretrained("grafted")
+    for name in ("math", "code"):
+        model.add_expert_copy(name)
+        perturb_expert(model, name)
+        model.save_expert(name, name, license="MIT")
+
+    whole = run("compose", "grafted", "math", "code", "--out", "whole", "--public-prior", "0")
+    assert names(whole) == ["public", "math", "code"]
+    without = run("remove", "whole", "math", "--out", "without")
+    assert names(without) == ["public", "code"]
+    assert names(run("add", "without", "math", "--out", "again", "--name", "algebra")) == ["public", "code", "algebra"]
+    assert run("inspect", "without") == without
+
+    only = run("evaluate", "whole", "--data", "x=held_out.txt", "--expert", "public", "--expert", "code")
+    assert only["domains"] == run("evaluate", "without", "--data", "x=held_out.txt")["domains"]
+
+    assert main(["inspect", "whole"]) == 0
+    assert "MIT" in capsys.readouterr().out
+    assert main(["remove", "whole", "math", "--out", "without"]) == 1
+    assert "--overwrite" in capsys.readouterr().err

@@ -6,22 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from flexmoe.evaluation import TOKEN_LOSS, evaluate, token_losses
-from flexmoe.testing import VOCABULARY, random_tokens, tiny_anchor, tiny_flexmoe
+from flexmoe.testing import random_tokens, tiny_anchor, tiny_flexmoe
+from tests.letters import letter_tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Each character is a token; eos is 2."""
-    letters = "abcdefghijklmnopqrstuvwxyz .\n"
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{letter: i + 3 for i, letter in enumerate(letters)}}
-    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    assert len(vocabulary) <= VOCABULARY
-    return PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>", pad_token="<pad>", bos_token="<s>")
+    return letter_tokenizer()
 
 
 @pytest.fixture(scope="module")

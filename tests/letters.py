@@ -1,0 +1,18 @@
+"""A tokenizer that needs no training: each letter is a token."""
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from flexmoe.testing import VOCABULARY
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz .\n"
+SPECIAL = {"<pad>": 0, "<s>": 1, "</s>": 2}
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
+    """For the tiny anchors of `flexmoe.testing`; pad (and unknown), bos, eos are 0, 1, 2."""
+    vocabulary = {**SPECIAL, **{letter: len(SPECIAL) + i for i, letter in enumerate(LETTERS)}}
+    assert len(vocabulary) <= VOCABULARY
+    model = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    model.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=model, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
