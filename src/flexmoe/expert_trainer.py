@@ -70,30 +70,28 @@ class TrainingDivergedError(ValueError):
 class _NextTokenLoss(torch.autograd.Function):
     """sum_t w_t * (-log p_t + z_loss * logsumexp_t^2), its gradient made in the forward pass.
 
-    The vocabulary is by far the widest dimension of a small model: this takes one exponential and two copies of the
-    logits where autograd's own steps take several of each.
+    The vocabulary is by far the widest dimension of a small model: this takes one softmax, which becomes the gradient
+    in place, where autograd's own steps take several exponentials and copies of the logits.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits_TV: torch.Tensor, targets_T: torch.Tensor, weights_T: torch.Tensor, z_loss: float
     ) -> torch.Tensor:
-        largest_T1 = logits_TV.amax(-1, keepdim=True)
-        probs_TV = (logits_TV - largest_T1).float().exp_()
-        sums_T1 = probs_TV.sum(-1, keepdim=True)
-        logsumexp_T = (largest_T1.float() + sums_T1.log()).squeeze(-1)
-        targets_T1, weights_T1 = targets_T[:, None], weights_T[:, None]
-        picked_T = logits_TV.gather(-1, targets_T1).squeeze(-1).float()
+        probs_TV = logits_TV.softmax(-1, dtype=torch.float32)
+        # the largest probability is at least 1 / V, so its logarithm is safe where a target's may not be
+        logsumexp_T = logits_TV.amax(-1).float() - probs_TV.amax(-1).log()
+        picked_T = logits_TV.gather(-1, targets_T[:, None]).squeeze(-1).float()
         # d loss / d logit = w * (p * (1 + 2 z logsumexp) - [is the target])
-        gradient_TV = probs_TV.mul_(weights_T1 * (1 + 2 * z_loss * logsumexp_T[:, None]) / sums_T1)
-        gradient_TV.scatter_add_(-1, targets_T1, -weights_T1)
+        gradient_TV = probs_TV.mul_((weights_T * (1 + 2 * z_loss * logsumexp_T))[:, None])
+        gradient_TV.scatter_add_(-1, targets_T[:, None], -weights_T[:, None])
         ctx.save_for_backward(gradient_TV.to(logits_TV.dtype))
         return weights_T @ (logsumexp_T - picked_T + z_loss * logsumexp_T.square())
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         (gradient_TV,) = ctx.saved_tensors
-        return gradient_TV * upstream, None, None, None
+        return gradient_TV.mul_(upstream), None, None, None  # in place: a second backward is refused by autograd
 
 
 def next_token_loss(logits: torch.Tensor, input_ids: torch.Tensor, z_loss: float) -> torch.Tensor:
