@@ -56,7 +56,7 @@ def resolve_folder(
     *,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
+    cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     allow_patterns: Sequence[str] | None = None,
 ) -> ResolvedFolder:
