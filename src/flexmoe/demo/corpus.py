@@ -25,7 +25,7 @@ OWNER_KINDS = tuple(kind for kind in SOURCES if kind != PUBLIC_KIND)
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings:
-    """What the corpus holds; sizes in characters. `public_share`: of the English text, added from each owner's kind."""
+    """What the corpus holds; sizes in characters. `public_share`: of the English text, added of each owner's kind."""
 
     owners: tuple[str, ...]
     seed: int = 0

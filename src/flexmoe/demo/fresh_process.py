@@ -1,6 +1,11 @@
-"""Run as `python -m flexmoe.demo.fresh_process MODEL TOKENS OUT`: what the opt-out proof compares, of one model.
+"""Run as `python -m flexmoe.demo.fresh_process JOB` (JSON): measures one model, composing it first if the job says so.
 
-A module of its own, which nothing imports: the process that runs it knows a folder and some tokens, nothing else.
+A module of its own, which nothing imports: the process that runs it knows what its job names, nothing else. Job:
+
+    model     folder of the model
+    tokens    JSON file with token ids [B, L]
+    out       path without suffix: <out>.json (hash, config) and <out>.safetensors (logits) are written
+    compose   optional: {"grafted": folder, "packages": [folders], "num_experts_per_tok": k} to compose `model` from
 """
 
 from __future__ import annotations
@@ -10,12 +15,13 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-import flexmoe  # noqa: F401 - registers the model
+from flexmoe.conversion.compose import compose  # importing anything of flexmoe registers the model
 
 
 def state_dict_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
@@ -27,15 +33,18 @@ def state_dict_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def measure(model_folder: Path, tokens: Path, out: Path) -> None:
-    """What the proof compares, of one model: writes `<out>.json` (hash, config) and `<out>.safetensors` (logits)."""
-    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto").eval()
+def main(job: Mapping[str, Any]) -> None:
+    """Does the job."""
+    if recipe := job.get("compose"):
+        compose(recipe["grafted"], recipe["packages"], job["model"], num_experts_per_tok=recipe["num_experts_per_tok"])
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").eval()
     with torch.no_grad():
-        logits_BLV = model(input_ids=torch.tensor(json.loads(tokens.read_text())), use_cache=False).logits
+        logits_BLV = model(input_ids=torch.tensor(json.loads(Path(job["tokens"]).read_text())), use_cache=False).logits
     record = {"state_dict_sha256": state_dict_sha256(model.state_dict()), "config": model.config.to_dict()}
-    out.with_suffix(".json").write_text(json.dumps(record, default=str, sort_keys=True))
-    save_file({"logits": logits_BLV.contiguous()}, out.with_suffix(".safetensors"))
+    record["config"].pop("_name_or_path", None)  # where it was loaded from
+    Path(f"{job['out']}.json").write_text(json.dumps(record, default=str, sort_keys=True))
+    save_file({"logits": logits_BLV.contiguous()}, f"{job['out']}.safetensors")
 
 
 if __name__ == "__main__":
-    measure(*(Path(argument) for argument in sys.argv[1:4]))
+    main(json.loads(sys.argv[1]))

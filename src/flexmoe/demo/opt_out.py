@@ -1,8 +1,8 @@
 """The proof that an opt-out is exact: the model without an owner *is* the model that never met that owner.
 
-Two models are measured, each in a process of its own: the one that `flexmoe remove` left behind, and one composed in a
-folder that holds the grafted anchor and the other owners' packages, nothing else. Equal means equal bytes: of every
-file, of every tensor by name and order, and of the logits on the same tokens.
+Two models are measured, each in a fresh process: the one that removing the owner left behind, and one composed there
+and then in a folder that holds the grafted anchor and the other owners' packages, nothing else. Equal means equal
+bytes: of every file, of every tensor by name and order, and of the logits on the same tokens.
 
 Does not cover: influence through other channels, such as a router tuned on everyone's data (FlexMoE's default is not).
 """
@@ -13,7 +13,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,19 @@ def prove_opt_out(
     others = [name for name in packages if name != owner]
     for name in others:
         shutil.copytree(packages[name], never_met / "packages" / name)
-    compose = [sys.executable, "-m", "flexmoe.cli", "compose", "grafted", *(f"packages/{name}" for name in others)]
-    _run([*compose, "--num-experts-per-tok", str(num_experts_per_tok), "--out", "model"], never_met, folder / ".cache")
-    (folder / "tokens.json").write_text(json.dumps(input_ids.tolist()))
-    left = _measure(opted_out, folder, "opted-out")
-    right = _measure(never_met / "model", folder, "never-met")
+    tokens = folder / "tokens.json"
+    tokens.write_text(json.dumps(input_ids.tolist()))
+    recipe = {
+        "grafted": "grafted",
+        "packages": [f"packages/{name}" for name in others],
+        "num_experts_per_tok": num_experts_per_tok,
+    }
+    jobs = {
+        "opted-out": {"model": str(opted_out.resolve())},
+        "never-met": {"model": "model", "compose": recipe},
+    }
+    with ThreadPoolExecutor() as pool:
+        left, right = pool.map(lambda name: _measure(name, jobs[name], folder, tokens), jobs)
     return {
         "owner": owner,
         "state_dict_equal": left["state_dict_sha256"] == right["state_dict_sha256"],
@@ -62,17 +71,16 @@ def prove_opt_out(
     }
 
 
-def _measure(model_folder: Path, folder: Path, name: str) -> dict[str, Any]:
-    arguments = [str(path.resolve()) for path in (model_folder, folder / "tokens.json", folder / name)]
-    _run([sys.executable, "-m", "flexmoe.demo.fresh_process", *arguments], folder, folder / ".cache")
-    record = json.loads((folder / f"{name}.json").read_text())
-    record["config"].pop("_name_or_path", None)  # where it was loaded from
-    return {**record, "logits": load_file(folder / f"{name}.safetensors")["logits"]}
-
-
-def _run(command: Sequence[str], cwd: Path, cache: Path) -> None:
+def _measure(name: str, job: Mapping[str, Any], folder: Path, tokens: Path) -> dict[str, Any]:
+    """Runs the job in a fresh process inside `<folder>/<name>`; what it found, logits [B, L, V] included."""
+    home = (folder / name).resolve()
+    home.mkdir(exist_ok=True)
+    out = folder.resolve() / name
+    job = {**job, "tokens": str(tokens.resolve()), "out": str(out)}
+    command = [sys.executable, "-m", "flexmoe.demo.fresh_process", json.dumps(job)]
     done = subprocess.run(
-        command, cwd=cwd, env=owner_environment(cache, 1), capture_output=True, text=True, check=False
+        command, cwd=home, env=owner_environment(home, 1), capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed (exit code {done.returncode}):\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"measuring the {name} model failed (exit code {done.returncode}):\n{done.stderr[-2000:]}")
+    return {**json.loads(Path(f"{out}.json").read_text()), "logits": load_file(f"{out}.safetensors")["logits"]}

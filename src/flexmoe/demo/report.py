@@ -145,7 +145,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         _loss_table(report),
         "![Held-out loss per system and domain](losses.png)\n",
         "## What it is held to\n",
-        _table(["", "measured", "wanted", "met"], [_bar(bar).row() for bar in report["bars"]]),
+        markdown_table(["", "measured", "wanted", "met"], [_bar(bar).row() for bar in report["bars"]]),
         "## Who answers\n\nShare of the routing weight that each expert carries, per domain of text.\n",
         _routing_table(report),
         "![Routing shares](routing.png)\n",
@@ -191,9 +191,9 @@ def _sentence(report: Mapping[str, Any]) -> str:
     composed, anchor = report["systems"]["composed"]["mean"], report["systems"]["anchor"]["mean"]
     lowest = min(report["kept"].values())
     return (
-        f"{len(owners)} owners ({', '.join(owners)}) trained an expert each, alone, on text that nobody else saw. Put together without any "
-        f"joint training, mean held-out loss goes from {anchor:.3f} to {composed:.3f}; every owner keeps at least {lowest:.0%} of what "
-        "its expert gained alone.\n"
+        f"{len(owners)} owners ({', '.join(owners)}) trained an expert each, alone, on text that nobody else saw. "
+        f"Put together without any joint training, mean held-out loss goes from {anchor:.3f} to {composed:.3f}; "
+        f"every owner keeps at least {lowest:.0%} of what its expert gained alone.\n"
     )
 
 
@@ -204,7 +204,7 @@ def _loss_table(report: Mapping[str, Any]) -> str:
         cells = [_loss_cell(score, domain) for domain in domains] + [f"{score['mean']:.3f}"]
         name = f"**{system}**" if system == "composed" else system
         rows.append([name, *cells, _note(system, report)])
-    return _table(["system", *domains, "mean", ""], rows)
+    return markdown_table(["system", *domains, "mean", ""], rows)
 
 
 def _note(system: str, report: Mapping[str, Any]) -> str:
@@ -222,7 +222,7 @@ def _loss_cell(score: Mapping[str, Any], domain: str) -> str:
 def _routing_table(report: Mapping[str, Any]) -> str:
     experts = list(next(iter(report["routing"].values())))
     rows = [[domain, *(f"{shares[e]:.1%}" for e in experts)] for domain, shares in report["routing"].items()]
-    return _table(["text \\ expert", *experts], rows)
+    return markdown_table(["text \\ expert", *experts], rows)
 
 
 def _opt_out_text(verdict: Mapping[str, Any]) -> str:
@@ -262,7 +262,7 @@ def _corpus_text(report: Mapping[str, Any]) -> str:
         ]
         for kind, sizes in kinds.items()
     ]
-    table = _table(
+    table = markdown_table(
         [
             "kind",
             "documents",
@@ -274,8 +274,9 @@ def _corpus_text(report: Mapping[str, Any]) -> str:
         rows,
     )
     return (
-        f"The public mix, on which tokenizer and anchor were trained: {mix}. Documents were deduplicated across all kinds before they were "
-        f"split; the largest share of a held-out document's word 5-grams found in any one training document is {overlap['largest']:.0%}.\n\n{table}"
+        f"The public mix, on which tokenizer and anchor were trained: {mix}. Documents were deduplicated across all "
+        "kinds before they were split; the largest share of a held-out document's word 5-grams that any one training "
+        f"document holds too is {overlap['largest']:.0%}.\n\n{table}"
     )
 
 
@@ -285,11 +286,12 @@ def _run_text(report: Mapping[str, Any]) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     return (
-        f"{report['seconds']:.0f} s, {report['peak_bytes'] / 1e9:.2f} GB at the peak over all processes, seed {report['seeds'][0]}. "
-        f"Stages: {stages}.\n\n{versions}.\n"
+        f"{report['seconds']:.0f} s, {report['peak_bytes'] / 1e9:.2f} GB at the peak over all processes, "
+        f"seed {report['seeds'][0]}. Stages: {stages}.\n\n{versions}.\n"
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table: first column to the left, the others to the right."""
     lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"

@@ -152,7 +152,7 @@ def cpp_headers(characters: int) -> Iterator[Document]:
 
 
 def without_examples(text: str) -> str:
-    """The prose of a documentation text: no doctests, fenced or deeply indented code, badges, pictures or HTML tags."""
+    """The prose of a documentation text: no doctests, fenced or deeply indented code, badges, pictures, HTML tags."""
     text = re.sub(r"^(```|~~~).*?^\1\s*$", "", text, flags=re.M | re.S)
     text = re.sub(r"<[^>\n]{3,}>|!\[[^\]]*\]\([^)]*\)|\[!\[.*", "", text)
     kept = [

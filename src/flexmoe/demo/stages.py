@@ -9,6 +9,7 @@ Does not cover: sharing a cache between machines, or concurrent runs into one fo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -101,6 +102,7 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+@functools.cache  # what this process runs is what it found first, whatever is edited meanwhile
 def source_digest(module: str) -> str:
     """sha256 over the source of a module, or of every module of a package."""
     spec = importlib.util.find_spec(module)

@@ -1,0 +1,50 @@
+"""The same experts behind other router rows: what the rows alone are worth.
+
+Every owner's rows are fitted again, by another registered method, from that owner's text and the public sample; the
+experts stay as they were trained. Rows that a method would train by the loss are used as they start.
+
+Does not cover: experts trained through those rows (train them: `OwnerSettings.router`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from flexmoe.data import pack, read_documents, read_public_sample
+from flexmoe.hidden_states import RowText, fit_rows
+from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.router_rows import RouterRow, row_method
+
+from .corpus import PUBLIC
+from .scoring import load, load_tokenizer
+
+
+def owner_rows(
+    grafted: Path, data: Mapping[str, Path], method: str, *, bias: bool, tokens: int, sequence_length: int, seed: int
+) -> dict[str, list[RouterRow]]:
+    """One row per layer for each owner, each fitted from `data[owner]` and the graft's public sample alone."""
+    model, tokenizer = load(grafted), load_tokenizer(grafted)
+
+    def row_text(documents: Sequence[str]) -> RowText:
+        return RowText(documents, pack(documents, tokenizer, sequence_length))
+
+    public = row_text(read_public_sample(grafted, model.config.public_sample))
+    own = {owner: row_text(read_documents([file])) for owner, file in data.items()}
+    return {
+        owner: fit_rows(model, row_method(method), text, public, tokens=tokens, bias=bias, seed=seed + i)
+        for i, (owner, text) in enumerate(own.items())
+    }
+
+
+@torch.no_grad()
+def put_rows(model: FlexMoeForCausalLM, rows: Mapping[str, Sequence[RouterRow]], public_prior: float) -> None:
+    """Writes rows, biases and the prior into a composed model, in place."""
+    for block in model.flexmoe_blocks():
+        block.router[PUBLIC].bias.fill_(public_prior)
+        for owner, layers in rows.items():
+            row = layers[block.layer_index]
+            block.router[owner].weight.copy_(row.weight[None])
+            block.router[owner].bias.fill_(row.bias)

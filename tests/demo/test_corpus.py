@@ -1,0 +1,111 @@
+"""Corpus: nothing held out is in, or nearly in, anything trained on; the mix is what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from flexmoe.demo import corpus
+from flexmoe.demo.corpus import CorpusSettings, build_corpus, read_texts, split_by_document, without_near_duplicates
+from flexmoe.demo.near_duplicates import drop_near_duplicates, largest_overlap, overlaps, shingles
+from flexmoe.demo.sources import Document, _header_body, read_source, without_examples
+from flexmoe.demo.worked_problems import TOPICS, worked_problems
+
+
+def words(prefix: str, count: int) -> str:
+    return " ".join(f"{prefix}{i}" for i in range(count))
+
+
+def test_a_planted_near_duplicate_is_dropped_across_kinds() -> None:
+    original = words("a", 100)
+    edited = original.replace("a50", "changed")
+    kinds = {
+        "public": [Document("one", original), Document("two", words("b", 100))],
+        "math": [Document("copy", edited), Document("three", words("c", 100))],
+    }
+    kept = without_near_duplicates(kinds)
+    assert [d.name for d in kept["public"]] == ["one", "two"]
+    assert [d.name for d in kept["math"]] == ["three"]
+
+
+def test_an_excerpt_counts_as_contained_and_a_shared_phrase_does_not() -> None:
+    long = words("w", 200)
+    excerpt = " ".join(long.split()[50:80])
+    phrase = " ".join([*long.split()[:10], *words("other", 60).split()])
+    assert overlaps([shingles(excerpt)], [shingles(long)])[0, 0] == 1.0
+    assert drop_near_duplicates([long, excerpt, phrase]) == [0, 2]
+
+
+def test_overlap_is_the_shared_share_of_the_smaller_document() -> None:
+    left, right = words("x", 24), " ".join([*words("x", 14).split(), *words("y", 30).split()])
+    share, i, j = largest_overlap([left], [right])  # 20 shingles against 40; the first ten are shared
+    assert (share, i, j) == (0.5, 0, 0)
+
+
+def test_all_parts_of_a_file_go_to_one_side() -> None:
+    documents = [Document(f"file{i // 3}", f"part {i} " * 20) for i in range(60)]
+    split = split_by_document(documents, held_out=2_000, public=2_000, seed=1)
+    sides = [{d.name for d in side} for side in (split.held_out, split.public, split.private)]
+    assert all(sides)
+    assert sum(map(len, sides)) == len(set().union(*sides)) == 20
+    assert split != split_by_document(documents, held_out=2_000, public=2_000, seed=2)
+
+
+def test_corpus_on_this_machine(tmp_path: Path) -> None:
+    settings = CorpusSettings(
+        owners=("math", "cpp"), public_characters=80_000, owner_characters=30_000, held_out_characters=4_000
+    )
+    build_corpus(settings, tmp_path)
+    record = json.loads((tmp_path / "mix.json").read_text())
+    held_out = [t for path in (tmp_path / "held_out").iterdir() for t in read_texts(path)]
+    trained = [t for path in (tmp_path / "owners").iterdir() for t in read_texts(path)]
+    trained += read_texts(tmp_path / "public.jsonl")
+    share, _, _ = largest_overlap(held_out, trained)
+    assert share == pytest.approx(record["overlap"]["largest"])
+    assert share < record["overlap"]["allowed_below"]
+    assert not set(held_out) & set(trained)
+    assert sum(record["public_mix"].values()) == pytest.approx(1)
+    assert 0.01 < record["public_mix"]["math"] < 0.1
+
+
+def test_a_near_duplicate_that_slips_through_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "without_near_duplicates", lambda kinds: kinds)
+    text = words("same", 90)
+    monkeypatch.setattr(corpus, "read_source", lambda kind, _: [Document(f"{kind}{i}", text) for i in range(20)])
+    with pytest.raises(ValueError, match="is nearly"):
+        build_corpus(CorpusSettings(owners=("math",), held_out_characters=600), tmp_path)
+
+
+def test_too_little_text_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "read_source", lambda kind, _: [Document(kind, words(kind, 90))])
+    with pytest.raises(ValueError, match="too little distinct text"):
+        build_corpus(CorpusSettings(owners=("math",)), tmp_path)
+
+
+def test_worked_problems_are_deterministic_and_right() -> None:
+    sheets = worked_problems(60, seed=5)
+    assert sheets == worked_problems(60, seed=5)
+    assert sheets != worked_problems(60, seed=6)
+    assert len(set(sheets)) == 60
+    assert len(TOPICS) >= 15
+    assert not [sheet for sheet in sheets if "zoo" in sheet or "nan" in sheet.split()]
+
+
+def test_prose_is_left_of_documentation() -> None:
+    text = "Adds numbers.\n\n>>> add(1, 2)\n3\n\n```python\nadd(1, 2)\n```\n![badge](x.svg)\nMore words."
+    assert "add(1" not in without_examples(text)
+    assert "badge" not in without_examples(text)
+    assert without_examples(text).startswith("Adds numbers.")
+    assert without_examples(text).endswith("More words.")
+
+
+def test_headers_lose_their_licence() -> None:
+    text = "// Copyright\n// All rights reserved.\n\n#pragma once\n// a comment that stays\nint f();\n"
+    assert _header_body(text).startswith("#pragma once\n// a comment that stays")
+
+
+def test_unknown_kind_is_refused() -> None:
+    with pytest.raises(ValueError, match="no text of kind 'poetry'"):
+        read_source("poetry", 1_000)

@@ -1,0 +1,136 @@
+"""The demo end to end, tiny: what the report holds, whose files were opened, what a second run does again."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from flexmoe.demo import DemoSettings, run_demo
+
+from .conftest import TinyRun, tiny_settings
+
+SYSTEMS = {
+    "anchor",
+    "two-expert-math",
+    "two-expert-code",
+    "composed",
+    "composed-k1",
+    "composed-k2",
+    "soup",
+    "true-domain",
+    "opted-out",
+}
+
+
+@pytest.fixture(scope="module")
+def report(tiny_run: TinyRun) -> dict:
+    return json.loads((tiny_run.out / "report.json").read_text())
+
+
+def test_no_owner_opens_a_file_of_another(tiny_run: TinyRun) -> None:
+    owners = {name: (tiny_run.out / "owners" / name).resolve() for name in ("math", "code")}
+    corpus = (tiny_run.out / "corpus").resolve()
+    for name, home in owners.items():
+        opened = [path for cwd, path in tiny_run.opened if cwd == home]
+        others = [folder for other, folder in owners.items() if other != name] + [corpus]
+        assert home / "data" / "documents.jsonl" in opened  # the watcher watches
+        assert not [path for path in opened for folder in others if path.is_relative_to(folder)]
+
+
+def test_an_owners_folder_holds_no_others_text(tiny_run: TinyRun) -> None:
+    texts = {
+        name: (tiny_run.out / "corpus" / "owners" / f"{name}.jsonl").read_bytes().splitlines()
+        for name in ("math", "code")
+    }
+    for name, other in (("math", "code"), ("code", "math")):
+        folder = tiny_run.out / "owners" / name
+        blob = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+        assert all(line in blob for line in texts[name])
+        assert not [line for line in texts[other] if line in blob]
+
+
+def test_report_has_every_figure(report: dict) -> None:
+    assert report["domains"] == ["public", "math", "code"]
+    assert set(report["systems"]) == SYSTEMS
+    for score in report["systems"].values():
+        assert set(score["loss"]) == set(report["domains"])
+        assert score["mean"] == pytest.approx(sum(score["loss"].values()) / 3)
+        assert score["perplexity"]["math"] == pytest.approx(math.exp(score["loss"]["math"]))
+    assert set(report["kept"]) == {"math", "code"}
+    for shares in report["routing"].values():
+        assert set(shares) == {"public", "math", "code"}
+        assert sum(shares.values()) == pytest.approx(1)
+    assert sum(report["mix"].values()) == pytest.approx(1)
+    assert report["mix"]["english"] > 0.5
+    assert report["seeds"] == [0]
+    assert report["seconds"] > 0
+    assert report["peak_bytes"] > 1e8
+    assert {"flexmoe", "torch", "transformers", "python"} <= set(report["versions"])
+    assert [c["domain"] for c in report["continuations"]] == report["domains"]
+
+
+def test_true_domain_is_the_best_suited_model_per_domain(report: dict) -> None:
+    loss = {name: score["loss"] for name, score in report["systems"].items()}
+    assert loss["true-domain"] == {
+        "public": loss["anchor"]["public"],
+        "math": loss["two-expert-math"]["math"],
+        "code": loss["two-expert-code"]["code"],
+    }
+
+
+def test_opting_out_is_exact(report: dict) -> None:
+    verdict = report["opt_out"]
+    assert verdict["owner"] == "math"
+    assert verdict["composed_from"] == ["code"]
+    assert verdict["state_dict_equal"]
+    assert verdict["logits_equal"]
+    assert verdict["config_equal"]
+    assert verdict["files_equal"]
+    assert report["systems"]["opted-out"]["loss"] != report["systems"]["composed"]["loss"]
+
+
+def test_pictures_and_markdown_are_there(tiny_run: TinyRun) -> None:
+    for name in ("losses.png", "routing.png"):
+        assert (tiny_run.out / name).read_bytes().startswith(b"\x89PNG")
+    text = (tiny_run.out / "report.md").read_text()
+    assert all(f"| {system} |" in text or f"| **{system}** |" in text for system in SYSTEMS)
+
+
+def test_a_second_run_reuses_everything_and_says_the_same(tiny_run: TinyRun, report: dict) -> None:
+    said = io.StringIO()
+    again = json.loads(run_demo(tiny_run.out, settings=tiny_settings(), console=Console(file=said)).read_text())
+    assert all(stage["reused"] for stage in again["stages"].values())
+    assert "reusing owners/math" in said.getvalue()
+    for key in ("systems", "kept", "routing", "opt_out", "continuations", "mix"):
+        assert again[key] == report[key]
+
+
+def test_seed_owners_and_steps_reach_every_stage() -> None:
+    settings = DemoSettings.of(seed=3, owners=("cpp", "math"), steps=50)
+    assert (settings.corpus.seed, settings.anchor.seed, settings.owner.seed) == (3, 3, 3)
+    assert settings.owners == ("cpp", "math")
+    assert (settings.owner.steps, settings.anchor.steps) == (50, 200)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"owners": ("math", "poetry")}, "no text for owner"),
+        ({"owners": ("math", "math")}, "distinct"),
+        ({"owners": ("math",)}, "two owners"),
+        ({"steps": 0}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        DemoSettings.of(**change)
+
+
+def test_only_an_owner_can_opt_out() -> None:
+    with pytest.raises(ValueError, match="no owner"):
+        replace(tiny_settings(), opt_out="cpp")

@@ -1,0 +1,35 @@
+"""The bars: computed as the product promises, and told apart."""
+
+from __future__ import annotations
+
+import pytest
+
+from flexmoe.demo.report import Bar, bars, kept, with_means
+from flexmoe.demo.scoring import true_domain
+
+LOSSES = {
+    "anchor": {"public": 4.0, "math": 4.0, "code": 5.0},
+    "two-expert-math": {"public": 4.0, "math": 3.0, "code": 5.0},
+    "two-expert-code": {"public": 4.0, "math": 4.0, "code": 4.0},
+    "composed": {"public": 4.02, "math": 3.05, "code": 4.2},
+    "soup": {"public": 4.1, "math": 3.6, "code": 4.7},
+}
+
+
+def test_bars() -> None:
+    losses = {**LOSSES, "true-domain": true_domain(LOSSES, ["math", "code"])}
+    systems = with_means(losses)
+    assert losses["true-domain"] == {"public": 4.0, "math": 3.0, "code": 4.0}
+    assert kept(systems, "math") == pytest.approx(0.95)
+    assert kept(systems, "code") == pytest.approx(0.8)
+    verdicts = {bar.name: bar.passed for bar in bars(systems, ["math", "code"])}
+    assert verdicts["own gain kept by math"]
+    assert not verdicts["own gain kept by code"]
+    assert verdicts["loss on public text, change"]  # 0.5 %
+    assert not verdicts["mean loss above routing by the true domain"]  # 2.5 %
+    assert all(passed for name, passed in verdicts.items() if "against" in name)
+
+
+def test_a_bar_says_what_it_wants() -> None:
+    assert Bar("gain", 0.85, 0.9, at_least=True, percent=True).row() == ("gain", "85.0%", "≥ 90.0%", "NO")
+    assert Bar("loss", 3.0, 3.5).row() == ("loss", "3.000", "≤ 3.500", "yes")

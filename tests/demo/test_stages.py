@@ -1,0 +1,84 @@
+"""Stages run again exactly when what they depend on has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flexmoe.demo.stages import RECORD, Stage, Stages, folder_digest, source_digest
+
+CODE = ["flexmoe.demo.stages"]
+
+
+class Counter:
+    """A stage's work that counts how often it was done."""
+
+    def __init__(self, text: str = "result") -> None:
+        self.times = 0
+        self.text = text
+
+    def __call__(self, folder: Path) -> None:
+        self.times += 1
+        (folder / "file").write_text(self.text)
+
+
+def run(root: Path, work: Counter, *, size: int = 1, inputs: tuple[Stage, ...] = (), name: str = "stage") -> Stage:
+    return Stages(root).run(name, work, settings={"size": size}, code=CODE, inputs=inputs)
+
+
+def test_unchanged_is_reused_and_changed_settings_are_not(tmp_path: Path) -> None:
+    work = Counter()
+    assert not run(tmp_path, work).reused
+    assert run(tmp_path, work).reused
+    assert not run(tmp_path, work, size=2).reused
+    assert work.times == 2
+
+
+@pytest.mark.parametrize("harm", ["edit", "delete", "add", "unfinished"])
+def test_a_folder_that_is_not_as_it_was_left_is_made_again(tmp_path: Path, harm: str) -> None:
+    work = Counter()
+    folder = run(tmp_path, work).folder
+    if harm == "edit":
+        (folder / "file").write_text("resulT")
+    elif harm == "delete":
+        (folder / "file").unlink()
+    elif harm == "add":
+        (folder / "more").write_text("")
+    else:
+        (folder / RECORD).unlink()
+    assert not run(tmp_path, work).reused
+    assert (folder / "file").read_text() == "result"
+    assert not (folder / "more").exists()
+
+
+def test_a_stage_that_fails_is_not_reused(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "file").write_text("half")
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        Stages(tmp_path).run("stage", fail, settings={"size": 1}, code=CODE)
+    assert not run(tmp_path, Counter()).reused
+
+
+def test_only_a_different_result_upstream_disturbs_what_is_below(tmp_path: Path) -> None:
+    below = Counter("below")
+    run(tmp_path, below, inputs=(run(tmp_path, Counter("a"), size=1, name="above"),), name="below")
+    same = run(tmp_path, Counter("a"), size=2, name="above")
+    assert not same.reused
+    assert run(tmp_path, below, inputs=(same,), name="below").reused
+    other = run(tmp_path, Counter("b"), size=3, name="above")
+    assert not run(tmp_path, below, inputs=(other,), name="below").reused
+
+
+def test_digests_see_names_contents_and_source(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    first = folder_digest(tmp_path)
+    (tmp_path / ".hidden").write_text("2")
+    assert folder_digest(tmp_path) == first
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert folder_digest(tmp_path) != first
+    assert source_digest("flexmoe.demo.stages") != source_digest("flexmoe.demo.corpus")
+    with pytest.raises(ValueError, match="no module"):
+        source_digest("flexmoe.no_such_module")
