@@ -25,7 +25,7 @@ MODELING_LAYERS = (
     ("identity", "selection", "manifest"),
     ("packages",),
     ("hub",),
-    ("experts", "usage"),
+    ("experts", "usage", "fitting"),
     ("lifecycle",),
     ("modeling",),
 )
@@ -39,6 +39,7 @@ ALLOWED = {
     "flexmoe.conversion": {"flexmoe.modeling", "flexmoe.data", "flexmoe.model_cards"},
     "flexmoe.router_rows": {"flexmoe.modeling", "flexmoe.data"},
     "flexmoe.hidden_states": {"flexmoe.modeling", "flexmoe.data", "flexmoe.router_rows"},
+    "flexmoe.expert_trainer": {"flexmoe.modeling", "flexmoe.data"},
     "flexmoe.evaluation": {"flexmoe.modeling", "flexmoe.data", "flexmoe.metrics"},
     "flexmoe.inspection": {"flexmoe.modeling"},
     "flexmoe.testing": {"flexmoe.modeling"},
@@ -47,6 +48,7 @@ ALLOWED = {
         "flexmoe.data",
         "flexmoe.router_rows",
         "flexmoe.hidden_states",
+        "flexmoe.expert_trainer",
         "flexmoe.evaluation",
     },
     "flexmoe.demo": {
@@ -77,6 +79,9 @@ ALLOWED = {
         "flexmoe.demo",
     },
 }
+
+# Programs, not libraries: nobody imports what is in them, so their modules are documented but not each name.
+PROGRAMS = ("flexmoe.demo.",)
 
 MODELING_PACKAGES = {"torch", "transformers", "safetensors", "huggingface_hub"}
 NETWORK = {"huggingface_hub", "requests", "urllib", "http", "httpx", "aiohttp", "socket", "ftplib"}
@@ -241,6 +246,8 @@ def test_public_names_are_documented(source: Source) -> None:
     if source.path.name == "__init__.py" and not source.path.read_text(encoding="utf-8").strip():
         return
     assert ast.get_docstring(source.tree), f"{source.path} has no docstring"
+    if source.name.startswith(PROGRAMS):
+        return
     missing = [name for name, node in _public(source.tree) if not ast.get_docstring(node)]
     assert not missing, f"{source.path}: no docstring on {', '.join(missing)}"
 

@@ -42,7 +42,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def quiet_libraries() -> None:
-    """Keeps other libraries' progress bars out of a log file. To be called before they are imported: they look then."""
+    """Keeps other libraries' progress bars out of log files. To be called before they are imported: they look then."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it too
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
