@@ -2,8 +2,8 @@
 
 Per seed, beside the demo itself: the paper's recipe (hidden-mean rows trained by the loss, own data only) and log-odds
 rows with a bias, both trained with the same tokens; and other rows on the demo's own experts. Writes `results.md`,
-`results.json` and the plots into `docs/`, and the first seed's own report into `docs/demo/`. Ends with exit code 1 if a bar is
-missed on the mean over seeds. Finished stages are reused, so an interrupted run goes on.
+`results.json` and the plots into `docs/`, and the first seed's own report into `docs/demo/`. Ends with exit code 1 if
+a bar is missed on the mean over seeds. Finished stages are reused, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -185,15 +185,15 @@ def markdown(result: Mapping[str, Any], promises: Sequence[Bar]) -> str:
     return "\n".join(
         [
             "# Results\n",
-            f"The demo (`make demo`) over seeds {', '.join(map(str, seeds))}, written by `make results`: text, anchor and "
-            "experts anew for each seed. Losses are in nats per token on held-out text, means over seeds; ± is the "
+            f"The demo (`make demo`) over seeds {', '.join(map(str, seeds))}, written by `make results`: text, anchor "
+            "and experts anew for each seed. Losses are in nats per token on held-out text, means over seeds; ± is the "
             f"standard deviation of the mean over domains. One run takes about {minutes:.0f} minutes and "
             f"{result['peak_bytes'] / 1e9:.1f} GB on this machine; "
             f"[demo/report.md](demo/report.md) is the report of seed {seeds[0]}, with continuations and the corpus.\n",
             markdown_table(["system", *domains, "mean"], _system_rows(result)),
             "![Held-out loss per system and domain](losses.png)\n",
-            "`true-domain` is the ceiling: each owner's text goes to that owner's two-expert model, public text to the "
-            "anchor. `soup` is one dense model with the average of the owners' feed-forward weights.\n",
+            "`true-domain` is the ceiling: each owner's text goes to that owner's two-expert model, public text to "
+            "the anchor. `soup` is one dense model with the average of the owners' feed-forward weights.\n",
             "## What it is held to\n",
             markdown_table(["mean over seeds", "measured", "wanted", "met"], [bar.row() for bar in promises]),
             "Kept per seed, standard deviation: "

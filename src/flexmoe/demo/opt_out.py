@@ -52,7 +52,7 @@ def prove_opt_out(
         "packages": [f"packages/{name}" for name in others],
         "num_experts_per_tok": num_experts_per_tok,
     }
-    jobs = {
+    jobs: dict[str, dict[str, Any]] = {
         "opted-out": {"model": str(opted_out.resolve())},
         "never-met": {"model": "model", "compose": recipe},
     }

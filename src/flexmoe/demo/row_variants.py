@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import nn
 
 from flexmoe.data import pack, read_documents, read_public_sample
 from flexmoe.hidden_states import RowText, fit_rows
@@ -43,8 +45,8 @@ def owner_rows(
 def put_rows(model: FlexMoeForCausalLM, rows: Mapping[str, Sequence[RouterRow]], public_prior: float) -> None:
     """Writes rows, biases and the prior into a composed model, in place."""
     for block in model.flexmoe_blocks():
-        block.router[PUBLIC].bias.fill_(public_prior)
+        cast(nn.Linear, block.router[PUBLIC]).bias.fill_(public_prior)
         for owner, layers in rows.items():
-            row = layers[block.layer_index]
-            block.router[owner].weight.copy_(row.weight[None])
-            block.router[owner].bias.fill_(row.bias)
+            row, target = layers[block.layer_index], cast(nn.Linear, block.router[owner])
+            target.weight.copy_(row.weight[None])
+            target.bias.fill_(row.bias)

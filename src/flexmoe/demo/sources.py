@@ -108,9 +108,7 @@ def english(characters: int) -> Iterator[Document]:
     for name in sorted(topics):
         yield Document(f"help: {name}", without_examples(topics[name]))
     for distribution in sorted(importlib.metadata.distributions(), key=lambda d: d.metadata["Name"].lower()):
-        payload = distribution.metadata.get_payload()  # type: ignore[attr-defined]
-        description = payload if isinstance(payload, str) else ""
-        for part in _parts(without_examples(description or distribution.metadata.get("Description", ""))):
+        for part in _parts(without_examples(str(distribution.metadata.json.get("description", "")))):
             yield Document(f"description: {distribution.metadata['Name']}", part)
     for path, name in _in_hash_order(_python_files(_DOCSTRING_PACKAGES)):
         prose = "\n\n".join(_docstrings(path))
