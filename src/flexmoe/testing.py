@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import (
@@ -99,6 +100,13 @@ def perturb_expert(model: FlexMoeForCausalLM, name: str, seed: int = 0) -> None:
         block.router[name].load_state_dict({key: noise(value) for key, value in row.items()})
 
 
+def enable_checkpointing(model: PreTrainedModel, **kwargs: Any) -> None:
+    """Turns activation checkpointing on, by the name that the installed transformers has for it, and trains."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs or None)
+    model.train()
+
+
 def realigned(model: PreTrainedModel) -> PreTrainedModel:
     """The model itself, its tensors copied to memory of their own.
 
@@ -119,6 +127,7 @@ __all__ = [
     "ANCHOR_CONFIGS",
     "TOLERANCES",
     "VOCABULARY",
+    "enable_checkpointing",
     "perturb_expert",
     "random_tokens",
     "realigned",

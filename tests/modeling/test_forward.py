@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel
-from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
+from flexmoe.testing import TOLERANCES, enable_checkpointing, random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code", "legal")
 
@@ -182,16 +182,14 @@ class TestTraining:
         model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0.1
         mask = model.expert_mask([["public", "math"], ["code", "legal"]])
         plain = gradients(model, tokens, expert_mask=mask, num_experts_per_tok=k)
-        model.activation_checkpointing_enable()
-        model.train()
+        enable_checkpointing(model)
         checkpointed = gradients(model, tokens, expert_mask=mask, num_experts_per_tok=k)
         assert plain.keys() == checkpointed.keys()
         for name, gradient in plain.items():
             torch.testing.assert_close(checkpointed[name], gradient, msg=name)
 
     def test_two_masks_under_one_backward(self, model):
-        model.activation_checkpointing_enable()
-        model.train()
+        enable_checkpointing(model)
         tokens = random_tokens(2, 9)
         first, second = (gradients(model, tokens, expert_mask=model.expert_mask([s, s])) for s in (["math"], ["code"]))
         model.zero_grad()
@@ -204,7 +202,7 @@ class TestTraining:
 
     def test_reentrant_checkpointing_is_refused(self, model):
         with pytest.raises(ValueError, match="use_reentrant"):
-            model.activation_checkpointing_enable({"use_reentrant": True})
+            enable_checkpointing(model, use_reentrant=True)
 
     def test_autocast_leaves_the_router_in_float32(self, model):
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():

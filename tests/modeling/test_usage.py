@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import flexmoe
-from flexmoe.testing import random_tokens, tiny_flexmoe
+from flexmoe.testing import enable_checkpointing, random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code")
 
@@ -74,8 +74,7 @@ def test_a_wrapper_is_seen_through_and_a_stranger_refused(model):
 
 
 def test_checkpointed_training_counts_each_token_once(model):
-    model.activation_checkpointing_enable()
-    model.train()
+    enable_checkpointing(model)
     tokens = random_tokens(2, 9)
     with flexmoe.track_usage(model) as usage:
         model(tokens, labels=tokens).loss.backward()
