@@ -89,7 +89,7 @@ class _NextTokenLoss(torch.autograd.Function):
         return weights_T @ (logsumexp_T - picked_T + z_loss * logsumexp_T.square())
 
     @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient_TV,) = ctx.saved_tensors
         return gradient_TV.mul_(upstream), None, None, None  # in place: a second backward is refused by autograd
 

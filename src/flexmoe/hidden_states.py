@@ -14,7 +14,7 @@ NOT covered: the fits themselves (`flexmoe.router_rows`), and sharded models (FS
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -120,7 +120,7 @@ def fit_rows(
     Both sides give the same number of tokens, so that neither is better known than the other. The sequences are taken
     in a seeded order. Raises: ValueError (no public text where the method needs it).
     """
-    depth, hidden = len(model.flexmoe_blocks()), model.config.anchor_config.hidden_size
+    depth, hidden = len(model.flexmoe_blocks()), model.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"hidden_size": hidden, "bias": bias, "generator": generator}
     if method.needs == "nothing":
@@ -140,7 +140,7 @@ def fit_rows(
         side.sequences[torch.randperm(len(side.sequences), generator=generator)] for side in (own, public)
     )
     tokens = min(tokens, own_NL.numel(), public_NL.numel())
-    collect = {"states": collect_states, "moments": collect_moments}[method.needs]
+    collect: Callable[..., dict[int, Any]] = collect_states if method.needs == "states" else collect_moments
     floats = {"states": tokens * hidden * model.dtype.itemsize, "moments": 8 * hidden * (hidden + 1)}
     group = max(1, max_bytes // (2 * floats[method.needs]))
     rows = []

@@ -55,6 +55,7 @@ class Moments:
         self._outer = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
 
     def update(self, x_TH: torch.Tensor) -> None:
+        """Takes in vectors [T, H] of any float dtype."""
         for chunk in x_TH.split(CHUNK):
             x = chunk.double()
             self.count += len(x)
@@ -63,14 +64,18 @@ class Moments:
 
     @property
     def mean(self) -> torch.Tensor:
+        """fp64 [H]."""
         return self._sum / self.count
 
     @property
     def covariance(self) -> torch.Tensor:
+        """fp64 [H, H], normalised by the count."""
         return self._outer / self.count - torch.outer(self.mean, self.mean)
 
 
 class FitRow(Protocol):
+    """A function that makes a row of what its method needs, see the module's docstring."""
+
     def __call__(self, own, public, *, hidden_size: int, bias: bool, generator: torch.Generator) -> RouterRow: ...  # type: ignore[no-untyped-def]
 
 
