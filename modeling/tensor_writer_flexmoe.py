@@ -132,7 +132,7 @@ class _Hasher:
     """SHA-256 of tensors and of the file they are in, in a thread beside the one that writes (hashlib lets go of the
     GIL). At most `_AHEAD` chunks wait, which bounds memory and keeps a fast disk from running away."""
 
-    _AHEAD = 16
+    _AHEAD = 8
 
     def __init__(self, tensors: bool, file: bool):
         self._by_tensor: dict[str, Any] | None = {} if tensors else None
