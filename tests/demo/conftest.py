@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from rich.console import Console
 
 pytest.importorskip("sympy", reason="the demo's extra is not installed")
@@ -54,13 +55,22 @@ class TinyRun:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    folder = tmp_path_factory.mktemp("demo")
-    (folder / "hook").mkdir()
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> TinyRun:
+    # workers of pytest-xdist share one run: the folder above theirs is the whole session's
+    several = hasattr(request.config, "workerinput")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if several else base) / "tiny-demo"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "out" / "report.json").is_file():
+            _run_watched(folder)
+    pairs = (line.split("\t") for line in (folder / "opens.log").read_text().splitlines())
+    return TinyRun(folder / "out", [(Path(home), Path(path)) for home, path in pairs])
+
+
+def _run_watched(folder: Path) -> None:
+    (folder / "hook").mkdir(parents=True)
     (folder / "hook" / "sitecustomize.py").write_text(WATCHER)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder / "hook"), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("FLEXMOE_TEST_OPENS", str(folder / "opens.log"))
         run_demo(folder / "out", settings=tiny_settings(), console=Console(quiet=True))
-    pairs = (line.split("\t") for line in (folder / "opens.log").read_text().splitlines())
-    return TinyRun(folder / "out", [(Path(home), Path(path)) for home, path in pairs])

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, GRID = "#1f2430", "#8a91a0", "#e6e8ee"
 ACCENT, CEILING, OTHER = "#0f7b6c", "#c8a24a", "#b9c0cc"
@@ -19,15 +20,21 @@ _TEAL = LinearSegmentedColormap.from_list("teal", ["#f6faf9", "#0f7b6c"])
 
 
 def plot_losses(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """One panel per domain, and one for the mean: a dot per system, the composed model in colour."""
+    """One panel per domain, and one for the mean: a dot per system, the composed model in colour.
+
+    All panels are equally wide in nats, so that distances compare across them.
+    """
     systems = list(losses)[::-1]
     domains = list(losses[systems[0]])
     panels = {domain: [losses[s][domain] for s in systems] for domain in domains}
     panels["mean"] = [sum(losses[s].values()) / len(domains) for s in systems]
     figure = Figure(figsize=(2.1 * len(panels) + 1.6, 0.34 * len(systems) + 1.1), dpi=140, facecolor="white")
     axes = figure.subplots(1, len(panels), sharey=True)
+    width = max(max(values) - min(values) for values in panels.values()) or 1.0
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         _loss_panel(axis, title, systems, values)
+        axis.set_xlim(min(values) - 0.12 * width, min(values) + 1.2 * width)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
     axes[0].set_yticks(range(len(systems)), systems, fontsize=9)
     for label in axes[0].get_yticklabels():
         label.set_color(_colour(label.get_text()) if label.get_text() in ("composed", "true-domain") else INK)
@@ -74,7 +81,6 @@ def _loss_panel(axis: Axes, title: str, systems: list[str], values: list[float])
             color=ACCENT,
         )
     axis.set_title(title, fontsize=10, color=INK, fontweight="bold" if title == "mean" else "normal")
-    axis.margins(x=0.22)
     axis.tick_params(axis="x", labelsize=8, labelcolor=MUTED)
     _bare(axis)
 
