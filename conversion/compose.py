@@ -19,6 +19,7 @@ import torch
 
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
+from flexmoe.modeling.fitting_flexmoe import check_anchor, open_package
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_new_folder, file_inside
 from flexmoe.modeling.hub_flexmoe import resolve_folder
 from flexmoe.modeling.json_flexmoe import read_json_object
@@ -179,12 +180,8 @@ class _Newcomer:
 
     @classmethod
     def open(cls, given: PackageLike) -> "_Newcomer":
-        if isinstance(given, ExpertPackage):
-            return cls(given, given.manifest.name, None, given.read_rows())
-        found = resolve_folder(given)
-        package = ExpertPackage.open(found.path)
-        source = {"repo": found.repo, "revision": found.revision} if found.repo else None
-        return cls(package, package.manifest.name, source, package.read_rows())
+        package, origin = open_package(given)
+        return cls(package, package.manifest.name, origin, package.read_rows())
 
     def record(self) -> dict[str, object]:
         return expert_record({**self.package.manifest.record(), "name": self.name, "source": self.source})
@@ -264,19 +261,9 @@ def _with_experts(config: FlexMoeConfig, newcomers: Sequence[_Newcomer]) -> Flex
                 f"There is an expert {newcomer.name!r} already, beside {', '.join(config.expert_names)}: give "
                 f"{newcomer.package.folder} another name (--name)."
             )
-        _check_anchor(config, newcomer)
+        check_anchor(config, newcomer.package.manifest)
         config.experts = [*(config.experts or []), newcomer.record()]
     return config
-
-
-def _check_anchor(config: FlexMoeConfig, newcomer: _Newcomer) -> None:
-    anchor = newcomer.package.manifest.anchor
-    ours, theirs = (config.anchor or {}).get("fingerprint"), anchor.get("fingerprint")
-    if ours != theirs:
-        raise ValueError(
-            f"Expert {newcomer.name!r} was made for another anchor ({anchor.get('repo') or anchor['model_type']}): "
-            f"its fingerprint is {theirs}, this model's is {ours}. Compose it with the anchor that it was trained on."
-        )
 
 
 def _write(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from .anchors_flexmoe import build_on_meta
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .experts_flexmoe import FlexMoeBlock, make_expert, router_row
+from .hub_flexmoe import resolve_folder
 from .manifest_flexmoe import ExpertManifest
 from .packages_flexmoe import ExpertPackage
 
@@ -67,18 +69,37 @@ def parts_from_package(
     return parts
 
 
-def check_fits(config: FlexMoeConfig, blocks: Sequence[FlexMoeBlock], manifest: ExpertManifest) -> None:
-    """Checks that an expert was made for this anchor.
+def open_package(
+    source: str | Path | ExpertPackage, revision: str | None = None
+) -> tuple[ExpertPackage, dict[str, str | None] | None]:
+    """Opens a folder or a Hub id; also says where on the Hub it came from (`repo`, `revision`), if it did."""
+    if isinstance(source, ExpertPackage):
+        return source, None
+    found = resolve_folder(source, revision=revision)
+    origin = {"repo": found.repo, "revision": found.revision} if found.repo else None
+    return ExpertPackage.open(found.path), origin
+
+
+def check_anchor(config: FlexMoeConfig, manifest: ExpertManifest) -> None:
+    """Checks that an expert was made for the anchor of this model.
 
     Raises:
-        ValueError: its fingerprint is another one (both are in the message), or its layers are.
+        ValueError: its fingerprint is another one; both are in the message.
     """
     ours, theirs = (config.anchor or {}).get("fingerprint"), manifest.anchor.get("fingerprint")
     if ours != theirs:
         raise ValueError(
             f"Expert {manifest.name!r} was made for another anchor: its fingerprint is {theirs}, this model's is "
-            f"{ours}. Graft the anchor that it names ({manifest.anchor.get('repo') or 'no repository given'})."
+            f"{ours}. Use it with the anchor that it names ({manifest.anchor.get('repo') or 'no repository given'})."
         )
+
+
+def check_layers(blocks: Sequence[FlexMoeBlock], manifest: ExpertManifest) -> None:
+    """Checks that an expert has a network for each of these blocks, and no other.
+
+    Raises:
+        ValueError: its layers are others.
+    """
     layers = [block.layer_index for block in blocks]
     if list(manifest.layers) != layers:
         raise ValueError(f"Expert {manifest.name!r} has the layers {manifest.layers}; this model has {layers}.")
@@ -163,11 +184,13 @@ def _assign(module: nn.Module, key: str, tensor: Tensor, what: str) -> None:
 
 __all__ = [
     "ExpertPart",
-    "check_fits",
+    "check_anchor",
+    "check_layers",
     "expert_manifest",
     "expert_tensors",
     "fresh_networks",
     "intermediate_size",
+    "open_package",
     "parts_from_package",
     "parts_from_public",
 ]

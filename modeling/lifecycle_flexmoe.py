@@ -20,14 +20,15 @@ from .context_flexmoe import model_scope
 from .experts_flexmoe import FlexMoeBlock
 from .fitting_flexmoe import (
     ExpertPart,
-    check_fits,
+    check_anchor,
+    check_layers,
     expert_manifest,
     expert_tensors,
     fresh_networks,
+    open_package,
     parts_from_package,
     parts_from_public,
 )
-from .hub_flexmoe import resolve_folder
 from .packages_flexmoe import ExpertPackage, write_package
 from .selection_flexmoe import CacheStamp, Selection, check_names
 
@@ -130,9 +131,9 @@ class ExpertLifecycle(_Model):
             RuntimeError: a `generate` of this model is running.
         """
         self._refuse_while_generating("add_expert")
-        package = _package(source, revision)
+        package, origin = open_package(source, revision)
         name = self._free_name(name or package.manifest.name)
-        self._put_package(package, name)
+        self._put_package(package, name, origin)
         return name
 
     def add_expert_copy(self, name: str) -> str:
@@ -174,7 +175,8 @@ class ExpertLifecycle(_Model):
         """
         self._refuse_while_generating("replace_expert")
         self._check_owned(name, "replaced", "graft the other anchor instead")
-        self._put_package(_package(source, revision), name)
+        package, origin = open_package(source, revision)
+        self._put_package(package, name, origin)
 
     def rename_expert(self, old: str, new: str) -> None:
         """Calls the expert `old` by the name `new`; its position, and caches that it filled, stay valid.
@@ -222,9 +224,10 @@ class ExpertLifecycle(_Model):
 
     # How it is done
 
-    def _put_package(self, package: ExpertPackage, name: str) -> None:
-        check_fits(self.config, self.flexmoe_blocks(), package.manifest)
-        record = {**package.manifest.record(), "name": name}
+    def _put_package(self, package: ExpertPackage, name: str, origin: dict[str, str | None] | None) -> None:
+        check_anchor(self.config, package.manifest)
+        check_layers(self.flexmoe_blocks(), package.manifest)
+        record = {**package.manifest.record(), "name": name, "source": origin}
         self._put(record, parts_from_package(self.flexmoe_blocks(), fresh_networks(self.config), package, record))
 
     def _put(self, record: dict[str, Any], parts: list[ExpertPart]) -> None:
@@ -276,12 +279,6 @@ class ExpertLifecycle(_Model):
             raise RuntimeError(
                 f"{what} while generate() runs would mix two models in one text: wait until it is done."
             )
-
-
-def _package(source: str | Path | ExpertPackage, revision: str | None) -> ExpertPackage:
-    if isinstance(source, ExpertPackage):
-        return source
-    return ExpertPackage.open(resolve_folder(source, revision=revision).path)
 
 
 def _rename_entry(modules: nn.ModuleDict, old: str, new: str) -> None:
