@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from flexmoe.demo.memory import PeakMemory
-from flexmoe.demo.pipeline import DEFAULT_OWNERS, MODEL, Demo, DemoSettings
+from flexmoe.demo.pipeline import DEFAULT_OWNERS, MODEL, Demo, DemoSettings, without_loading_bars
 from flexmoe.demo.plots import plot_losses, plot_routing
 from flexmoe.demo.report import Bar, bars, build_report, kept, markdown_table, with_means, write_report
 from flexmoe.demo.row_variants import owner_rows, put_rows
@@ -186,7 +186,7 @@ def markdown(result: Mapping[str, Any], promises: Sequence[Bar]) -> str:
         [
             "# Results\n",
             f"The demo (`make demo`) over seeds {', '.join(map(str, seeds))}, written by `make results`: text, anchor "
-            "and experts anew for each seed. Losses are in nats per token on held-out text, means over seeds; ± is the "
+            "and experts anew for each seed. Losses are nats per token on held-out text, means over seeds; ± is the "
             f"standard deviation of the mean over domains. One run takes about {minutes:.0f} minutes and "
             f"{result['peak_bytes'] / 1e9:.1f} GB on this machine; "
             f"[demo/report.md](demo/report.md) is the report of seed {seeds[0]}, with continuations and the corpus.\n",
@@ -278,7 +278,8 @@ def main() -> int:
     for seed in arguments.seeds:
         console.print(f"[bold]seed {seed}")
         settings = DemoSettings.of(seed=seed, owners=DEFAULT_OWNERS, steps=arguments.steps)
-        reports.append(one_seed(arguments.out / f"seed-{seed}", settings, console))
+        with without_loading_bars():
+            reports.append(one_seed(arguments.out / f"seed-{seed}", settings, console))
     result = averaged(reports)
     promises = all_bars(result)
     docs = arguments.docs

@@ -8,11 +8,12 @@ Does not cover: how a stage does its work; every one is a call of the library or
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils import logging as transformers_logging
 
 from flexmoe.conversion.compose import compose, remove
 from flexmoe.conversion.graft import graft
@@ -113,7 +115,7 @@ def run_demo(
     settings = settings or DemoSettings.of(seed=seed, owners=owners, steps=steps)
     console = console or Console()
     started = time.perf_counter()
-    with PeakMemory() as peak:
+    with PeakMemory() as peak, without_loading_bars():
         demo = Demo(Path(out), settings, console)
         results = demo.run()
     report = build_report(
@@ -126,6 +128,18 @@ def run_demo(
     path = write_report(report, Path(out))
     print_report(report, console)
     return path
+
+
+@contextlib.contextmanager
+def without_loading_bars() -> Iterator[None]:
+    """A dozen models are loaded: their bars would drown what the demo says."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 class Demo:
