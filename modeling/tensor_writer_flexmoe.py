@@ -1,5 +1,5 @@
 # Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
-"""safetensors checkpoints written as streams: header first, then chunks, hashed by a second thread on the way.
+"""safetensors checkpoints written as streams: header first, then chunks, hashed by other threads on the way.
 
 Not here: reading and checking (`tensors_flexmoe`), and making the folder appear at once (`folders_flexmoe`).
 
@@ -13,7 +13,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any, BinaryIO
 
 import torch
@@ -90,12 +92,14 @@ def write_checkpoint(
 
     Tensors are dealt to shards in the order given; one that is larger than a shard gets one of its own. Within a file
     wider dtypes come first (as the format's own writer has it), so that every tensor is aligned; the order is kept
-    otherwise. Files and shards are named as transformers names them. Hashing runs beside the writing, in a thread;
-    a few chunks are in memory at a time. The folder must exist and hold none of these files; after an error it holds
-    half a checkpoint, so write into an `atomic_folder`.
+    otherwise. Files and shards are named as transformers names them. A few chunks are in memory at a time. The folder
+    must exist and hold none of these files; after an error it holds half a checkpoint, so write into an
+    `atomic_folder`.
 
     Args:
-        hash_tensors, hash_files: also compute SHA-256 of each tensor's bytes, of each whole file.
+        hash_files: also compute SHA-256 of each whole file, in a thread beside the writing.
+        hash_tensors: also compute SHA-256 of each tensor's bytes. Without `hash_files`, several threads then each
+            stream a tensor of their own, so the sources are drawn from at the same time.
         flush: send the bytes to the disk on the way, for a folder that is to be `durable`.
         progress: called with the number of bytes just written.
 
@@ -112,10 +116,13 @@ def write_checkpoint(
         with (
             open(Path(folder, name), "xb") as file,
             _Flusher(file) as flusher,
-            _Hasher(hash_tensors, hash_files) as hasher,
+            _Hasher(hash_tensors and hash_files, hash_files) as hasher,
         ):
             listeners = [*([flusher.written] if flush else []), *([progress] if progress else [])]
-            _write_file(file, shard, listeners, hasher)
+            if hash_tensors and not hash_files:
+                tensor_sha256.update(_write_file_in_threads(file, shard, listeners))
+            else:
+                _write_file(file, shard, listeners, hasher)
         files[name] = hasher.file_sha256() if hash_files else None
         tensor_sha256.update(hasher.tensor_sha256())
     if len(shards) > 1:
@@ -219,7 +226,52 @@ def _write_file(
             for listener in listeners:
                 listener(len(chunk))
         if written != info.nbytes:
-            raise ValueError(f"{info.name}: its source gave {written:,} bytes or more, not {info.nbytes:,}.")
+            raise _wrong_size(info, written)
+
+
+def _write_file_in_threads(
+    file: BinaryIO, shard: Sequence[TensorSource], listeners: Sequence[Callable[[int], None]]
+) -> dict[str, str]:
+    """Writes a file and returns its tensors' SHA-256, which is slower than the page cache and cannot be shared out: so
+    each thread reads, writes and hashes a tensor of its own, at its own place in the file."""
+    header = _header_bytes([source.info for source in shard])
+    descriptor, told = file.fileno(), Lock()
+    os.pwrite(descriptor, header, 0)
+
+    def stream(source: TensorSource, position: int) -> str:
+        digest, end = hashlib.sha256(), position + source.info.nbytes
+        for chunk in source.chunks():
+            if position + len(chunk) > end:
+                raise _wrong_size(source.info, position + len(chunk) - end + source.info.nbytes)
+            _write_at(descriptor, chunk, position)
+            digest.update(chunk)
+            position += len(chunk)
+            with told:
+                for listener in listeners:
+                    listener(len(chunk))
+        if position != end:
+            raise _wrong_size(source.info, position - end + source.info.nbytes)
+        return digest.hexdigest()
+
+    positions = accumulate((source.info.nbytes for source in shard), initial=len(header))
+    pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="flexmoe-stream")
+    try:
+        jobs = [pool.submit(stream, source, position) for source, position in zip(shard, positions, strict=False)]
+        return {source.info.name: job.result() for source, job in zip(shard, jobs, strict=True)}
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _write_at(descriptor: int, chunk: Chunk, position: int) -> None:
+    """`pwrite`, which may write less than it was given."""
+    view = memoryview(chunk)
+    while view:
+        count = os.pwrite(descriptor, view, position)
+        view, position = view[count:], position + count
+
+
+def _wrong_size(info: TensorInfo, given: int) -> ValueError:
+    return ValueError(f"{info.name}: its source gave {given:,} bytes or more, not {info.nbytes:,}.")
 
 
 def _header_bytes(infos: Sequence[TensorInfo]) -> bytes:
