@@ -83,8 +83,10 @@ class FlexMoePreTrainedModel(ExpertLifecycle, PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers' own; says so, and takes a new fingerprint, if the anchor is no longer the one it was."""
+        """As transformers' own, tensors called as in the state dict; a modified anchor gets a new fingerprint."""
         refresh_fingerprint(self, kwargs.get("state_dict"))
+        # some families are stored under older names (GPT-NeoX's head), which streams could not match
+        kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def init_parallel_plans(self) -> None:

@@ -25,6 +25,8 @@ def logits(model):
 def test_both_classes_load_the_same_checkpoint(family, tmp_path):
     model = tiny_flexmoe(family, OWNERS)
     model.save_pretrained(tmp_path)
+    tied = set(model.all_tied_weights_keys)
+    assert set(load_file(tmp_path / "model.safetensors")) == set(model.state_dict()) - tied
     hidden = model(random_tokens(2, 9), output_hidden_states=True).hidden_states[-1]
     for auto, cls in ((AutoModelForCausalLM, FlexMoeForCausalLM), (AutoModel, FlexMoeModel)):
         loaded, info = auto.from_pretrained(tmp_path, output_loading_info=True)

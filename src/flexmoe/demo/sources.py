@@ -17,13 +17,14 @@ import inspect
 import platform
 import re
 import sysconfig
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from .worked_problems import worked_problems
 
-MAX_DOCUMENT_CHARACTERS = 5_000
+MAX_DOCUMENT_CHARACTERS = 4_000
 MIN_DOCUMENT_CHARACTERS = 400
 
 # Installed with every FlexMoE, and rich in prose. A fixed list: the corpus should not change with unrelated packages.
@@ -53,6 +54,29 @@ _NOT_SOURCE = {
 }
 # 6,000 generated stubs that say one thing; the rest of torch's headers is written by people.
 _GENERATED_HEADERS = {"ops", "nvfuser"}
+
+
+_COUNTED_NAMES = ("CJK ", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN", "VARIATION SELECTOR", "EGYPTIAN", "ANATOLIAN")
+_CATEGORIES = {
+    "Lu": "uppercase letter",
+    "Ll": "lowercase letter",
+    "Lt": "titlecase letter",
+    "Lm": "modifier letter",
+    "Lo": "letter",
+    "Mn": "nonspacing mark",
+    "Mc": "spacing mark",
+    "Nd": "decimal digit",
+    "Nl": "letter number",
+    "No": "number",
+    "Pd": "dash",
+    "Ps": "opening bracket",
+    "Pe": "closing bracket",
+    "Po": "punctuation",
+    "Sc": "currency sign",
+    "Sk": "modifier symbol",
+    "Sm": "mathematical symbol",
+    "So": "symbol",
+}
 
 
 @dataclass(frozen=True)
@@ -135,6 +159,15 @@ def python_source(characters: int) -> Iterator[Document]:
             yield Document(name, part)
 
 
+@source("unicode")
+def character_tables(characters: int) -> Iterator[Document]:
+    """The Unicode character database, which every Python holds: sixteen neighbouring characters to a document."""
+    assigned = [chr(code) for code in range(0xA0, 0x20000) if _is_named_apart(chr(code))]
+    documents = [assigned[i : i + 16] for i in range(0, len(assigned), 16)]
+    for group in sorted(documents, key=lambda group: hashlib.sha256(group[0].encode()).digest()):
+        yield Document(f"U+{ord(group[0]):04X}", "\n".join(map(_character_entry, group)))
+
+
 @source("cpp")
 def cpp_headers(characters: int) -> Iterator[Document]:
     """C++ headers of torch."""
@@ -159,6 +192,26 @@ def without_examples(text: str) -> str:
         if not re.match(r"\s*(>>>|\.\.\. |\$ |In \[)|\.\. (image|code|\|)|    {4,}\S", line)
     ]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept))
+
+
+def _is_named_apart(character: str) -> bool:
+    """Whether the character has a name of its own, not one that is counted off (`CJK UNIFIED IDEOGRAPH-4E00`)."""
+    name = unicodedata.name(character, "")
+    return bool(name) and not name.startswith(_COUNTED_NAMES)
+
+
+def _character_entry(character: str) -> str:
+    """`U+00C4 Ä LATIN CAPITAL LETTER A WITH DIAERESIS: uppercase letter, L, from U+0041 U+0308, lowercase U+00E4`."""
+    category = unicodedata.category(character)
+    parts = [_CATEGORIES.get(category, category), unicodedata.bidirectional(character)]
+    if decomposition := unicodedata.decomposition(character):
+        parts.append("from " + re.sub(r"\b([0-9A-F]{4,})\b", r"U+\1", decomposition))
+    for case, other in (("lowercase", character.lower()), ("uppercase", character.upper())):
+        if other != character and len(other) == 1:
+            parts.append(f"{case} U+{ord(other):04X}")
+    if (value := unicodedata.numeric(character, None)) is not None:
+        parts.append(f"value {value:g}")
+    return f"U+{ord(character):04X} {character} {unicodedata.name(character)}: {', '.join(parts)}"
 
 
 def _docstrings(path: Path) -> Iterator[str]:
