@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,42 +30,46 @@ def _results(result: dict[str, Any]) -> str:
         cells = [f"{systems[name]['loss'][domain]:.3f}" for domain in domains]
         bold = "**" if name == "composed" else ""
         lines.append(f"| {bold}{name}{bold} | {' | '.join(cells)} | {systems[name]['mean']:.3f} |")
-    kept = ", ".join(f"{owner} {result['kept'][owner]:.0%}" for owner in owners)
-    public = sum(result["public_change"]) / len(result["public_change"])
-    paper = result["trained"]["paper's recipe"]["composed"]
-    exact = sum(verdict["state_dict_equal"] and verdict["logits_equal"] for verdict in result["opt_out"])
+    return "\n".join([*lines, "", _in_words(result)]) + "\n"
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    systems, verdicts = result["systems"], result["opt_out"]
+    kept = ", ".join(f"{owner} {result['kept'][owner]:.0%}" for owner in result["owners"])
+    public = mean(result["public_change"])
     above = systems["composed"]["mean"] / systems["true-domain"]["mean"] - 1
-    lines += [
-        "",
-        f"Of what its expert gains alone, each owner keeps: {kept}. Loss on public text changes by {public:+.1%}. The "
-        f"composed model is {above:.1%} above the ceiling `true-domain`, where an oracle sends each text to its owner's "
-        f"own two-expert model; the paper's recipe, trained with the same tokens, reaches a mean of "
-        f"{sum(paper.values()) / len(paper):.3f}. `opted-out` is the composed model after {result['opt_out'][0]['owner']} "
-        f"left, equal to one that never met it in {exact} of {len(result['opt_out'])} runs.",
-    ]
-    return "\n".join(lines) + "\n"
+    paper = mean(result["trained"]["paper's recipe"]["composed"].values())
+    exact = sum(verdict["state_dict_equal"] and verdict["logits_equal"] for verdict in verdicts)
+    return (
+        f"Of what its expert gains alone, each owner keeps: {kept}. Loss on public text changes by {public:+.1%}. "
+        f"The composed model is {above:.1%} above the ceiling `true-domain`, where an oracle sends each text to its "
+        "owner's own two-expert model. The paper's recipe, trained with the same tokens, reaches a mean of "
+        f"{paper:.3f}. `opted-out` is the composed model after {verdicts[0]['owner']} left, equal to one that never "
+        f"met it in {exact} of {len(verdicts)} runs."
+    )
 
 
 def _benchmarks(folder: Path) -> str:
     graft, training = (json.loads((folder / name).read_text()) for name in ("graft.json", "training.json"))
-    return (
-        "\n".join(
-            [
-                "| | measured | bar |",
-                "|---|---:|---:|",
-                f"| graft of {graft['parameters'] / 1e9:.1f} B parameters in bf16, fingerprint included: speed of `cp -r` | "
-                f"{graft['speed_over_copy']:.2f}x | ≥ {graft['speed_floor']}x |",
-                f"| its peak private memory | {graft['peak_private_bytes'] / 1e9:.2f} GB | "
-                f"< {graft['private_bytes_limit'] / 1e9:.0f} GB |",
-                "| a training step, against computing every gradient and zeroing half | "
-                f"{training['step_time_ratio']:.2f}x | ≤ {training['bars']['step_time_ratio']}x |",
-                "| its gradient and optimiser bytes | "
-                f"{training['gradient_and_optimiser_bytes_ratio']:.2f}x | "
-                f"≤ {training['bars']['gradient_and_optimiser_bytes_ratio']}x |",
-            ]
-        )
-        + "\n"
-    )
+    step, state, bars = (training["step_time_ratio"], training["gradient_and_optimiser_bytes_ratio"], training["bars"])
+    private, limit = graft["peak_private_bytes"] / 1e9, graft["private_bytes_limit"] / 1e9
+    rows = [
+        ("", "measured", "bar"),
+        ("---", "---:", "---:"),
+        (
+            f"graft of {graft['parameters'] / 1e9:.1f} B parameters in bf16 with its fingerprint: speed of `cp -r`",
+            f"{graft['speed_over_copy']:.2f}x",
+            f"≥ {graft['speed_floor']}x",
+        ),
+        ("its peak private memory", f"{private:.2f} GB", f"< {limit:.0f} GB"),
+        (
+            "a training step, against computing every gradient and zeroing half",
+            f"{step:.2f}x",
+            f"≤ {bars['step_time_ratio']}x",
+        ),
+        ("its gradient and optimiser bytes", f"{state:.2f}x", f"≤ {bars['gradient_and_optimiser_bytes_ratio']}x"),
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def put(readme: str, marker: str, text: str) -> str:
