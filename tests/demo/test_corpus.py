@@ -10,7 +10,7 @@ import pytest
 from flexmoe.demo import corpus
 from flexmoe.demo.corpus import CorpusSettings, build_corpus, read_texts, split_by_document, without_near_duplicates
 from flexmoe.demo.near_duplicates import drop_near_duplicates, largest_overlap, overlaps, shingles
-from flexmoe.demo.sources import Document, _header_body, read_source, without_examples
+from flexmoe.demo.sources import Document, _character_entry, _header_body, read_source, without_examples
 from flexmoe.demo.worked_problems import TOPICS, worked_problems
 
 
@@ -104,6 +104,17 @@ def test_prose_is_left_of_documentation() -> None:
 def test_headers_lose_their_licence() -> None:
     text = "// Copyright\n// All rights reserved.\n\n#pragma once\n// a comment that stays\nint f();\n"
     assert _header_body(text).startswith("#pragma once\n// a comment that stays")
+
+
+def test_characters_are_described_by_the_database_alone() -> None:
+    documents = read_source("unicode", 20_000)
+    lines = [line for document in documents for line in document.text.splitlines()]
+    assert all(line.startswith("U+") and ": " in line for line in lines)
+    assert len(set(lines)) == len(lines)  # no character is in two documents
+    assert _character_entry("Ä") == (
+        "U+00C4 Ä LATIN CAPITAL LETTER A WITH DIAERESIS: uppercase letter, L, from U+0041 U+0308, lowercase U+00E4"
+    )
+    assert _character_entry("½").endswith("value 0.5")
 
 
 def test_unknown_kind_is_refused() -> None:

@@ -32,7 +32,7 @@ class CorpusSettings:
     public_characters: int = 5_200_000
     owner_characters: int = 1_250_000
     held_out_characters: int = 100_000
-    public_share: float = 0.04
+    public_share: float = 0.05
 
     def __post_init__(self) -> None:
         if len(set(self.owners)) != len(self.owners) or not self.owners:

@@ -45,7 +45,7 @@ from .scoring import (
 from .sources import installed_versions
 from .stages import Stage, Stages
 
-DEFAULT_OWNERS = ("math", "code", "cpp")
+DEFAULT_OWNERS = ("math", "code", "unicode")
 ANCHOR_STEPS_PER_OWNER_STEP = 4
 MODEL = "model"
 

@@ -56,7 +56,7 @@ _NOT_SOURCE = {
 _GENERATED_HEADERS = {"ops", "nvfuser"}
 
 
-_COUNTED_NAMES = ("CJK ", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN", "VARIATION SELECTOR", "EGYPTIAN", "ANATOLIAN")
+_COUNTED_NAMES = ("CJK ", "HANGUL SYLLABLE", "TANGUT", "NUSHU", "KHITAN", "VARIATION", "EGYPTIAN", "ANATOLIAN")
 _CATEGORIES = {
     "Lu": "uppercase letter",
     "Ll": "lowercase letter",
@@ -101,7 +101,10 @@ def source(kind: str) -> Callable[[Callable[[int], Iterator[Document]]], Callabl
 
 
 def read_source(kind: str, characters: int) -> list[Document]:
-    """Documents of one kind, about `characters` in all; ValueError if the kind is unknown or this machine has none."""
+    """Documents of one kind, about `characters` in all, each cut to MAX_DOCUMENT_CHARACTERS and none very short.
+
+    Raises: ValueError if the kind is unknown or this machine has none.
+    """
     if kind not in SOURCES:
         raise ValueError(f"no text of kind {kind!r}; this demo knows {sorted(SOURCES)}")
     documents, total = [], 0
@@ -132,12 +135,10 @@ def english(characters: int) -> Iterator[Document]:
     for name in sorted(topics):
         yield Document(f"help: {name}", without_examples(topics[name]))
     for distribution in sorted(importlib.metadata.distributions(), key=lambda d: d.metadata["Name"].lower()):
-        for part in _parts(without_examples(str(distribution.metadata.json.get("description", "")))):
-            yield Document(f"description: {distribution.metadata['Name']}", part)
+        metadata = distribution.metadata
+        yield from _parts(f"description: {metadata['Name']}", without_examples(str(metadata.json.get("description"))))
     for path, name in _in_hash_order(_python_files(_DOCSTRING_PACKAGES)):
-        prose = "\n\n".join(_docstrings(path))
-        if prose:
-            yield Document(f"docstrings: {name}", prose)
+        yield from _parts(f"docstrings: {name}", "\n\n".join(_docstrings(path)))
 
 
 @source("math")
@@ -155,8 +156,7 @@ def python_source(characters: int) -> Iterator[Document]:
         (p, str(p.relative_to(root))) for p in root.rglob("*.py") if not _NOT_SOURCE & set(p.relative_to(root).parts)
     ]
     for path, name in _in_hash_order([f for f in files if not f[1].startswith("_sysconfigdata")]):
-        for part in _parts(_read(path)):
-            yield Document(name, part)
+        yield Document(name, _read(path))
 
 
 @source("unicode")
@@ -178,8 +178,7 @@ def cpp_headers(characters: int) -> Iterator[Document]:
         if not _GENERATED_HEADERS & set(p.relative_to(root).parts)
     ]
     for path, name in _in_hash_order(files):
-        for part in _parts(_header_body(_read(path))):
-            yield Document(name, part)
+        yield Document(name, _header_body(_read(path)))
 
 
 def without_examples(text: str) -> str:
@@ -234,15 +233,15 @@ def _docstrings(path: Path) -> Iterator[str]:
             nodes.extend(node.body)
 
 
-def _parts(text: str) -> Iterator[str]:
-    """A long file as documents of at most MAX_DOCUMENT_CHARACTERS, the first two only, cut at line ends."""
-    for _ in range(2):
+def _parts(name: str, text: str) -> Iterator[Document]:
+    """A long text as up to four documents, cut at line ends."""
+    for _ in range(3):
         if len(text) <= MAX_DOCUMENT_CHARACTERS:
-            yield text
-            return
+            break
         cut = text.rfind("\n", MAX_DOCUMENT_CHARACTERS // 2, MAX_DOCUMENT_CHARACTERS) + 1 or MAX_DOCUMENT_CHARACTERS
-        yield text[:cut]
+        yield Document(name, text[:cut])
         text = text[cut:]
+    yield Document(name, text)
 
 
 def _header_body(text: str) -> str:
