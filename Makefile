@@ -45,6 +45,7 @@ results: $(STAMP) ## Run the demo over 3 seeds, with the paper's recipe and the 
 
 bench: $(STAMP) ## Run the benchmarks; each asserts the figures it promises
 	@set -e; for file in $(wildcard tests/bench/bench_*.py); do echo "== $$file"; $(BIN)/python $$file; done
+	$(BIN)/python tests/bench/readme_figures.py
 
 soak: $(STAMP) ## Run the long randomised tests
 	@if [ -d tests/soak ]; then $(BIN)/python -m pytest tests/soak $(ARGS); else echo "no tests in tests/soak yet"; fi

@@ -60,6 +60,7 @@ ALLOWED = {
         "flexmoe.hidden_states",
         "flexmoe.evaluation",
         "flexmoe.inspection",
+        "flexmoe.expert_trainer",
         "flexmoe.training",
     },
     "flexmoe": {

@@ -16,7 +16,9 @@ def demo(
     ] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
     owners: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these owners.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps of each expert.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps of each expert; the anchor gets four times as many.")
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -2,8 +2,9 @@
 
 Per seed, beside the demo itself: the paper's recipe (hidden-mean rows trained by the loss, own data only) and log-odds
 rows with a bias, both trained with the same tokens; and other rows on the demo's own experts. Writes `results.md`,
-`results.json` and the plots into `docs/`, and the first seed's own report into `docs/demo/`. Ends with exit code 1 if
-a bar is missed on the mean over seeds. Finished stages are reused, so an interrupted run goes on.
+`results.json` and the plots into `docs/`, the first seed's own report into `docs/demo/`, and the figures into the
+README. Ends with exit code 1 if a bar is missed on the mean over seeds. Finished stages are reused, so an interrupted
+run goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import readme_figures
 from rich.console import Console
 
 from flexmoe.demo.memory import PeakMemory
@@ -29,6 +31,7 @@ from flexmoe.demo.row_variants import owner_rows, put_rows
 from flexmoe.demo.scoring import domain_losses, load, two_expert_model
 from flexmoe.demo.sources import installed_versions
 
+ROOT = Path(__file__).resolve().parents[2]
 PRIOR_WITH_BIAS = 0.5
 PAPER = {"router": "hidden_mean", "router_bias": True, "public_ratio": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
@@ -276,7 +279,7 @@ def main() -> int:
     """Runs, writes, prints; the exit code says whether every bar was met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/results"))
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=None)
     arguments = parser.parse_args()
@@ -299,6 +302,8 @@ def main() -> int:
         shutil.copyfile(first / name, docs / "demo" / name)
     plot_losses({name: s["loss"] for name, s in result["systems"].items()}, docs / "losses.png")
     plot_routing(result["routing"], docs / "routing.png")
+    if docs == ROOT / "docs":
+        readme_figures.main()
     console.print((docs / "results.md").read_text(), markup=False, highlight=False)
     missed = [bar.name for bar in promises if not bar.passed]
     if missed:

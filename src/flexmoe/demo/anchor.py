@@ -1,7 +1,7 @@
 """The demo's public anchor: a BPE tokenizer and a small OLMo-2-like model, both trained on the public mix alone.
 
 Shapes: B sequences in a batch, L tokens each. The result is an ordinary transformers checkpoint; nothing in here knows
-about experts. Plain PyTorch on purpose: 800 steps of 2,048 tokens should take minutes on two cores.
+about experts. Plain PyTorch on purpose: 500 steps of 2,048 tokens should take minutes on two cores.
 
 Does not cover: anything but the demo; real anchors are downloaded.
 """
@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from flexmoe.data import pack
+from flexmoe.expert_trainer import next_token_loss
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -31,7 +32,7 @@ class AnchorSettings:
     hidden: int = 128
     intermediate: int = 512
     heads: int = 4
-    steps: int = 800
+    steps: int = 500
     sequence_length: int = 256
     batch_size: int = 8
     learning_rate: float = 3e-3
@@ -118,7 +119,7 @@ def _train(
         while len(order) < settings.batch_size:
             order = torch.cat([order, torch.randperm(len(tokens_NL), generator=generator)])
         batch_BL, order = tokens_NL[order[: settings.batch_size]], order[settings.batch_size :]
-        loss = model(input_ids=batch_BL, labels=batch_BL, use_cache=False).loss
+        loss = next_token_loss(model(input_ids=batch_BL, use_cache=False).logits, batch_BL, z_loss=0.0)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

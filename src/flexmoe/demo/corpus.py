@@ -31,7 +31,7 @@ class CorpusSettings:
     seed: int = 0
     public_characters: int = 5_200_000
     owner_characters: int = 1_250_000
-    held_out_characters: int = 100_000
+    held_out_characters: int = 60_000
     public_share: float = 0.05
 
     def __post_init__(self) -> None:

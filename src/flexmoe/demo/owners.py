@@ -25,7 +25,7 @@ PACKAGE = "package"
 class OwnerSettings:
     """How every owner trains; tokens per step = sequence_length * batch_size, a `public_ratio` of them public text."""
 
-    steps: int = 200
+    steps: int = 125
     sequence_length: int = 256
     batch_size: int = 8
     router: str = "log_odds"
@@ -34,6 +34,7 @@ class OwnerSettings:
     learning_rate: float = 2e-3
     warmup_steps: int = 10
     router_tokens: int = 40_000
+    validation_tokens: int = 8_000
     seed: int = 0
 
     def as_dict(self) -> dict[str, object]:

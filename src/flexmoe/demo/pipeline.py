@@ -207,7 +207,7 @@ class Demo:
             "anchor",
             make,
             settings={**settings.as_dict(), "public": _sha256(public)},
-            code=["flexmoe.demo.anchor", "flexmoe.data"],
+            code=["flexmoe.demo.anchor", "flexmoe.data", "flexmoe.expert_trainer"],
         )
 
     def grafted(self) -> Stage:
