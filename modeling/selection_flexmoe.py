@@ -125,7 +125,8 @@ def stamp_cache(cache: Any, stamp: CacheStamp | None) -> None:
     if cache is None or stamp is None or not hasattr(cache, "get_seq_length"):
         return
     known = getattr(cache, "_flexmoe_stamp", None)
-    if known is not None and cache.get_seq_length() > 0 and not known.same_experts(stamp):
+    # the length last: it is on the device for a static cache
+    if known is not None and not known.same_experts(stamp) and cache.get_seq_length() > 0:
         raise ValueError(
             f"This KV cache was filled by the experts {list(known.names)} (as they were then, or with another mask) "
             f"and would be continued with {list(stamp.names)}. It carries their influence: start with a fresh cache."

@@ -20,6 +20,8 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from flexmoe.next_token_loss import next_token_loss
+
 EXPERTS_PER_TOKEN = 2  # own and public: every token goes through both, the router only mixes
 CHECKPOINT_WEIGHTS = "trained.safetensors"
 CHECKPOINT_COMPLETE = "complete"
@@ -65,46 +67,6 @@ class Sequences(Dataset):
 
 class TrainingDivergedError(ValueError):
     """The loss is no number any more; the message names the step and what to do."""
-
-
-class _NextTokenLoss(torch.autograd.Function):
-    """sum_t w_t * (-log p_t + z_loss * logsumexp_t^2), its gradient made in the forward pass.
-
-    The vocabulary is by far the widest dimension of a small model: this takes one softmax, which becomes the gradient
-    in place, where autograd's own steps take several exponentials and copies of the logits.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits_TV: torch.Tensor, targets_T: torch.Tensor, weights_T: torch.Tensor, z_loss: float
-    ) -> torch.Tensor:
-        probs_TV = logits_TV.softmax(-1, dtype=torch.float32)
-        # the largest probability is at least 1 / V, so its logarithm is safe where a target's may not be
-        logsumexp_T = logits_TV.amax(-1).float() - probs_TV.amax(-1).log()
-        picked_T = logits_TV.gather(-1, targets_T[:, None]).squeeze(-1).float()
-        # d loss / d logit = w * (p * (1 + 2 z logsumexp) - [is the target])
-        gradient_TV = probs_TV.mul_((weights_T * (1 + 2 * z_loss * logsumexp_T))[:, None])
-        gradient_TV.scatter_add_(-1, targets_T[:, None], -weights_T[:, None])
-        ctx.save_for_backward(gradient_TV.to(logits_TV.dtype))
-        return weights_T @ (logsumexp_T - picked_T + z_loss * logsumexp_T.square())
-
-    @staticmethod
-    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient_TV,) = ctx.saved_tensors
-        return gradient_TV.mul_(upstream), None, None, None  # in place: a second backward is refused by autograd
-
-
-def next_token_loss(logits: torch.Tensor, input_ids: torch.Tensor, z_loss: float) -> torch.Tensor:
-    """Mean cross-entropy of the next token plus `z_loss` times the mean squared log-sum-exp of the logits.
-
-    logits: float [B, L, V]; input_ids: int64 [B, L]. Source of the z-loss: PaLM, arXiv 2204.02311, section 5.
-    """
-    targets_BL = input_ids.roll(-1, dims=1)
-    weights_BL = torch.full(input_ids.shape, 1 / input_ids[:, 1:].numel(), device=logits.device)
-    weights_BL[:, -1] = (
-        0  # nothing follows the last token; a weight of 0 is cheaper than a copy of the logits without it
-    )
-    return _NextTokenLoss.apply(logits.flatten(0, 1), targets_BL.flatten(), weights_BL.flatten(), z_loss)
 
 
 class ExpertTrainer(Trainer):

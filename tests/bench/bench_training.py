@@ -19,8 +19,9 @@ import torch
 import transformers
 from transformers import Olmo2Config
 
-from flexmoe.expert_trainer import EXPERTS_PER_TOKEN, next_token_loss
+from flexmoe.expert_trainer import EXPERTS_PER_TOKEN
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
+from flexmoe.next_token_loss import next_token_loss
 
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "training.json"
 SHAPES = {"layers": 4, "hidden": 512, "ffn": 1376, "heads": 4, "vocabulary": 2048, "batch": 4, "sequence": 256}

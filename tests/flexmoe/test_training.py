@@ -17,10 +17,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flexmoe.conversion.graft import graft
-from flexmoe.expert_trainer import Mixture, next_token_loss
+from flexmoe.expert_trainer import Mixture
 from flexmoe.hidden_states import RowText, collect_states, ffn_inputs, fit_rows
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.modeling.packages_flexmoe import ExpertPackage
+from flexmoe.next_token_loss import next_token_loss
 from flexmoe.router_rows import row_method
 from flexmoe.testing import random_tokens, tiny_anchor, tiny_flexmoe
 from flexmoe.training import train_expert

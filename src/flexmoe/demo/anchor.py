@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from flexmoe.data import pack
-from flexmoe.expert_trainer import next_token_loss
+from flexmoe.next_token_loss import next_token_loss
 
 END_OF_TEXT = "<|endoftext|>"
 

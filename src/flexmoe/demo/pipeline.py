@@ -58,6 +58,7 @@ _TRAINING = (
     "flexmoe.router_rows",
     "flexmoe.training",
     "flexmoe.expert_trainer",
+    "flexmoe.next_token_loss",
     "flexmoe.demo.owners",
 )
 _SCORING = ("flexmoe.modeling", "flexmoe.data", "flexmoe.evaluation", "flexmoe.demo.scoring")
@@ -207,7 +208,7 @@ class Demo:
             "anchor",
             make,
             settings={**settings.as_dict(), "public": _sha256(public)},
-            code=["flexmoe.demo.anchor", "flexmoe.data", "flexmoe.expert_trainer"],
+            code=["flexmoe.demo.anchor", "flexmoe.data", "flexmoe.next_token_loss"],
         )
 
     def grafted(self) -> Stage:
