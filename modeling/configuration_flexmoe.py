@@ -52,16 +52,6 @@ def check_expert_name(name: str) -> str:
     return name
 
 
-def expert_name_from_repo(repo_id: str) -> str:
-    """The expert name that a Hub id gives: its last part, lower-cased, other characters to '-'.
-
-    Raises:
-        ValueError: nothing that can be a name is left.
-    """
-    last = repo_id.rstrip("/").rsplit("/", 1)[-1].lower()
-    return check_expert_name(re.sub(r"[^a-z0-9]+", "-", last).strip("-"))
-
-
 def expert_record(expert: str | dict[str, Any]) -> dict[str, Any]:
     """An expert's record: `expert` itself, or one that holds just that name. Keys without a value are left out.
 
@@ -193,4 +183,4 @@ def _anchor_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**values)
 
 
-__all__ = ["PUBLIC", "RECORD_KEYS", "FlexMoeConfig", "check_expert_name", "expert_name_from_repo", "expert_record"]
+__all__ = ["PUBLIC", "RECORD_KEYS", "FlexMoeConfig", "check_expert_name", "expert_record"]

@@ -95,7 +95,7 @@ class FlexMoeBlock(nn.Module):
         names = values.get("allowed") or tuple(self.experts)
         k = values.get("top_k") or self.top_k
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        offset_TA = _mask_offset(values.get("row_mask"), len(x_TH))
+        offset_TA = _mask_offset(values.get("row_mask"), len(x_TH), x_TH.device)
         logits_TA = self.router(x_TH, names)
         weights_TA = route(logits_TA, k, self.norm_topk_prob, offset_TA)
         self._report(values, names, logits_TA, weights_TA, offset_TA)
@@ -151,13 +151,13 @@ class FlexMoeBlock(nn.Module):
             usage.record(self.layer_index, names, weights_TA.detach(), values.get("token_mask"))
 
 
-def _mask_offset(row_mask_BA: Tensor | None, tokens: int) -> Tensor | None:
+def _mask_offset(row_mask_BA: Tensor | None, tokens: int, device: torch.device) -> Tensor | None:
     """0 where the token's sequence may use the expert, -inf where not: [T, A]."""
     if row_mask_BA is None:
         return None
     # the batch size comes from the mask: OPT hands its network flat tokens
-    allowed_TA = row_mask_BA.repeat_interleave(tokens // len(row_mask_BA), 0)
-    return torch.zeros(allowed_TA.shape, device=allowed_TA.device).masked_fill(~allowed_TA, float("-inf"))
+    allowed_TA = row_mask_BA.to(device).repeat_interleave(tokens // len(row_mask_BA), 0)
+    return torch.zeros(allowed_TA.shape, device=device).masked_fill(~allowed_TA, float("-inf"))
 
 
 def _among_all(logits_TA: Tensor, names: Sequence[str], everyone: Sequence[str]) -> Tensor:
