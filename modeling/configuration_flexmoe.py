@@ -139,6 +139,8 @@ class FlexMoeConfig(PreTrainedConfig):
             raise ValueError(f"active_experts names {unknown}, which this model has not: it has {names}.")
         if self.active_experts is not None and not self.active_experts:
             raise ValueError(f"active_experts is empty: name at least one of {names}, or None for all.")
+        if len(set(self.active_experts or ())) != len(self.active_experts or ()):
+            raise ValueError(f"active_experts names an expert twice: {self.active_experts}.")
 
     def validate_num_experts_per_tok(self) -> None:
         """Part of `@strict`: k is at least 1.

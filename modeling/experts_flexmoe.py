@@ -97,7 +97,7 @@ class FlexMoeBlock(nn.Module):
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         offset_TA = _mask_offset(values.get("row_mask"), len(x_TH), x_TH.device)
         logits_TA = self.router(x_TH, names)
-        weights_TA = route(logits_TA, k, self.norm_topk_prob, offset_TA)
+        weights_TA = route(logits_TA, k, values.get("renormalize", self.norm_topk_prob), offset_TA)
         self._report(values, names, logits_TA, weights_TA, offset_TA)
         weights_TA = weights_TA.to(x_TH.dtype)
         if torch.compiler.is_compiling():
@@ -162,7 +162,7 @@ def _mask_offset(row_mask_BA: Tensor | None, tokens: int, device: torch.device) 
 
 def _among_all(logits_TA: Tensor, names: Sequence[str], everyone: Sequence[str]) -> Tensor:
     """The logits as columns of all experts [T, E], -inf for those that were not allowed."""
-    if len(names) == len(everyone):
+    if tuple(names) == tuple(everyone):
         return logits_TA
     columns = dict(zip(names, logits_TA.unbind(-1), strict=True))
     nothing = logits_TA.new_full((len(logits_TA),), float("-inf"))

@@ -1,8 +1,8 @@
 """Which anchor a live model stands on: its fingerprint, computed anew from its tensors.
 
-The fingerprint of design is a function of files, made while grafting; this one says whether a model that is about to
-be saved still holds those bytes. A model that was cast at load cannot be told from one that was not changed, so it is
-left alone. Does not cover the streaming computation (`flexmoe.conversion.graft`).
+An anchor's fingerprint is a function of files, made while grafting; this one says whether a model that is about to be
+saved still holds those bytes. A model that was cast at load, or that lacks an untied head, cannot be told from one
+that was not changed, so it is left alone. Does not cover the streaming computation (`flexmoe.conversion.graft`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def live_fingerprint(state_dict: Mapping[str, Tensor], names: NameMap, tied: set
 def refresh_fingerprint(model: Any, state_dict: Mapping[str, Tensor] | None) -> None:
     """Gives `model.config.anchor` a new fingerprint, with a warning, if the anchor's tensors were changed."""
     anchor = model.config.anchor
-    if not anchor or not anchor.get("fingerprint") or model.get_output_embeddings() is None:
+    headless = model.get_output_embeddings() is None and not model.config.get_text_config().tie_word_embeddings
+    if not anchor or not anchor.get("fingerprint") or headless:
         return
     state = model.state_dict() if state_dict is None else state_dict
     live = live_fingerprint(state, model.anchor_names, set(model.all_tied_weights_keys))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,9 +48,8 @@ class ExpertLifecycle(_Model):
     config: FlexMoeConfig
 
     def _start_lifecycle(self) -> None:
-        # serial numbers tell an expert from another of the same name; a rename keeps them
-        self._serials = {name: serial for serial, name in enumerate(self.config.expert_names)}
-        self._next_serial = len(self._serials)
+        # a serial tells an expert from another of the same name, in this model or another; a rename keeps it
+        self._serials = {name: _new_serial() for name in self.config.expert_names}
         self._generations_running = 0
 
     # Who is there
@@ -62,7 +62,8 @@ class ExpertLifecycle(_Model):
     @property
     def active_experts(self) -> list[str]:
         """Names of the experts that take part, in order: all, unless `set_active_experts` said otherwise."""
-        return list(self.config.active_experts or self.expert_names)
+        active = self.config.active_experts
+        return [name for name in self.expert_names if active is None or name in active]
 
     def flexmoe_blocks(self) -> list[FlexMoeBlock]:
         """The blocks, in layer order."""
@@ -87,7 +88,8 @@ class ExpertLifecycle(_Model):
         Raises:
             ValueError: a name is unknown, or there is none.
         """
-        return model_scope(self, "only", frozenset(check_names(names, self.expert_names, "only_experts")))
+        allowed = check_names(names, self.expert_names, "only_experts")
+        return model_scope(self, "only", frozenset(self._serials[name] for name in allowed))
 
     def expert_mask(self, experts: Sequence[Sequence[str]]) -> Tensor:
         """The mask [batch, experts] for `forward` that allows each sequence its list of names.
@@ -119,6 +121,8 @@ class ExpertLifecycle(_Model):
         self, source: str | Path | ExpertPackage, name: str | None = None, *, revision: str | None = None
     ) -> str:
         """Adds an expert from a package: a folder, a Hub id, or an `ExpertPackage`. Returns the name that it got.
+
+        An active set that is in force stays as it is: the newcomer takes part once `set_active_experts` names it.
 
         Args:
             source: where the package is.
@@ -238,8 +242,7 @@ class ExpertLifecycle(_Model):
         for block, (network, row) in zip(self.flexmoe_blocks(), parts, strict=True):
             block.experts[name] = network.train(self.training)
             block.router[name] = row
-        self._serials[name] = self._next_serial
-        self._next_serial += 1
+        self._serials[name] = _new_serial()
 
     def _free_name(self, name: str) -> str:
         check_expert_name(name)
@@ -258,10 +261,14 @@ class ExpertLifecycle(_Model):
 
     # Caches and running generations
 
+    def serial_of(self, name: str) -> str:
+        """What tells this expert from any other, of this name or another; it survives a rename, not a replacement."""
+        return self._serials[name]
+
     def _stamp(self, selection: Selection) -> CacheStamp | None:
         if torch.compiler.is_compiling():
             return None
-        serials = tuple(self._serials[name] for name in selection.names)
+        serials = tuple(self.serial_of(name) for name in selection.names)
         return CacheStamp(serials, selection.names, selection.row_mask)
 
     @contextlib.contextmanager
@@ -279,6 +286,10 @@ class ExpertLifecycle(_Model):
             raise RuntimeError(
                 f"{what} while generate() runs would mix two models in one text: wait until it is done."
             )
+
+
+def _new_serial() -> str:
+    return uuid.uuid4().hex
 
 
 def _rename_entry(modules: nn.ModuleDict, old: str, new: str) -> None:

@@ -151,7 +151,12 @@ class FlexMoePreTrainedModel(ExpertLifecycle, PreTrainedModel):
         selection = select_experts(self, batch, expert_mask)
         stamp = self._stamp(selection)
         stamp_cache(cache, stamp)
-        values: dict[str, Any] = {"allowed": selection.names, "row_mask": selection.row_mask, "top_k": k}
+        values: dict[str, Any] = {
+            "allowed": selection.names,
+            "row_mask": selection.row_mask,
+            "top_k": k,
+            "renormalize": bool(self.config.norm_topk_prob),
+        }
         if collect:
             values["router_logits"] = []
         if usage := scoped_values(self, "usage"):

@@ -57,7 +57,7 @@ def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None) ->
     """
     names = tuple(model.active_experts)
     for scope in scoped_values(model, "only"):
-        names = tuple(name for name in names if name in scope)
+        names = tuple(name for name in names if model.serial_of(name) in scope)
     if not names:
         raise ValueError(
             f"No expert is allowed: only_experts leaves nothing of the active set {list(model.active_experts)}."
@@ -101,9 +101,9 @@ def _without_idle_experts(names: tuple[str, ...], rows_BA: Tensor) -> Selection:
 
 @dataclass(frozen=True, eq=False)
 class CacheStamp:
-    """Which experts filled a cache: their serial numbers in the model, and the mask where sequences differ."""
+    """Which experts filled a cache: their serials, and the mask where sequences differ."""
 
-    serials: tuple[int, ...]
+    serials: tuple[str, ...]
     names: tuple[str, ...]
     row_mask: Tensor | None
 
@@ -118,6 +118,8 @@ class CacheStamp:
 
 def stamp_cache(cache: Any, stamp: CacheStamp | None) -> None:
     """Marks a KV cache with the experts that fill it, or checks the mark that it bears.
+
+    A cache without a mark is taken as filled by these: compiled code leaves none.
 
     Raises:
         ValueError: other experts filled the cache, so going on would mix them in.

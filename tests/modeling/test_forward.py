@@ -31,6 +31,11 @@ class TestActiveExpertsPerToken:
         assert torch.equal(logits(model), by_call)
         assert torch.equal(logits(model, num_experts_per_tok=2), by_config)
 
+    def test_renormalisation_follows_the_config(self, model):
+        renormalised = logits(model)
+        model.config.norm_topk_prob = False
+        assert not torch.equal(logits(model), renormalised)
+
     def test_more_than_there_are_is_clamped_and_kept(self, model):
         model.config.num_experts_per_tok = 50
         assert torch.equal(logits(model), logits(model, num_experts_per_tok=4))
@@ -66,6 +71,21 @@ class TestBadMasks:
 
 
 class TestScopes:
+    def test_a_rename_within_a_scope_changes_nothing(self, model):
+        with model.only_experts("public", "math"):
+            before = logits(model)
+            model.rename_expert("math", "algebra")
+            assert torch.equal(logits(model), before)
+
+    def test_an_active_set_is_a_set(self, model):
+        model.config.active_experts = ["code", "public", "math"]  # as a hand-written config.json may have it
+        out = model(random_tokens(2, 9), output_router_logits=True)
+        assert out.router_logits[0][:, 3].isneginf().all()
+        model.set_active_experts(["public", "math", "code"])
+        again = model(random_tokens(2, 9), output_router_logits=True)
+        assert torch.equal(out.logits, again.logits)
+        assert torch.equal(out.router_logits[0], again.router_logits[0])
+
     def test_scopes_narrow_each_other(self, model):
         with model.only_experts("public", "math"):
             outer = logits(model)

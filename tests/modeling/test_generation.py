@@ -135,6 +135,13 @@ def test_a_rename_keeps_caches_valid_and_a_copy_keeps_its_stamp(model):
         go_on(model, twin)
 
 
+def test_cache_of_another_model_is_refused(model):
+    cache = filled_cache(model)
+    go_on(copy.deepcopy(model), copy.deepcopy(cache))
+    with pytest.raises(ValueError, match="fresh cache"):
+        go_on(tiny_flexmoe("llama", OWNERS, seed=1), cache)
+
+
 def test_an_emptied_static_cache_starts_afresh(model):
     cache = filled_cache(model, StaticCache(config=model.config, max_cache_len=16))
     model.remove_expert("math")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -133,6 +134,30 @@ def test_config_and_tensors_that_disagree_are_refused(tmp_path, damage, cls):
     edit(tmp_path, **changes)
     with pytest.raises(ValueError, match=words):
         cls.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"experts": ["math"]}, "first expert"),
+        ({"experts": ["public", "math", "math"]}, "must differ"),
+        ({"experts": ["public", "Math"]}, "not an expert name"),
+        ({"experts": [{"name": "public"}, {"name": "math", "path": "/tmp"}]}, "Unknown key"),
+        ({"experts": ["public"], "active_experts": ["math"]}, "which this model has not"),
+        ({"experts": ["public"], "active_experts": []}, "empty"),
+        ({"experts": ["public", "math"], "active_experts": ["math", "math"]}, "twice"),
+        ({"num_experts_per_tok": 0}, "at least 1"),
+        ({"anchor_config": {"model_type": "nothing"}}, "does not know"),
+    ],
+)
+def test_configs_that_make_no_sense_say_why(fields, words):
+    with pytest.raises((ValueError, StrictDataclassError), match=words):
+        flexmoe.FlexMoeConfig(**fields)
+
+
+def test_experts_that_are_no_list_are_refused():
+    with pytest.raises((TypeError, StrictDataclassError)):
+        flexmoe.FlexMoeConfig(experts="public")
 
 
 UNFIT_ANCHORS = {
