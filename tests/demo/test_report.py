@@ -33,3 +33,11 @@ def test_bars() -> None:
 def test_a_bar_says_what_it_wants() -> None:
     assert Bar("gain", 0.85, 0.9, at_least=True, percent=True).row() == ("gain", "85.0%", "≥ 90.0%", "NO")
     assert Bar("loss", 3.0, 3.5).row() == ("loss", "3.000", "≤ 3.500", "yes")
+    assert Bar("loss", 3.0, 3.0, strict=True).row() == ("loss", "3.000", "< 3.000", "NO")
+
+
+def test_a_composition_that_is_only_as_good_is_not_below() -> None:
+    losses = {**dict.fromkeys(LOSSES, LOSSES["anchor"]), "true-domain": LOSSES["anchor"]}
+    verdicts = {bar.name: bar.passed for bar in bars(with_means(losses), ["math", "code"])}
+    assert not any(passed for name, passed in verdicts.items() if "against" in name)
+    assert verdicts["loss on public text, change"]
