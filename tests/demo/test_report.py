@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+
 import pytest
 
-from flexmoe.demo.report import Bar, bars, kept, with_means
+from flexmoe.demo.report import Bar, bars, build_report, kept, markdown, unequal_parts, with_means, write_report
 from flexmoe.demo.scoring import true_domain
 
 LOSSES = {
@@ -41,3 +45,40 @@ def test_a_composition_that_is_only_as_good_is_not_below() -> None:
     verdicts = {bar.name: bar.passed for bar in bars(with_means(losses), ["math", "code"])}
     assert not any(passed for name, passed in verdicts.items() if "against" in name)
     assert verdicts["loss on public text, change"]
+
+
+def test_a_share_of_no_gain_is_null_in_the_file(tmp_path: Path) -> None:
+    losses = {**dict.fromkeys(LOSSES, LOSSES["anchor"]), "true-domain": LOSSES["anchor"]}
+    report = build_report(
+        {
+            "owners": ["math", "code"],
+            "scores": {
+                "losses": losses,
+                "domains": list(LOSSES["anchor"]),
+                "routing": {"public": {"public": 1.0}},
+                "continuations": [],
+                "tokens": {},
+            },
+            "opt_out": {"owner": "math", "composed_from": ["code"], "state_dict_sha256": "0", "logits_compared": [1]}
+            | dict.fromkeys(("state_dict_equal", "logits_equal", "config_equal", "files_equal"), True),
+            "mix": {"public_mix": {"english": 1.0}, "kinds": {}, "overlap": {"largest": 0.0}},
+            "stages": {},
+        },
+        settings={"corpus": {"seed": 0}},
+        seconds=1.0,
+        peak_bytes=1,
+        versions={},
+    )
+    assert math.isnan(report["kept"]["math"])
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    text = write_report(report, tmp_path).read_text()
+    assert json.loads(text, parse_constant=refuse)["kept"] == {"math": None, "code": None}
+    assert "keeps at least an unknown share" in markdown(report)
+
+
+def test_what_the_opt_out_found_to_differ() -> None:
+    verdict = {"owner": "math", "state_dict_equal": True, "logits_equal": False, "config_equal": True}
+    assert unequal_parts(verdict) == ["logits"]

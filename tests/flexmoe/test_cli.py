@@ -157,12 +157,23 @@ class TestCalls:
         assert printed["domains"]["math"] == {"loss": 1.5, "perplexity": None, "tokens": 3, "documents": 2}
 
     def test_demo(self, call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        (tmp_path / "report.json").write_text('{"seconds": 1}')
+        report = {"bars": [{"passed": False}], "opt_out": {"owner": "code", "files_equal": True}}
+        (tmp_path / "report.json").write_text(json.dumps(report))
         calls = call("flexmoe.demo.run_demo", tmp_path / "report.json")
         assert main(["demo", "--out", str(tmp_path), "--owners", "math,code", "--steps", "3", "--json"]) == 0
         (asked,) = calls
         assert (asked["out"], asked["seed"], asked["owners"], asked["steps"]) == (tmp_path, 0, ("math", "code"), 3)
-        assert json.loads(capsys.readouterr().out) == {"seconds": 1}
+        assert json.loads(capsys.readouterr().out) == report
+
+    def test_demo_fails_after_its_report_if_the_opt_out_is_not_exact(self, call, tmp_path: Path, capsys) -> None:
+        report = {"opt_out": {"owner": "code", "state_dict_equal": True, "logits_equal": False, "files_equal": False}}
+        (tmp_path / "report.json").write_text(json.dumps(report))
+        call("flexmoe.demo.run_demo", tmp_path / "report.json")
+        assert main(["demo", "--out", str(tmp_path), "--json"]) == 1
+        printed = capsys.readouterr()
+        assert json.loads(printed.out) == report
+        assert printed.err.startswith("Error: Opting out was not exact: the model that code left differs")
+        assert "in logits, files." in printed.err
 
 
 class TestErrors:

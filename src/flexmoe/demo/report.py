@@ -130,13 +130,21 @@ def build_report(
 
 
 def write_report(report: Mapping[str, Any], out: Path) -> Path:
-    """Writes report.json, report.md, losses.png and routing.png into `out`; returns the path of report.json."""
+    """Writes report.json, report.md, losses.png and routing.png into `out`; returns the path of report.json.
+
+    JSON has no NaN and no infinities: such a figure is null in report.json.
+    """
     path = out / "report.json"
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    path.write_text(json.dumps(_standard(report), indent=2, allow_nan=False) + "\n")
     plot_losses({name: s["loss"] for name, s in report["systems"].items()}, out / "losses.png")
     plot_routing(report["routing"], out / "routing.png")
     (out / "report.md").write_text(markdown(report))
     return path
+
+
+def unequal_parts(verdict: Mapping[str, Any]) -> list[str]:
+    """What the opt-out's proof found to differ, of state dict, logits, config and files; nothing if it holds."""
+    return [key.removesuffix("_equal") for key, value in verdict.items() if key.endswith("_equal") and not value]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
@@ -189,14 +197,24 @@ def _bar(record: Mapping[str, Any]) -> Bar:
     return Bar(**{key: value for key, value in record.items() if key != "passed"})
 
 
+def _standard(value: Any) -> Any:
+    """`value` with None for the numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _standard(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_standard(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _sentence(report: Mapping[str, Any]) -> str:
     owners = report["owners"]
     composed, anchor = report["systems"]["composed"]["mean"], report["systems"]["anchor"]["mean"]
-    lowest = min(report["kept"].values())
+    shares = [share for share in report["kept"].values() if math.isfinite(share)]
+    lowest = f"{min(shares):.0%}" if shares else "an unknown share"  # no expert gained anything alone
     return (
         f"{len(owners)} owners ({', '.join(owners)}) trained an expert each, alone, on text that nobody else saw. "
         f"Put together without any joint training, mean held-out loss goes from {anchor:.3f} to {composed:.3f}; "
-        f"every owner keeps at least {lowest:.0%} of what its expert gained alone.\n"
+        f"every owner keeps at least {lowest} of what its expert gained alone.\n"
     )
 
 
@@ -233,8 +251,9 @@ def _opt_out_text(verdict: Mapping[str, Any]) -> str:
     return (
         f"Owner {verdict['owner']} opted out. Against a model composed in a fresh process from the packages of "
         f"{', '.join(verdict['composed_from'])} alone: state dict {equal[verdict['state_dict_equal']]} "
-        f"(sha256 {verdict['state_dict_sha256'][:16]}…), logits {equal[verdict['logits_equal']]} "
-        f"on {' x '.join(map(str, verdict['logits_compared']))} values, every file {equal[verdict['files_equal']]}.\n"
+        f"(sha256 {verdict['state_dict_sha256'][:16]}…), config {equal[verdict['config_equal']]}, "
+        f"logits {equal[verdict['logits_equal']]} on {' x '.join(map(str, verdict['logits_compared']))} values, "
+        f"every file {equal[verdict['files_equal']]}.\n"
     )
 
 
