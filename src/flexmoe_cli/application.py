@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from flexmoe_cli import commands, demo, training
-from flexmoe_cli.arguments import FilesCommand
+from flexmoe_cli.arguments import FilesCommand, NamedFilesCommand
 from flexmoe_cli.output import quiet_libraries, report_error, show_warning
 
 app = typer.Typer(
@@ -36,7 +36,7 @@ for function in (
     commands.evaluate,
     demo.demo,
 ):
-    app.command(cls=FilesCommand)(function)
+    app.command(cls=NamedFilesCommand if function is commands.evaluate else FilesCommand)(function)
 
 
 def print_version(asked: bool) -> None:

@@ -29,14 +29,24 @@ class FilesCommand(TyperCommand):
         return super().parse_args(ctx, spread_files(args))
 
 
-def spread_files(arguments: Sequence[str]) -> list[str]:
+class NamedFilesCommand(TyperCommand):
+    """A command whose files have names: `--data math=a.txt b.txt code=c.txt` gives `math` two of them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As `FilesCommand`, and a file after a named one gets that one's name."""
+        return super().parse_args(ctx, spread_files(args, named=True))
+
+
+def spread_files(arguments: Sequence[str], *, named: bool = False) -> list[str]:
     """`--data a.txt b.txt` as `--data a.txt --data b.txt`.
 
     What follows counts while it is an existing file, or `name=file`; so a model folder after the files stays an
-    argument of its own, and a misspelt file is an error and not silently a second meaning.
+    argument of its own, and a misspelt file is an error and not silently a second meaning. With `named`, a name goes
+    for the files after it too: `--data x=a.txt b.txt` as `--data x=a.txt --data x=b.txt`.
     """
     spread: list[str] = []
     option: str | None = None  # the file option whose files are being read
+    name = ""  # what they are called
     for position, argument in enumerate(arguments):
         if argument == "--":
             return [*spread, *arguments[position:]]
@@ -45,8 +55,11 @@ def spread_files(arguments: Sequence[str]) -> list[str]:
         elif option and spread[-1] != option:  # not its first file, which is its value whatever it looks like
             if Path(argument).is_file() or _NAMED_FILE.match(argument):
                 spread.append(option)
+                if named and name and not split_name(argument)[0]:
+                    argument = f"{name}={argument}"
             else:
                 option = None
+        name = split_name(argument)[0] if option else ""
         spread.append(argument)
     return spread
 
@@ -63,14 +76,19 @@ def parse_size(text: str) -> int:
     return size
 
 
+def split_name(value: str) -> tuple[str, str]:
+    """(name, file) of `name=file`; the name is empty where there is none."""
+    name, separator, file = value.partition("=")
+    return (name, file) if separator and "/" not in name else ("", value)  # a path may hold "=" in a folder's name
+
+
 def parse_domains(values: Sequence[str]) -> dict[str, list[Path]]:
     """Files per domain from `name=file`, or a file that lends its own name; a name may come several times."""
     domains: dict[str, list[Path]] = {}
     for value in values:
-        name, separator, file = value.partition("=")
-        if not separator or "/" in name:  # a path may hold "=" in a folder's name
-            name, file = Path(value).stem, value
-        if not name or not file:
+        name, file = split_name(value)
+        name = name or Path(value).stem
+        if not name or not file or value.startswith("="):
             raise ValueError(f"--data {value}: write name=file, for example --data math=held_out.txt.")
         domains.setdefault(name, []).append(Path(file))
     return domains

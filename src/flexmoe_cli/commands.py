@@ -169,7 +169,7 @@ def inspect(
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model: a folder or a Hub id; dense ones too.", show_default=False)],
     data: Annotated[
-        list[str], typer.Option(metavar="NAME=FILE", help="Text of a domain; several names, several files each.")
+        list[str], typer.Option(metavar="NAME=FILE", help="Text of a domain: one name, then its files; several times.")
     ],
     experts: Annotated[
         list[str] | None, typer.Option("--expert", metavar="NAME", help="Only these experts take part; repeat it.")

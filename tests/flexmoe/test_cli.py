@@ -256,6 +256,32 @@ class TestArguments:
         assert spread("--out a.txt b.txt") == "--out a.txt b.txt"
         assert spread("--data a.txt -- b.txt") == "--data a.txt -- b.txt"
 
+    def test_a_name_goes_for_the_files_after_it(self, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name in ("a.txt", "b.txt", "c.txt", "runs/k=2/d.txt"):
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).touch()
+
+        def spread(line: str) -> str:
+            return " ".join(spread_files(line.split(), named=True))
+
+        assert spread("--data x=a.txt b.txt runs/k=2/d.txt") == "--data x=a.txt --data x=b.txt --data x=runs/k=2/d.txt"
+        assert spread("--data x=a.txt y=b.txt c.txt") == "--data x=a.txt --data y=b.txt --data y=c.txt"
+        assert spread("--data x=a.txt --data b.txt c.txt") == "--data x=a.txt --data b.txt --data c.txt"
+        assert spread("--data a.txt b.txt") == "--data a.txt --data b.txt"
+        assert parse_domains(["x=runs/k=2/d.txt"]) == {"x": [Path("runs/k=2/d.txt")]}
+
+    def test_only_evaluate_names_its_files(self, call, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name in ("a.txt", "b.txt", "x=a.txt"):
+            Path(name).touch()
+        calls = call("flexmoe.training.train_expert")
+        assert main(["train", "g", "--name", "math", "--out", "o", "--data", "x=a.txt", "b.txt"]) == 0
+        assert calls.pop()["data"] == [Path("x=a.txt"), Path("b.txt")]
+        calls = call("flexmoe.evaluation.evaluate", {})
+        assert main(["evaluate", "m", "--json", "--data", "x=a.txt", "b.txt"]) == 0
+        assert calls.pop()["data"] == {"x": [Path("a.txt"), Path("b.txt")]}
+
     @pytest.mark.parametrize(
         ("text", "size"), [("5GB", 5 * 10**9), ("1.5 kb", 1500), ("2GiB", 2 << 30), ("700", 700), ("3M", 3_000_000)]
     )
@@ -268,6 +294,8 @@ class TestArguments:
         assert parse_domains(["runs/k=2/math.txt"]) == {"math": [Path("runs/k=2/math.txt")]}
         with pytest.raises(ValueError, match="write name=file"):
             parse_domains(["math="])
+        with pytest.raises(ValueError, match="write name=file"):
+            parse_domains(["=a.txt"])
 
     def test_renames(self) -> None:
         assert parse_renames(["p=math", "runs/k=2/p=code"]) == {"p": "math", "runs/k=2/p": "code"}
