@@ -78,7 +78,10 @@ def compose(
         FileNotFoundError: no such model or package.
         ValueError: an expert is for another anchor, of an unknown kind or shape, its name is taken, its package is
             not what it says (`PackageError`), or rows with and without bias meet and no `public_prior` is given.
+        TypeError: `packages` is one package and no list.
     """
+    if isinstance(packages, str | Path | ExpertPackage):
+        raise TypeError(f"packages: one package ({packages!r}), want a list of them. Write [{packages!r}].")
     model = _StoredModel(grafted)
     if len(model.config.expert_names) > 1:
         raise ValueError(

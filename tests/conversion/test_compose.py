@@ -69,6 +69,12 @@ def no_traces(folder: Path) -> bool:
     return not any(TEMPORARY_MARK in name for name in os.listdir(folder))
 
 
+@pytest.mark.parametrize("one", ["owners/math", Path("owners/math")])
+def test_one_package_is_no_list(one: str | Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"one package .*want a list of them\. Write \["):
+        compose(tmp_path / "grafted", one, tmp_path / "out")
+
+
 class TestEqualsTheLiveModel:
     def test_tensors_config_and_logits(self, world: Path, tmp_path: Path) -> None:
         live = FlexMoeForCausalLM.from_pretrained(world / "grafted")
