@@ -20,7 +20,7 @@ import torch
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
 from flexmoe.modeling.fitting_flexmoe import check_anchor, open_package
-from flexmoe.modeling.folders_flexmoe import atomic_folder, check_new_folder, file_inside
+from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder, file_inside
 from flexmoe.modeling.hub_flexmoe import resolve_folder
 from flexmoe.modeling.json_flexmoe import read_json_object
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
@@ -113,7 +113,9 @@ def add(
 ) -> Path:
     """Writes the stored `model` with the expert in `package` added, as `name` or by its own. Returns its folder.
 
-    The public prior stays what it is. `out` may be the model's own folder, with `overwrite`.
+    The public prior stays what it is, and so does a choice of active experts: where the config has one
+    (`active_experts`), the newcomer is not in it and takes no part until `set_active_experts` names it. The command
+    line says so. `out` may be the model's own folder, with `overwrite`.
 
     Raises: as `compose`.
     """
@@ -281,7 +283,9 @@ def _write(
     public_prior: float | None = None,
 ) -> Path:
     target = check_new_folder(out, overwrite)
-    _check_apart(stored.folder, [newcomer.package.folder for newcomer in newcomers], target)
+    check_apart(target, *(newcomer.package.folder for newcomer in newcomers))
+    if stored.folder.resolve() != target:  # a model may be replaced by what is made of it
+        check_apart(target, stored.folder)
     with torch.device("meta"):
         model = FlexMoeForCausalLM(config)
     streams = {newcomer.name: _PackageStream(newcomer) for newcomer in newcomers}
@@ -417,16 +421,6 @@ def _copy_companions(source: Path, folder: Path) -> None:
 def _holds_weights(path: Path) -> bool:
     name = path.name.removesuffix(".json").removesuffix(".index")
     return Path(name).suffix in _WEIGHT_SUFFIXES
-
-
-def _check_apart(model: Path, packages: Sequence[Path], target: Path) -> None:
-    """An output may replace the model that it comes from, but no package, and no folder that holds more."""
-    read = [package.resolve() for package in packages]
-    if model.resolve() != target:
-        read.append(model.resolve())
-    for path in read:
-        if path.is_relative_to(target):
-            raise ValueError(f"The output {target} is, or holds, {path}, which is read. Choose another output folder.")
 
 
 __all__ = ["PRIOR_WITH_BIASES", "add", "compose", "remove"]

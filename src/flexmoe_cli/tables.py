@@ -25,6 +25,11 @@ def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
     names = ", ".join(expert["name"] for expert in found["experts"])
     what = "the expert" if found["kind"] == "package" else "a model with the experts"
     print_line(f"[bold]{escape(str(folder))}[/] holds {what} {names} ({human_bytes(found['bytes'])}).")
+    if inactive := [expert["name"] for expert in found["experts"] if not expert["active"]]:
+        print_line(
+            f"Note: {', '.join(inactive)} will take no part: the model has a choice of active experts, made with "
+            "set_active_experts. Load it, call set_active_experts(None) for all of them, and save it."
+        )
     if hint:
         print_line(escape(hint))
 

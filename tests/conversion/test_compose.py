@@ -17,6 +17,7 @@ from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError
 from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
 from flexmoe.testing import perturb_expert, random_tokens, tiny_anchor
+from flexmoe_cli import main
 
 FAMILIES = ("llama", "gpt2", "gemma2", "phi3")  # plain; Conv1D with biases; tied and post-norm; fused gate_up
 
@@ -73,6 +74,16 @@ def no_traces(folder: Path) -> bool:
 def test_one_package_is_no_list(one: str | Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"one package .*want a list of them\. Write \["):
         compose(tmp_path / "grafted", one, tmp_path / "out")
+
+
+def test_a_newcomer_stays_out_of_a_choice_of_active_experts(llama: Path, tmp_path: Path, capsys) -> None:
+    model = FlexMoeForCausalLM.from_pretrained(composed(llama, tmp_path / "one", "math"))
+    model.set_active_experts(["public"])
+    model.save_pretrained(tmp_path / "chosen")
+    for start, note in (("one", False), ("chosen", True)):
+        assert main(["add", str(tmp_path / start), str(llama / "code"), "--out", str(tmp_path / f"{start}-2")]) == 0
+        assert ("Note: math, code will take no part" in capsys.readouterr().out) is note
+    assert FlexMoeForCausalLM.from_pretrained(tmp_path / "chosen-2").active_experts == ["public"]
 
 
 class TestEqualsTheLiveModel:
