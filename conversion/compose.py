@@ -1,4 +1,3 @@
-# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
 """Compose, add, remove: the lifecycle of experts on disk, checkpoint in, checkpoint out.
 
 A result is a function of who is in it: the checkpoint after a removal has the bytes of the one that never had that

@@ -1,4 +1,3 @@
-# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
 """Strict JSON from files that strangers wrote: bounded, no repeated keys, no NaN, no bottomless nesting.
 
 Not here: what the keys must be. Each format checks its own.

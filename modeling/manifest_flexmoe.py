@@ -1,4 +1,3 @@
-# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
 """The manifest of an expert package, `expert_config.json`, format version 1: a table of keys, each with its check.
 
 Not here: the weights it speaks of (`packages_flexmoe`), and whether the anchor is the one at hand.

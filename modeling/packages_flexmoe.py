@@ -1,4 +1,3 @@
-# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
 """Expert packages, format version 1: what one owner hands over, as a folder of safetensors, a manifest and a card.
 
     expert_config.json   the manifest: who, what, for which anchor, and the SHA-256 of each weight file

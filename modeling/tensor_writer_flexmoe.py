@@ -1,4 +1,3 @@
-# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
 """safetensors checkpoints written as streams: header first, then chunks, hashed by other threads on the way.
 
 Not here: reading and checking (`tensors_flexmoe`), and making the folder appear at once (`folders_flexmoe`).

@@ -1,4 +1,3 @@
-# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
 """safetensors files as streams: tensors are read chunk by chunk, never a whole file in memory.
 
 Files are taken as written by a stranger: everything the header claims is checked before a byte of data is believed.
