@@ -21,7 +21,7 @@ from flexmoe.conversion.dense_checkpoint import DenseCheckpoint
 from flexmoe.data import END_OF_DOCUMENT, read_documents
 from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
-from flexmoe.modeling.folders_flexmoe import atomic_folder, check_new_folder
+from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
 from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.modeling.tensor_writer_flexmoe import (
@@ -91,11 +91,12 @@ def graft(
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or no safetensors.
-        ValueError: the anchor cannot be one (see `DenseCheckpoint`), or the public data has no text that fits.
+        ValueError: the anchor cannot be one (see `DenseCheckpoint`), the public data has no text that fits, or `out`
+            is or holds what is read.
     """
     target = check_new_folder(out, overwrite)
     source = resolve_folder(anchor, revision=revision, token=token)
-    _check_apart(source.path, target)
+    check_apart(target, source.path, *(public_data or ()))
     sample = None if public_data is None else _sample(public_data, public_sample_bytes, text_column, seed)
     dense = DenseCheckpoint(source.path)
     settings = {"norm_topk_prob": norm_topk_prob, "num_experts_per_tok": num_experts_per_tok}
@@ -208,12 +209,6 @@ def _write_sample(folder: Path, lines: Iterable[str]) -> dict[str, Any]:
         "bytes": len(content),
         "documents": len(lines),
     }
-
-
-def _check_apart(source: Path, target: Path) -> None:
-    """Overwriting the folder that is read, or one that holds it, would lose the anchor."""
-    if source.resolve().is_relative_to(target):
-        raise ValueError(f"The output {target} is, or holds, the anchor itself. Choose another output folder.")
 
 
 __all__ = ["COMPANIONS", "PUBLIC_SAMPLE", "graft"]

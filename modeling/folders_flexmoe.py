@@ -1,4 +1,3 @@
-# Copyright 2026 The FlexMoE Authors. Licensed under the Apache License, Version 2.0.
 """Folders: written whole or not at all, and read without being led outside.
 
 Not here: what is in them (`tensors_flexmoe`, `packages_flexmoe`), nor locks between two runs that write one folder.
@@ -40,6 +39,14 @@ def check_new_folder(out: str | Path, overwrite: bool = False) -> Path:
         if precious.resolve().is_relative_to(target):
             raise ValueError(f"Overwriting {target} would delete {precious}. Choose another output folder.")
     return target
+
+
+def check_apart(target: Path, *read: str | Path) -> None:
+    """Raises ValueError if replacing the folder `target` would delete one of the files and folders that are `read`."""
+    for path in read:
+        real = Path(os.path.realpath(Path(path).expanduser()))
+        if real.is_relative_to(target):
+            raise ValueError(f"The output {target} is, or holds, {real}, which is read. Choose another output folder.")
 
 
 @contextmanager
@@ -195,6 +202,7 @@ def _sync(path: Path) -> None:
 __all__ = [
     "TEMPORARY_MARK",
     "atomic_folder",
+    "check_apart",
     "check_new_folder",
     "file_inside",
     "open_regular_file",

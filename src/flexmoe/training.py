@@ -34,7 +34,7 @@ from flexmoe.data import pack, read_documents, read_public_sample, split_documen
 from flexmoe.expert_trainer import EXPERTS_PER_TOKEN, ExpertTrainer, Mixture, Sequences, last_checkpoint
 from flexmoe.hidden_states import RowText, fit_rows
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM, check_expert_name
-from flexmoe.modeling.folders_flexmoe import check_new_folder
+from flexmoe.modeling.folders_flexmoe import check_apart, check_new_folder
 from flexmoe.modeling.hub_flexmoe import resolve_folder
 from flexmoe.router_rows import RowMethod, row_method
 
@@ -129,16 +129,19 @@ def train_expert(
 
     Raises:
         FileExistsError: `out` is there. FileNotFoundError: no such model or file.
-        ValueError: a taken name, no text or too little, no public text where it is needed, or the checkpoints beside
-            `out` are those of another command. TrainingDivergedError, one of them: the loss is no number any more.
+        ValueError: a taken name, no text or too little, no public text where it is needed, an `out` that is or holds
+            what is read, or checkpoints beside `out` that are those of another command. TrainingDivergedError, one of
+            them: the loss is no number any more.
     """
     settings = replace(settings or TrainingSettings(), **overrides)
     out = check_new_folder(out, overwrite)
     folder = resolve_folder(grafted).path
+    work = out.parent / f".{out.name}.training"
+    for written in (out, work):
+        check_apart(written, folder, *data, *(public_data or ()))
     config = _checked_config(folder, name, settings)
     text = _read_text(folder, config, data, public_data, settings)
 
-    work = out.parent / f".{out.name}.training"
     arguments = _training_arguments(work, text, config, settings, progress)
     with arguments.main_process_first(local=False, desc="preparing the run"):
         _open_work_folder(work, _identity(folder, name, text, arguments, settings), resume)

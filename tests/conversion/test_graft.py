@@ -257,9 +257,17 @@ class TestRefusals:
 
     @pytest.mark.parametrize("place", ["anchor", "."])
     def test_the_anchor_is_never_overwritten(self, place: str, llama: Path, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="is, or holds, the anchor itself"):
+        with pytest.raises(ValueError, match="which is read"):
             graft(llama, tmp_path / place, overwrite=True)
         assert (llama / "config.json").exists()
+
+    def test_the_public_data_is_never_overwritten(self, llama: Path, tmp_path: Path) -> None:
+        text = tmp_path / "data" / "public.txt"
+        text.parent.mkdir()
+        text.write_text("the only copy")
+        with pytest.raises(ValueError, match=r"public\.txt, which is read"):
+            graft(llama, text.parent, public_data=[text], overwrite=True)
+        assert text.read_text() == "the only copy"
 
     def test_a_graft_is_no_anchor(self, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedAnchorError, match="FlexMoE already"):

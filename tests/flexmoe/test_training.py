@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,24 @@ def test_expert_learns_and_nothing_else_moves(workshop, tmp_path):
         assert not torch.equal(block.experts["math"].up_proj.weight, block.experts["public"].up_proj.weight)
         assert block.router["math"].weight.abs().sum() > 0
         assert block.router["math"].bias.item() == 0.0
+
+
+def test_inputs_are_never_overwritten(workshop, tmp_path):
+    own = tmp_path / "mine" / "own.jsonl"
+    own.parent.mkdir()
+    shutil.copyfile(workshop / "own.jsonl", own)
+    grafted = shutil.copytree(workshop / "grafted", tmp_path / "model")
+    for out, options in (
+        (own.parent, {}),
+        (grafted, {}),
+        (tmp_path, {}),
+        (own.parent, {"data": [workshop / "own.jsonl"], "public_data": [own]}),
+    ):
+        data = options.pop("data", [own])
+        with pytest.raises(ValueError, match="which is read"):
+            train_expert(grafted, "math", data, out, overwrite=True, progress=False, **{**FAST, **options})
+    assert own.is_file()
+    assert (grafted / "config.json").is_file()
 
 
 def test_only_the_own_part_has_gradients_and_optimiser_state(workshop, tmp_path, monkeypatch):

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from flexmoe.modeling import folders_flexmoe
-from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK, atomic_folder, check_new_folder, file_inside
+from flexmoe.modeling.folders_flexmoe import (
+    TEMPORARY_MARK,
+    atomic_folder,
+    check_apart,
+    check_new_folder,
+    file_inside,
+)
 
 
 def write(out: Path, text: str, overwrite: bool = False) -> None:
@@ -126,6 +132,21 @@ class TestCheckNewFolder:
         monkeypatch.setenv("HOME", str(tmp_path / "work"))
         with pytest.raises(ValueError, match="would delete"):
             check_new_folder("~", overwrite=True)
+
+
+class TestCheckApart:
+    def test_refuses_what_would_be_deleted(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        target = tmp_path / "out"
+        (target / "inner").mkdir(parents=True)
+        (target / "inner" / "file").touch()
+        (tmp_path / "link").symlink_to(target / "inner")
+        monkeypatch.chdir(target)
+        for read in (target, target / "inner" / "file", tmp_path / "link" / "file", "inner", "inner/../inner/file"):
+            with pytest.raises(ValueError, match="which is read"):
+                check_apart(target, tmp_path / "other", read)
+
+    def test_neighbours_and_folders_around_it_may_be_read(self, tmp_path: Path) -> None:
+        check_apart(tmp_path / "out", tmp_path, tmp_path / "out2", tmp_path / "other" / "out")
 
 
 class TestFileInside:
