@@ -1,6 +1,7 @@
 """FlexMoE: mixture-of-experts language models whose training data stays with its owners.
 
 Importing it registers the model with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+Not here: the command line (`flexmoe_cli`) and any code of its own beyond the registration.
 """
 
 from importlib import import_module

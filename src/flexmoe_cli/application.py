@@ -1,7 +1,7 @@
 """The application: its commands, its version, and what happens when one of them fails.
 
 Exit codes: 0 done, 1 the command failed (one paragraph on stderr says why), 2 the command line is not a valid one,
-130 interrupted.
+130 interrupted. Not here: what the commands do (`commands`, `training`, `demo`).
 """
 
 import sys

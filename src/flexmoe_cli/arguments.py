@@ -1,4 +1,7 @@
-"""Arguments that several commands share, and how their text becomes values."""
+"""Arguments that several commands share, and how their text becomes values.
+
+Not here: whether the values make sense together, which the library checks.
+"""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""The command that shows the main job from raw text to the opt-out: demo."""
+"""The command that shows the main job from raw text to the opt-out: demo.
+
+Not here: sizes of corpus and anchor, which `flexmoe.demo.DemoSettings` holds.
+"""
 
 import json
 from pathlib import Path

@@ -1,6 +1,7 @@
 """What the commands show: tables and JSON on stdout; progress, warnings and errors on stderr.
 
 Colours follow the terminal and NO_COLOR (rich does). With `--json`, stdout carries the JSON and nothing else.
+Not here: which facts are shown (`tables`).
 """
 
 import json

@@ -1,4 +1,7 @@
-"""How results look to a person: what is in a folder, what was made, how a model scored."""
+"""How results look to a person: what is in a folder, what was made, how a model scored.
+
+Not here: the demo's tables (`flexmoe.demo.report`), colours and JSON (`output`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The main job on real text, end to end: `flexmoe demo`. Needs the extra: `pip install 'flexmoe[demo]'`."""
+"""The main job on real text, end to end: `flexmoe demo`. Needs the extra: `pip install 'flexmoe[demo]'`.
+
+Does not cover: anything that the library itself needs; apart from the command line nothing imports it.
+"""
 
 try:
     from flexmoe.demo.pipeline import DemoSettings, run_demo

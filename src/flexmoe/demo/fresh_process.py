@@ -6,6 +6,8 @@ A module of its own, which nothing imports: the process that runs it knows what 
     tokens    JSON file with token ids [B, L]
     out       path without suffix: <out>.json (hash, config) and <out>.safetensors (logits) are written
     compose   optional: {"grafted": folder, "packages": [folders], "num_experts_per_tok": k} to compose `model` from
+
+Does not cover: comparing two measurements (`opt_out`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The demo's two pictures: loss per system and domain, and who answers on which text.
 
 Matplotlib's object interface on purpose: no global state, no display, no style that outlives a call.
+Does not cover: computing what is drawn (`scoring`, `report`).
 """
 
 from __future__ import annotations
