@@ -1,8 +1,8 @@
-"""Real text that lies on every machine with the demo's dependencies: documentation, Python source, C++ headers, maths.
+"""Real text on every machine with the demo's dependencies: documentation, Python source, Unicode tables, maths, C++.
 
-Each kind is a function that returns documents in a fixed order, found in the running interpreter's own library and in
-the packages FlexMoE depends on. Nothing is downloaded. What is found depends on the installed versions, so the corpus
-is keyed by them (`installed_versions`).
+Each kind is a function that returns documents in a fixed order, found in the running interpreter's own library, in
+packages FlexMoE depends on and, for "english" alone, in the descriptions of all that is installed beside them. Nothing
+is downloaded. What is found depends on the installed versions, so the corpus is keyed by them (`installed_versions`).
 
 Does not cover: splitting, deduplication and sizes (`corpus`).
 """
@@ -27,7 +27,7 @@ from .worked_problems import worked_problems
 MAX_DOCUMENT_CHARACTERS = 4_000
 MIN_DOCUMENT_CHARACTERS = 400
 
-# Installed with every FlexMoE, and rich in prose. A fixed list: the corpus should not change with unrelated packages.
+# Installed with FlexMoE and its demo, and rich in prose: the docstrings of these alone are read.
 _DOCSTRING_PACKAGES = (
     "numpy",
     "torch",
@@ -129,7 +129,7 @@ def installed_versions() -> dict[str, str]:
 
 @source("english")
 def english(characters: int) -> Iterator[Document]:
-    """Python's own help topics, package descriptions, and the prose of docstrings."""
+    """Python's own help topics, the descriptions of all installed packages, and the prose of some docstrings."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
