@@ -9,6 +9,7 @@ corpora larger than memory.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from array import array
@@ -142,19 +143,7 @@ def _text_documents(path: Path) -> Iterator[str]:
 def _table_documents(path: Path, column: str) -> Iterator[str]:
     if path.stat().st_size == 0:  # `datasets` would say that it found no schema
         return
-    from datasets import load_dataset  # seconds to import; --help must not pay for it
-
-    builder = TABLE_BUILDERS[path.suffix]
-    # streaming: otherwise `datasets` copies the owner's text into its cache folder and leaves it there
-    rows = load_dataset(builder, data_files=str(path), split="train", streaming=True)
-    batches = iter(rows.iter(batch_size=1000))
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except Exception as error:  # each builder raises its parser's own kinds
-            raise ValueError(f"{path}: can't be read as {path.suffix[1:]} ({error}).") from error
+    for batch in _table_batches(path):
         if column not in batch:
             raise ValueError(
                 f"{path}: no column {column!r}. Its columns: {', '.join(batch)}. Say which with text_column."
@@ -164,6 +153,19 @@ def _table_documents(path: Path, column: str) -> Iterator[str]:
                 yield value
             elif value is not None:
                 raise TypeError(f"{path}: column {column!r} holds {type(value).__name__} values, want text.")
+
+
+def _table_batches(path: Path) -> Iterator[dict[str, list[Any]]]:
+    """Rows, up to 1000 at a time, as {column: values}."""
+    from datasets import load_dataset  # seconds to import; --help must not pay for it
+
+    try:
+        # streaming: otherwise `datasets` copies the owner's text into its cache folder and leaves it there
+        files = glob.escape(str(path))  # `datasets` takes patterns
+        rows = load_dataset(TABLE_BUILDERS[path.suffix], data_files=files, split="train", streaming=True)
+        yield from rows.iter(batch_size=1000)
+    except Exception as error:  # each builder raises its parser's own kinds
+        raise ValueError(f"{path}: can't be read as {path.suffix[1:]} ({error}).") from error
 
 
 def _order(document: str, seed: int) -> bytes:

@@ -61,6 +61,14 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path, suffix):
         read_documents([file])
 
 
+@pytest.mark.parametrize("name", ["notes[1].jsonl", "a*b.parquet", "what?.json", "[x]/rows.jsonl"])
+def test_a_path_is_a_path_and_no_pattern(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    write_rows(tmp_path / f"aXb{Path(name).suffix}", [{"text": "another file"}])
+    file = write_rows(tmp_path / name, [{"text": "this file"}])
+    assert read_documents([file]) == ["this file"]
+
+
 def test_wrong_files_say_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
         read_documents([tmp_path / "absent.txt"])
