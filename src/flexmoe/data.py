@@ -51,12 +51,16 @@ def read_documents(files: Sequence[str | Path], *, column: str = "text") -> list
 def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> list[str]:
     """The public text that a graft keeps beside its model. `record` is the config's `public_sample`.
 
-    The bytes that are hashed are the bytes that are parsed. Raises: ValueError (the model has no sample, or the file
-    is not the one that was grafted), FileNotFoundError.
+    The bytes that are hashed are the bytes that are parsed. Raises: ValueError (the model has no sample, the record
+    names a file elsewhere, or the file is not the one that was grafted), FileNotFoundError.
     """
     if not record:
         raise ValueError(f"{folder} keeps no public sample. Graft it with --public-data, or give --public-data here.")
-    path = Path(folder) / record["file"]
+    name = record["file"]
+    # the record may be a stranger's: it must not choose which file of this machine is read
+    if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
+        raise ValueError(f"{folder}: the config's public_sample names {name!r}, which is not a plain file name.")
+    path = Path(folder) / name
     if not path.is_file():
         raise FileNotFoundError(f"{path}: the model's public sample is missing. Restore it, or give --public-data.")
     content = path.read_bytes()

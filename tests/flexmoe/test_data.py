@@ -128,3 +128,13 @@ def test_public_sample_is_read_only_as_grafted(tmp_path):
         read_public_sample(tmp_path, record)
     with pytest.raises(ValueError, match="keeps no public sample"):
         read_public_sample(tmp_path, None)
+
+
+def test_a_config_cannot_lead_out_of_its_folder(tmp_path):
+    content = b'{"text": "private"}\n'
+    (tmp_path / "model").mkdir()
+    (tmp_path / "outside.jsonl").write_bytes(content)
+    for name in ("../outside.jsonl", str(tmp_path / "outside.jsonl"), "..\\outside.jsonl", "..", "", None):
+        record = {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
+        with pytest.raises(ValueError, match="not a plain file name"):
+            read_public_sample(tmp_path / "model", record)
