@@ -29,13 +29,14 @@ TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # f
 
 
 def read_documents(files: Sequence[str | Path], *, column: str = "text") -> list[str]:
-    """All documents of some files, in the order given; documents of white space only are left out.
+    """All documents of some files, in the order given; documents of white space only are left out, nulls an error.
 
     `.txt` and `.md`: the whole file is one document, unless lines that hold only `<|endofdocument|>` separate several.
     `.jsonl`, `.json`, `.parquet`: one document per row, taken from `column`.
 
     Raises: FileNotFoundError; TypeError (a value of `column` is no string); ValueError (no file given, a kind of file
-    that is not known, one that can't be parsed, a missing column, no document in all of the files).
+    that is not known, one that can't be parsed, a missing column, a row without a value in it, no document in all of
+    the files).
     """
     if isinstance(files, str | Path):
         raise TypeError(f"files: one path ({str(files)!r}), want a list of them. Write [{str(files)!r}].")
@@ -147,16 +148,21 @@ def _text_documents(path: Path) -> Iterator[str]:
 def _table_documents(path: Path, column: str) -> Iterator[str]:
     if path.stat().st_size == 0:  # `datasets` would say that it found no schema
         return
+    row = 0
     for batch in _table_batches(path):
         if column not in batch:
             raise ValueError(
                 f"{path}: no column {column!r}. Its columns: {', '.join(batch)}. Say which with text_column."
             )
         for value in batch[column]:
-            if isinstance(value, str):
-                yield value
-            elif value is not None:
+            row += 1
+            if value is None:
+                raise ValueError(
+                    f"{path}: row {row} has no text in column {column!r}. Give it some, or leave the row out."
+                )
+            if not isinstance(value, str):
                 raise TypeError(f"{path}: column {column!r} holds {type(value).__name__} values, want text.")
+            yield value
 
 
 def _table_batches(path: Path) -> Iterator[dict[str, list[Any]]]:

@@ -37,7 +37,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 def test_tables_give_a_document_per_row(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [{"body": f"text {i}", "n": i} for i in range(1500)] + [{"body": " \n", "n": 0}, {"body": None, "n": 0}]
+    rows = [{"body": f"text {i}", "n": i} for i in range(1500)] + [{"body": " \n", "n": 0}]
     file = write_rows(tmp_path / f"rows.{suffix}", rows)
     assert read_documents([file], column="body") == [f"text {i}" for i in range(1500)]
     written = [
@@ -59,6 +59,14 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path, suffix):
     file = write_rows(tmp_path / f"rows.{suffix}", [{"body": "x", "title": "y"}])
     with pytest.raises(ValueError, match=r"no column 'text'. Its columns: body, title"):
         read_documents([file])
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+@pytest.mark.parametrize("row", [{"body": None, "n": 0}, {"n": 0}])
+def test_a_row_without_text_is_no_row_to_skip(tmp_path, suffix, row):
+    file = write_rows(tmp_path / f"rows.{suffix}", [{"body": f"text {i}", "n": i} for i in range(1200)] + [row])
+    with pytest.raises(ValueError, match="row 1201 has no text in column 'body'"):
+        read_documents([file], column="body")
 
 
 @pytest.mark.parametrize("name", ["notes[1].jsonl", "a*b.parquet", "what?.json", "[x]/rows.jsonl"])
