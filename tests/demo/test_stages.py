@@ -82,3 +82,22 @@ def test_digests_see_names_contents_and_source(tmp_path: Path) -> None:
     assert source_digest("flexmoe.demo.stages") != source_digest("flexmoe.demo.corpus")
     with pytest.raises(ValueError, match="no module"):
         source_digest("flexmoe.no_such_module")
+
+
+def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "stage").mkdir()
+    (tmp_path / "stage" / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="new or empty folder"):
+        run(tmp_path, Counter())
+    assert (tmp_path / "stage" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_empty_folder_is_taken_and_goes_on_to_be_used(tmp_path: Path, exists: bool) -> None:
+    root = tmp_path / "out"
+    if exists:
+        root.mkdir()
+    run(root, Counter())
+    (root / "report.json").write_text("{}")  # written beside the stages, by those who run them
+    assert run(root, Counter()).reused
+    assert not run(root, Counter(), name="other").reused

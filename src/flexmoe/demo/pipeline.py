@@ -111,7 +111,8 @@ def run_demo(
     `settings`, if given, stands in for `seed`, `owners` and `steps`. Beside the report lie `report.md`, two plots, and
     a folder per stage.
 
-    Raises: ValueError for owners without text or a bad number of steps; RuntimeError if an owner's process fails.
+    Raises: ValueError for owners without text or a bad number of steps; FileExistsError if `out` holds files of
+    someone else; RuntimeError if an owner's process fails.
     """
     settings = settings or DemoSettings.of(seed=seed, owners=owners, steps=steps)
     console = console or Console()

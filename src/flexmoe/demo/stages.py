@@ -3,6 +3,7 @@
 A stage is a folder with a record of what it was made from: its settings, the source code of the modules that do the
 work, the versions of the libraries below, and the *content* of the folders it reads. If all of that and the stage's
 own files are as recorded, it is reused; so an upstream stage that runs again and comes out the same disturbs nothing.
+What is not as recorded is deleted, so stages only work in a folder that was empty when they first came there.
 
 Does not cover: sharing a cache between machines, or concurrent runs into one folder.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD = ".stage.json"
+MARKER = ".flexmoe-stages"
 _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate", "datasets", "numpy")
 
 
@@ -54,7 +56,10 @@ class Stages:
         """The stage's folder, made by `make(folder)` (folder exists and is empty) unless it can be reused.
 
         `settings` must be JSON; `code` names modules or packages; `inputs` are the stages read.
+
+        Raises: FileExistsError (`root` holds files, and stages never were in it).
         """
+        _claim(self.root)
         folder = self.root / name
         key = self._key(settings, code, inputs)
         found = self._reusable(folder, key)
@@ -89,6 +94,20 @@ class Stages:
             return Stage(folder, True, record["seconds"], record["digest"])
         except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
             return None  # never made, or cut short: make it
+
+
+def _claim(root: Path) -> None:
+    """Marks a new or empty folder as one whose contents are stages' to delete; any other must have the mark."""
+    marker = root / MARKER
+    if marker.is_file():
+        return
+    if root.exists() and any(root.iterdir()):
+        raise FileExistsError(
+            f"{root} holds files that are not from an earlier run (there is no {MARKER}), and stages would be written "
+            "over them. Choose a new or empty folder."
+        )
+    root.mkdir(parents=True, exist_ok=True)
+    marker.write_text("The folders beside this file are made anew when what they depend on changes.\n")
 
 
 def folder_digest(folder: Path) -> str:
