@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flexmoe.conversion.graft import graft
-from flexmoe.expert_trainer import Mixture
+from flexmoe.expert_trainer import ExpertTrainer, Mixture
 from flexmoe.hidden_states import RowText, collect_states, ffn_inputs, fit_rows
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.modeling.packages_flexmoe import ExpertPackage
@@ -63,6 +63,12 @@ def train(workshop: Path, out: Path, model: str = "grafted", **overrides) -> Pat
     )
 
 
+def composed_with(workshop: Path, package: Path) -> FlexMoeForCausalLM:
+    model = FlexMoeForCausalLM.from_pretrained(workshop / "grafted")
+    model.add_expert(package)
+    return model
+
+
 def weights(package: Path) -> dict[str, torch.Tensor]:
     return load_file(package / "expert.safetensors")
 
@@ -77,16 +83,42 @@ def test_expert_learns_and_nothing_else_moves(workshop, tmp_path):
     assert report["config"]["router"] == "log_odds"
     assert not list(tmp_path.glob(".*")), "the work folder is left behind"
 
-    before = FlexMoeForCausalLM.from_pretrained(workshop / "grafted")
-    after = FlexMoeForCausalLM.from_pretrained(workshop / "grafted")
-    after.add_expert(package)
-    tensors = dict(after.named_parameters())
-    for name, value in before.named_parameters():
-        assert torch.equal(value, tensors[name]), name
-    for block in after.flexmoe_blocks():
+    for block in composed_with(workshop, package).flexmoe_blocks():
         assert not torch.equal(block.experts["math"].up_proj.weight, block.experts["public"].up_proj.weight)
         assert block.router["math"].weight.abs().sum() > 0
         assert block.router["math"].bias.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("router", "bias", "moving"),
+    [
+        ("log_odds", True, ("experts.math.",)),
+        ("random", False, ("experts.math.", "router.math.weight")),
+        ("random", True, ("experts.math.", "router.math.weight", "router.math.bias")),
+    ],
+)
+def test_only_the_own_part_of_the_model_in_training_moves(workshop, tmp_path, monkeypatch, router, bias, moving):
+    """The very model that the trainer steps on, before and after: all of the rest keeps its bits."""
+    states = {}
+
+    def train_watched(self, *args, **kwargs):
+        states["before"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        result = original(self, *args, **kwargs)
+        states["after"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return result
+
+    original = ExpertTrainer.train
+    monkeypatch.setattr(ExpertTrainer, "train", train_watched)
+    package = train(workshop, tmp_path / "math", router=router, router_bias=bias)
+    before, after = states["before"], states["after"]
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        moves = any(f".mlp.{part}" in name for part in moving)
+        assert torch.equal(value, after[name]) != moves, name
+    trained = composed_with(workshop, package).state_dict()
+    assert before.keys() == trained.keys()
+    for name, value in after.items():
+        assert torch.equal(value, trained[name]), name
 
 
 def test_inputs_are_never_overwritten(workshop, tmp_path):
