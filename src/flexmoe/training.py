@@ -145,9 +145,10 @@ def train_expert(
     arguments = _training_arguments(work, text, config, settings, progress)
     with arguments.main_process_first(local=False, desc="preparing the run"):
         _open_work_folder(work, _identity(folder, name, text, arguments, settings), resume)
+    checkpoint = last_checkpoint(work)
+    arguments.eval_on_start = bool(text.validation) and checkpoint is None
     model = _two_expert_model(folder, name, config, text, arguments, settings)
     trainer = _trainer(model, text, arguments, settings)
-    checkpoint = last_checkpoint(work)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
     report = _report(trainer, text, settings)
@@ -254,7 +255,6 @@ def _training_arguments(
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         bf16=_runs_in_bfloat16(config, settings),
         use_cpu=not torch.accelerator.is_available(),  # said, or bf16 is refused on a CPU
-        eval_on_start=bool(text.validation) and last_checkpoint(work) is None,
         eval_strategy="steps" if text.validation and settings.eval_steps else "no",
         eval_steps=settings.eval_steps,
         save_strategy="steps",

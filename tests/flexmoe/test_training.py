@@ -73,7 +73,7 @@ def weights(package: Path) -> dict[str, torch.Tensor]:
     return load_file(package / "expert.safetensors")
 
 
-def test_expert_learns_and_nothing_else_moves(workshop, tmp_path):
+def test_expert_learns_and_its_manifest_says_what_was_done(workshop, tmp_path):
     package = train(workshop, tmp_path / "math", max_steps=30, learning_rate=1e-2, license="CC0-1.0")
     report = ExpertPackage.open(package).manifest.training
     losses = report["validation_loss"]
@@ -119,6 +119,18 @@ def test_only_the_own_part_of_the_model_in_training_moves(workshop, tmp_path, mo
     assert before.keys() == trained.keys()
     for name, value in after.items():
         assert torch.equal(value, trained[name]), name
+
+
+def test_the_first_validation_is_of_the_untrained_expert_even_beside_an_old_run(workshop, tmp_path, monkeypatch):
+    fresh = train(workshop, tmp_path / "fresh")
+    with monkeypatch.context() as patch:
+        stop_after(patch, step=4)
+        with pytest.raises(KeyboardInterrupt):
+            train(workshop, tmp_path / "math", save_steps=4)
+    anew = train(workshop, tmp_path / "math", resume=False)
+    losses = [ExpertPackage.open(package).manifest.training["validation_loss"] for package in (fresh, anew)]
+    assert losses[0] == losses[1]
+    assert losses[1]["own"]["before"] != losses[1]["own"]["after"]
 
 
 def test_inputs_are_never_overwritten(workshop, tmp_path):
