@@ -144,7 +144,8 @@ def train_expert(
 
     arguments = _training_arguments(work, text, config, settings, progress)
     with arguments.main_process_first(local=False, desc="preparing the run"):
-        _open_work_folder(work, _identity(folder, name, text, arguments, settings), resume)
+        identity = _identity(folder, name, text, arguments, settings)
+        _open_work_folder(work, identity, resume, main=arguments.process_index == 0)
     checkpoint = last_checkpoint(work)
     arguments.eval_on_start = bool(text.validation) and checkpoint is None
     model = _two_expert_model(folder, name, config, text, arguments, settings)
@@ -299,15 +300,22 @@ def _identity(
     }
 
 
-def _open_work_folder(work: Path, identity: dict[str, Any], resume: bool) -> None:
-    """Makes the folder for a new run, or checks that what is there is this run's and drops unfinished checkpoints."""
+def _open_work_folder(work: Path, identity: dict[str, Any], resume: bool, *, main: bool) -> None:
+    """Makes the folder for a new run, or checks that what is there is this run's and drops unfinished checkpoints.
+
+    `main`: this is the process that may change it; any other comes afterwards, and only checks.
+    """
     record = work / RUN_FILE
-    if not resume or not record.is_file():
+    known = _known_run(record)
+    if main and (known is None or not resume):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        record.write_text(json.dumps(identity, indent=2))
+        unfinished = record.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(identity, indent=2))
+        os.replace(unfinished, record)
         return
-    known = json.loads(record.read_text())
+    if known is None:
+        raise FileNotFoundError(f"{record} is not there. The processes of a run must share one file system.")
     settings = {
         f"settings.{key}" for key, value in identity["settings"].items() if known["settings"].get(key) != value
     }
@@ -317,10 +325,21 @@ def _open_work_folder(work: Path, identity: dict[str, Any], resume: bool) -> Non
             f"{work} holds a run that was stopped, with other values of: {', '.join(sorted(changed))}. Give the same "
             "command to go on with it, or resume=False (--no-resume) to begin anew."
         )
+    if not main:
+        return
     last = last_checkpoint(work)
     for folder in work.glob("checkpoint-*"):
         if folder != last:
             shutil.rmtree(folder)
+
+
+def _known_run(record: Path) -> dict[str, Any] | None:
+    """What a run was; None if none began here, or it was cut short before it could say what it is."""
+    try:
+        known = json.loads(record.read_text())
+    except (FileNotFoundError, ValueError):  # of JSON and of UTF-8
+        return None
+    return known if isinstance(known, dict) and isinstance(known.get("settings"), dict) else None
 
 
 def _two_expert_model(

@@ -25,7 +25,7 @@ from flexmoe.modeling.packages_flexmoe import ExpertPackage
 from flexmoe.next_token_loss import next_token_loss
 from flexmoe.router_rows import row_method
 from flexmoe.testing import random_tokens, tiny_anchor, tiny_flexmoe
-from flexmoe.training import train_expert
+from flexmoe.training import ROWS_FILE, RUN_FILE, _open_work_folder, train_expert
 
 FAST = {"sequence_length": 32, "batch_size": 5, "max_steps": 8, "router_tokens": 400, "validation_fraction": 0.1}
 
@@ -149,6 +149,34 @@ def test_inputs_are_never_overwritten(workshop, tmp_path):
             train_expert(grafted, "math", data, out, overwrite=True, progress=False, **{**FAST, **options})
     assert own.is_file()
     assert (grafted / "config.json").is_file()
+
+
+def test_only_the_main_process_opens_the_work_folder(tmp_path):
+    work, identity = tmp_path / "work", {"name": "math", "settings": {"seed": 0}}
+    with pytest.raises(FileNotFoundError, match="one file system"):
+        _open_work_folder(work, identity, resume=True, main=False)
+    assert not work.exists()
+    _open_work_folder(work, identity, resume=False, main=True)
+    (work / "checkpoint-3").mkdir()
+    (work / ROWS_FILE).touch()
+    for resume in (True, False):
+        _open_work_folder(work, identity, resume, main=False)
+        assert {path.name for path in work.iterdir()} == {RUN_FILE, ROWS_FILE, "checkpoint-3"}
+    with pytest.raises(ValueError, match=r"other values of: settings\.seed"):
+        _open_work_folder(work, {**identity, "settings": {"seed": 1}}, resume=True, main=False)
+    _open_work_folder(work, identity, resume=True, main=True)
+    assert {path.name for path in work.iterdir()} == {RUN_FILE, ROWS_FILE}, "the unfinished checkpoint is dropped"
+
+
+@pytest.mark.parametrize("content", ['{"name": "ma', "", "[]", '{"name": "math"}'])
+def test_a_run_whose_record_was_cut_short_begins_anew(tmp_path, content):
+    work, identity = tmp_path / "work", {"name": "math", "settings": {"seed": 0}}
+    work.mkdir()
+    (work / RUN_FILE).write_text(content)
+    (work / ROWS_FILE).touch()
+    _open_work_folder(work, identity, resume=True, main=True)
+    assert json.loads((work / RUN_FILE).read_text()) == identity
+    assert [path.name for path in work.iterdir()] == [RUN_FILE]
 
 
 def test_only_the_own_part_has_gradients_and_optimiser_state(workshop, tmp_path, monkeypatch):
