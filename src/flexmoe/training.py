@@ -213,7 +213,7 @@ def _read_text(
     training: dict[str, RowText] = {}
     validation: dict[str, torch.Tensor] = {}
     for side, documents in sides.items():
-        kept, held = split_documents(documents, settings.validation_fraction, settings.seed)
+        kept, held = _split(side, documents, settings)
         training[side] = RowText(kept, _packed(f"{side} training text", kept, tokenizer, settings))
         if held:
             validation[side] = _validation_sample(
@@ -221,6 +221,15 @@ def _read_text(
             )
     digest = hashlib.sha256(json.dumps(sides).encode()).hexdigest()
     return _Text(training["own"], training.get("public"), validation, digest)
+
+
+def _split(side: str, documents: Sequence[str], settings: TrainingSettings) -> tuple[list[str], list[str]]:
+    """(training, validation) documents. Public text that is a single document goes unvalidated: it can't be split."""
+    alone = side == "public" and len(set(documents)) == 1
+    try:
+        return split_documents(documents, 0 if alone else settings.validation_fraction, settings.seed)
+    except ValueError as error:
+        raise ValueError(f"The {side} text: {error}") from error
 
 
 def _packed(

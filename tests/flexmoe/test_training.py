@@ -179,6 +179,15 @@ def test_a_run_whose_record_was_cut_short_begins_anew(tmp_path, content):
     assert [path.name for path in work.iterdir()] == [RUN_FILE]
 
 
+def test_one_public_document_is_enough_and_errors_name_the_side(workshop, tmp_path):
+    one = tmp_path / "one.txt"
+    one.write_text("the sun rises in the east and sets in the west " * 10)
+    package = train(workshop, tmp_path / "math", public_data=[one], max_steps=1)
+    assert list(ExpertPackage.open(package).manifest.training["validation_loss"]) == ["own"]
+    with pytest.raises(ValueError, match=r"The own text: 1 distinct document"):
+        train_expert(workshop / "grafted", "math", [one], tmp_path / "other", progress=False, **FAST)
+
+
 def test_only_the_own_part_has_gradients_and_optimiser_state(workshop, tmp_path, monkeypatch):
     """Stopped after the checkpoint of step 4, everything that a checkpoint holds belongs to math."""
     stop_after(monkeypatch, step=4)
