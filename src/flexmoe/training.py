@@ -40,6 +40,7 @@ from flexmoe.router_rows import RowMethod, row_method
 
 ROWS_FILE = "router_rows.safetensors"
 RUN_FILE = "run.json"
+LONGEST_SEQUENCE = 1024  # unless a run asks for more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,8 @@ class TrainingSettings:
     """A sentence-transformers model, for router="embedding"."""
     public_ratio: float = 0.4
     """Share of public sequences in what is trained on."""
-    sequence_length: int = 1024
+    sequence_length: int | None = None
+    """Tokens; None: `LONGEST_SEQUENCE`, or what the anchor takes if that is less."""
     batch_size: int = 8
     """Sequences per process and forward pass."""
     gradient_accumulation_steps: int = 1
@@ -139,7 +141,8 @@ def train_expert(
     work = out.parent / f".{out.name}.training"
     for written in (out, work):
         check_apart(written, folder, *data, *(public_data or ()))
-    config = _checked_config(folder, name, settings)
+    config = _checked_config(folder, name)
+    settings = replace(settings, sequence_length=_sequence_length(config, settings.sequence_length))
     text = _read_text(folder, config, data, public_data, settings)
 
     arguments = _training_arguments(work, text, config, settings, progress)
@@ -173,7 +176,7 @@ class _Text:
     sha256: str
 
 
-def _checked_config(folder: Path, name: str, settings: TrainingSettings) -> FlexMoeConfig:
+def _checked_config(folder: Path, name: str) -> FlexMoeConfig:
     check_expert_name(name)
     config = FlexMoeConfig.from_pretrained(folder)
     if config.model_type != "flexmoe" or not (folder / "config.json").is_file():
@@ -186,10 +189,16 @@ def _checked_config(folder: Path, name: str, settings: TrainingSettings) -> Flex
             f"{folder} has experts besides public ({others}). An owner trains against the public anchor alone: give "
             "the model that `flexmoe graft` wrote."
         )
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and settings.sequence_length > longest:
-        raise ValueError(f"sequence_length={settings.sequence_length}: the anchor takes at most {longest} tokens.")
     return config
+
+
+def _sequence_length(config: FlexMoeConfig, asked: int | None) -> int:
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return LONGEST_SEQUENCE if longest is None else min(LONGEST_SEQUENCE, longest)
+    if longest is not None and asked > longest:
+        raise ValueError(f"sequence_length={asked}: the anchor takes at most {longest} tokens.")
+    return asked
 
 
 def _read_text(
@@ -235,6 +244,7 @@ def _split(side: str, documents: Sequence[str], settings: TrainingSettings) -> t
 def _packed(
     what: str, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings
 ) -> torch.Tensor:
+    assert settings.sequence_length is not None, "decided once the anchor is known"
     try:
         return pack(documents, tokenizer, settings.sequence_length)
     except ValueError as error:
@@ -242,7 +252,7 @@ def _packed(
 
 
 def _validation_sample(sequences: torch.Tensor, settings: TrainingSettings) -> torch.Tensor:
-    count = max(1, settings.validation_tokens // settings.sequence_length)
+    count = max(1, settings.validation_tokens // sequences.shape[1])
     order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(settings.seed))
     return sequences[order[:count]]
 
@@ -440,10 +450,10 @@ def _report(trainer: ExpertTrainer, text: _Text, settings: TrainingSettings) -> 
     config = {**asdict(settings), "max_steps": steps, "epochs": None, "warmup_steps": trainer.args.warmup_steps}
     if settings.embedder is not None:
         config["embedder"] = Path(settings.embedder).name
-    tokens = len(trainer.train_dataset) * settings.sequence_length
+    length = text.own.sequences.shape[1]
     return {
-        "tokens": tokens,
-        "public_tokens": trainer.train_dataset.public_count * settings.sequence_length,
+        "tokens": len(trainer.train_dataset) * length,
+        "public_tokens": trainer.train_dataset.public_count * length,
         "k": EXPERTS_PER_TOKEN,
         "seed": settings.seed,
         "config": config,

@@ -1,4 +1,7 @@
-"""The command that an owner runs, where its data is: train."""
+"""The command that an owner runs, where its data is: train.
+
+Not here: the defaults, which are those of `flexmoe.training.TrainingSettings`; the help repeats them, a test compares.
+"""
 
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from flexmoe_cli.tables import show_result
 LOOP, LOSS, ROUTER, PAPERS = "The training loop", "The loss", "The router row", "The package's papers"
 
 
+# Long, but a table: typer reads the options off this signature, and the body is one call.
 def train(
     grafted: Annotated[
         str, typer.Argument(help="What `flexmoe graft` wrote: a folder or a Hub id.", show_default=False)
@@ -65,7 +69,7 @@ def train(
         int | None, typer.Option(help="Batches per step. Default: 1.", rich_help_panel=LOOP)
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per sequence. Default: 1024.", rich_help_panel=LOOP)
+        int | None, typer.Option(help="Tokens per sequence. By default at most 1024.", rich_help_panel=LOOP)
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Its peak. Default: 2e-3.", rich_help_panel=LOOP)] = None,
     warmup_steps: Annotated[

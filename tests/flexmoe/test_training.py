@@ -188,6 +188,13 @@ def test_one_public_document_is_enough_and_errors_name_the_side(workshop, tmp_pa
         train_expert(workshop / "grafted", "math", [one], tmp_path / "other", progress=False, **FAST)
 
 
+def test_sequences_are_as_long_as_the_anchor_takes_unless_it_is_said(workshop, tmp_path):
+    package = train(workshop, tmp_path / "math", sequence_length=None, max_steps=1, validation_fraction=0)
+    report = ExpertPackage.open(package).manifest.training
+    assert report["config"]["sequence_length"] == 128
+    assert report["tokens"] == 5 * 128
+
+
 def test_only_the_own_part_has_gradients_and_optimiser_state(workshop, tmp_path, monkeypatch):
     """Stopped after the checkpoint of step 4, everything that a checkpoint holds belongs to math."""
     stop_after(monkeypatch, step=4)
