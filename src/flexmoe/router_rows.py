@@ -154,8 +154,9 @@ def hidden_mean(
 ) -> RouterRow:
     """FlexOlmo's hidden-state variant (arXiv 2507.07024): a row starts at the mean of the owner's states.
 
-    Each mean is scaled to length 1, as the document embeddings that stand there in the paper's main variant are: states
-    of post-norm anchors are long, and a row that begins with logits in the hundreds is never mended by the loss.
+    Each mean is scaled to length 1, as the document embeddings that stand there in the paper's main variant are:
+    states of post-norm anchors are long, and a row that begins with logits in the hundreds is never mended by the
+    loss.
     There public has the mean of its own states as a row; here public's row is zero, and the softmax over differences
     to public's row is the same softmax.
     """
