@@ -133,7 +133,8 @@ def fit_rows(
     if method.needs == "embeddings":
         if embedder is None:
             raise ValueError("router='embedding' needs embedder=..., a sentence-transformers folder or Hub id.")
-        row = method.fit(*(embed_documents(side.documents, embedder) for side in (own, public)), **options)
+        sides = (embed_documents(side.documents, embedder, seed=seed) for side in (own, public))
+        row = method.fit(*sides, **options)
         return [row] * depth
 
     own_NL, public_NL = (

@@ -182,8 +182,11 @@ def random(own: None, public: None, *, hidden_size: int, bias: bool, generator: 
     return RouterRow(torch.randn(hidden_size, generator=generator) * 0.02)
 
 
-def embed_documents(documents: Sequence[str], embedder: str, limit: int = 1000) -> torch.Tensor:
-    """Embeddings float [D, W] of the first `limit` documents by a sentence-transformers model (a folder or a Hub id).
+def embed_documents(documents: Sequence[str], embedder: str, limit: int = 1000, *, seed: int = 0) -> torch.Tensor:
+    """Embeddings float [D, W] of `limit` documents, drawn by the seed, or of all if there are no more.
+
+    `embedder`: a sentence-transformers model, a folder or a Hub id. Files often have an order (by topic, by date), so
+    the first documents would not stand for the others.
 
     Raises: ImportError when sentence-transformers is not installed.
     """
@@ -191,7 +194,9 @@ def embed_documents(documents: Sequence[str], embedder: str, limit: int = 1000) 
         from sentence_transformers import SentenceTransformer  # an extra, and slow to import
     except ImportError as error:
         raise ImportError("router='embedding' needs a sentence embedder: pip install 'flexmoe[embedding]'.") from error
-    vectors = SentenceTransformer(embedder).encode(list(documents[:limit]), convert_to_tensor=True)
+    drawn = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+    sample = [documents[index] for index in drawn.tolist()]
+    vectors = SentenceTransformer(embedder).encode(sample, convert_to_tensor=True)
     return vectors.float().cpu()
 
 

@@ -146,7 +146,12 @@ def test_sentence_embedder_is_loaded_on_demand(monkeypatch):
             return torch.tensor([[float(len(document)), 1.0] for document in documents])
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Embedder))
-    assert embed_documents(["ab", "c", "def"], "folder", limit=2).tolist() == [[2.0, 1.0], [1.0, 1.0]]
+    documents = ["x" * (1 + i) for i in range(100)]
+    drawn = [embed_documents(documents, "folder", limit=20, seed=seed)[:, 0].tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 20
+    assert max(drawn[0]) > 50, "a sample of all documents, not the first ones"
+    assert embed_documents(["ab", "c"], "folder").tolist() == [[2.0, 1.0], [1.0, 1.0]]
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ImportError, match=r"flexmoe\[embedding\]"):
         embed_documents(["ab"], "folder")
