@@ -6,6 +6,7 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import pytest
 from rich.console import Console
 
 from flexmoe.demo import DemoSettings, run_demo
+from flexmoe.demo.pipeline import Demo
+from flexmoe.demo.stages import Stage, Stages
 
 from .conftest import TinyRun, tiny_settings
 
@@ -111,6 +114,21 @@ def test_a_second_run_reuses_everything_and_says_the_same(tiny_run: TinyRun, rep
     assert "reusing owners/math" in said.getvalue()
     for key in ("systems", "kept", "routing", "opt_out", "continuations", "mix"):
         assert again[key] == report[key]
+
+
+def test_a_change_in_how_public_text_is_read_grafts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, list[str]] = {}
+
+    def run(self: Stages, name: str, make: object, *, code: Sequence[str], **_: object) -> Stage:
+        asked[name] = list(code)
+        return Stage(tmp_path, reused=True, seconds=0.0, digest="")
+
+    monkeypatch.setattr(Stages, "run", run)
+    (tmp_path / "public.jsonl").touch()
+    demo = Demo(tmp_path, tiny_settings(), Console(quiet=True))
+    demo.done = {name: Stage(tmp_path, reused=True, seconds=0.0, digest="") for name in ("corpus", "anchor")}
+    demo.grafted()
+    assert {"flexmoe.modeling", "flexmoe.conversion", "flexmoe.data"} <= set(asked["grafted"])
 
 
 def test_seed_owners_and_steps_reach_every_stage() -> None:

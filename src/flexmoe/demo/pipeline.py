@@ -218,7 +218,7 @@ class Demo:
             "grafted",
             lambda folder: graft(self.folder("anchor"), folder / MODEL, public_data=[public], seed=seed),
             settings={"public": _sha256(public), "seed": seed},
-            code=_FILES,
+            code=[*_FILES, "flexmoe.data"],
             inputs=[self.done["anchor"]],
         )
 
