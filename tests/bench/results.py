@@ -1,10 +1,10 @@
 """`make results`: the demo over several seeds, the bars it is held to, and what the alternatives give.
 
-Per seed, beside the demo itself: the paper's recipe (hidden-mean rows trained by the loss, own data only), with the same
-tokens; for the first seed, log-odds rows with a bias and experts trained through them; and other rows on the demo's own experts. Writes `results.md`,
-`results.json` and the plots into `docs/`, the first seed's own report into `docs/demo/`, and the figures into the
-README. Ends with exit code 1 if a bar is missed on the mean over seeds. Finished stages are reused, so an interrupted
-run goes on.
+Per seed, beside the demo itself: the paper's recipe (hidden-mean rows trained by the loss, own data only), with the
+same tokens; other rows on the demo's own experts; and for the first seed, log-odds rows with a bias and experts
+trained through them. Writes `results.md`, `results.json` and the plots into `docs/`, the first seed's own report into
+`docs/demo/`, and the figures into the README. Ends with exit code 1 if a bar is missed on the mean over seeds.
+Finished stages are reused, so an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import readme_figures
 from rich.console import Console
 
+from flexmoe.conversion.compose import PRIOR_WITH_BIASES
 from flexmoe.demo.memory import PeakMemory
 from flexmoe.demo.pipeline import DEFAULT_OWNERS, MODEL, Demo, DemoSettings, without_loading_bars
 from flexmoe.demo.plots import plot_losses, plot_routing
@@ -32,22 +33,21 @@ from flexmoe.demo.scoring import domain_losses, load, two_expert_model
 from flexmoe.demo.sources import installed_versions
 
 ROOT = Path(__file__).resolve().parents[2]
-PRIOR_WITH_BIAS = 0.5
 PAPER = {"router": "hidden_mean", "router_bias": True, "public_ratio": 0.0}
 ROWS: dict[str, dict[str, Any]] = {
     "log_odds": {"method": "log_odds", "bias": False, "prior": 0.0},
     "log_odds, prior 0.5": {"method": "log_odds", "bias": False, "prior": 0.5},
     "log_odds, prior 1": {"method": "log_odds", "bias": False, "prior": 1.0},
-    "log_odds with bias": {"method": "log_odds", "bias": True, "prior": PRIOR_WITH_BIAS},
+    "log_odds with bias": {"method": "log_odds", "bias": True, "prior": PRIOR_WITH_BIASES},
     "lda": {"method": "lda", "bias": False, "prior": 0.0},
-    "lda with bias": {"method": "lda", "bias": True, "prior": PRIOR_WITH_BIAS},
+    "lda with bias": {"method": "lda", "bias": True, "prior": PRIOR_WITH_BIASES},
     "hidden_mean": {"method": "hidden_mean", "bias": False, "prior": 0.0},
     "random": {"method": "random", "bias": False, "prior": 0.0},
 }
 
 
 def one_seed(out: Path, settings: DemoSettings, console: Console, *, with_bias: bool) -> dict[str, Any]:
-    """The demo's report for one seed, with `trained`, `rows` and, on request, `with_bias`: the alternatives' losses."""
+    """The demo's report for one seed, with the alternatives' losses: `trained`, `rows` and, if asked, `with_bias`."""
     started = time.perf_counter()
     demo = Demo(out, settings, console)
     with PeakMemory() as peak:
@@ -62,7 +62,7 @@ def one_seed(out: Path, settings: DemoSettings, console: Console, *, with_bias: 
     write_report(report, out)
     report["trained"] = {"paper's recipe": trained(demo, "paper", PAPER, 0.0)}
     if with_bias:
-        report["with_bias"] = trained(demo, "with-bias", {"router_bias": True}, PRIOR_WITH_BIAS)
+        report["with_bias"] = trained(demo, "with-bias", {"router_bias": True}, PRIOR_WITH_BIASES)
     report["rows"] = cached(out / "rows", demo, lambda: rows_on_same_experts(demo))
     return report
 
@@ -136,9 +136,7 @@ def averaged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "spread": {name: spread([r["systems"][name]["mean"] for r in reports]) for name in systems},
         "kept": {o: statistics.mean(r["kept"][o] for r in reports) for o in owners},
         "kept_spread": {o: spread([r["kept"][o] for r in reports]) for o in owners},
-        "public_change": [
-            r["systems"]["composed"]["loss"]["public"] / r["systems"]["anchor"]["loss"]["public"] - 1 for r in reports
-        ],
+        "public_change": [public_change(r["systems"]) for r in reports],
         "routing": mean_tree([r["routing"] for r in reports]),
         "trained": mean_tree([r["trained"] for r in reports]),
         "with_bias": reports[0]["with_bias"],
@@ -212,7 +210,8 @@ def markdown(result: Mapping[str, Any], promises: Sequence[Bar]) -> str:
             "The paper's recipe: rows start at the mean hidden state and learn through the language-model loss on the "
             "owner's data alone. "
             f"With a bias in the rows (log_odds, seed {seeds[0]} only, experts trained through them) the mean is "
-            f"{mean(result['with_bias']['composed']):.3f}; doing without costs {result['bias_cost']:.1%} of the gain.\n",
+            f"{mean(result['with_bias']['composed']):.3f}; doing without costs {result['bias_cost']:.1%} of the "
+            "gain.\n",
             "## Other rows in front of the same experts\n",
             markdown_table(
                 ["rows", *domains, "mean"], [_row(name, losses) for name, losses in result["rows"].items()]
