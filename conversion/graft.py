@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flexmoe.conversion.dense_checkpoint import DenseCheckpoint
-from flexmoe.data import END_OF_DOCUMENT, read_documents
+from flexmoe.data import END_OF_DOCUMENT, data_paths, read_documents
 from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
@@ -96,7 +96,7 @@ def graft(
     """
     target = check_new_folder(out, overwrite)
     source = resolve_folder(anchor, revision=revision, token=token)
-    check_apart(target, source.path, *(public_data or ()))
+    check_apart(target, source.path, *([] if public_data is None else data_paths(public_data)))
     sample = None if public_data is None else _sample(public_data, public_sample_bytes, text_column, seed)
     dense = DenseCheckpoint(source.path)
     settings = {"norm_topk_prob": norm_topk_prob, "num_experts_per_tok": num_experts_per_tok}

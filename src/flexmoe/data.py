@@ -38,15 +38,21 @@ def read_documents(files: Sequence[str | Path], *, column: str = "text") -> list
     that is not known, one that can't be parsed, a missing column, a row without a value in it, no document in all of
     the files).
     """
+    paths = data_paths(files)
+    documents = [document for path in paths for document in _documents_of(path, column) if document.strip()]
+    if not documents:
+        raise ValueError(f"{_listed(paths)}: no text in there. An empty data set can't be used; give files with text.")
+    return documents
+
+
+def data_paths(files: Sequence[str | Path]) -> list[Path]:
+    """The paths in a list of data files. Raises: TypeError (one path in place of a list), ValueError (none)."""
     if isinstance(files, str | Path):
         raise TypeError(f"files: one path ({str(files)!r}), want a list of them. Write [{str(files)!r}].")
     paths = [Path(file) for file in files]
     if not paths:
         raise ValueError("No data files. Give at least one .txt, .md, .jsonl, .json or .parquet file.")
-    documents = [document for path in paths for document in _documents_of(path, column) if document.strip()]
-    if not documents:
-        raise ValueError(f"{_listed(paths)}: no text in there. An empty data set can't be used; give files with text.")
-    return documents
+    return paths
 
 
 def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> list[str]:

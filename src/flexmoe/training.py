@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
-from flexmoe.data import pack, read_documents, read_public_sample, split_documents
+from flexmoe.data import data_paths, pack, read_documents, read_public_sample, split_documents
 from flexmoe.expert_trainer import EXPERTS_PER_TOKEN, ExpertTrainer, Mixture, Sequences, last_checkpoint
 from flexmoe.hidden_states import RowText, fit_rows
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM, check_expert_name
@@ -139,8 +139,9 @@ def train_expert(
     out = check_new_folder(out, overwrite)
     folder = resolve_folder(grafted).path
     work = out.parent / f".{out.name}.training"
+    read = [folder, *data_paths(data), *([] if public_data is None else data_paths(public_data))]
     for written in (out, work):
-        check_apart(written, folder, *data, *(public_data or ()))
+        check_apart(written, *read, *filter(None, [settings.embedder]))
     config = _checked_config(folder, name)
     settings = replace(settings, sequence_length=_sequence_length(config, settings.sequence_length))
     text = _read_text(folder, config, data, public_data, settings)

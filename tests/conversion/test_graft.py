@@ -269,6 +269,10 @@ class TestRefusals:
             graft(llama, text.parent, public_data=[text], overwrite=True)
         assert text.read_text() == "the only copy"
 
+    def test_one_file_is_no_list(self, llama: Path, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match="a list of them"):
+            graft(llama, tmp_path / "out", public_data=tmp_path / "public.txt")  # type: ignore[arg-type]
+
     def test_a_graft_is_no_anchor(self, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedAnchorError, match="FlexMoE already"):
             graft(graft(llama, tmp_path / "out"), tmp_path / "again")

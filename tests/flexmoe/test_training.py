@@ -138,11 +138,14 @@ def test_inputs_are_never_overwritten(workshop, tmp_path):
     own.parent.mkdir()
     shutil.copyfile(workshop / "own.jsonl", own)
     grafted = shutil.copytree(workshop / "grafted", tmp_path / "model")
+    embedder = tmp_path / "embedder"
+    embedder.mkdir()
     for out, options in (
         (own.parent, {}),
         (grafted, {}),
         (tmp_path, {}),
         (own.parent, {"data": [workshop / "own.jsonl"], "public_data": [own]}),
+        (embedder, {"data": [workshop / "own.jsonl"], "router": "embedding", "embedder": str(embedder)}),
     ):
         data = options.pop("data", [own])
         with pytest.raises(ValueError, match="which is read"):
@@ -305,6 +308,8 @@ def test_errors_say_what_to_do(workshop, tmp_path):
     own = [workshop / "own.jsonl"]
     with pytest.raises(ValueError, match="'public' is taken"):
         train_expert(workshop / "grafted", "public", own, out)
+    with pytest.raises(TypeError, match="a list of them"):
+        train_expert(workshop / "grafted", "math", own[0], out)
     with pytest.raises(ValueError, match=r"no column 'body'\. Its columns: text"):
         train(workshop, out, text_column="body")
     (tmp_path / "empty.txt").write_text(" \n")
