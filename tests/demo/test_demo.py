@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from flexmoe.demo import DemoSettings, run_demo
-from flexmoe.demo.pipeline import Demo
+from flexmoe.demo.owners import PACKAGE, train_owner
+from flexmoe.demo.pipeline import MODEL, Demo
 from flexmoe.demo.stages import Stage, Stages
 
 from .conftest import TinyRun, tiny_settings
@@ -38,6 +40,10 @@ def report(tiny_run: TinyRun) -> dict:
 
 
 def test_no_owner_opens_a_file_of_another(tiny_run: TinyRun) -> None:
+    """As far as Python's `open` event sees, which native readers (safetensors, tokenizers) do not raise.
+
+    What they read is covered by `test_an_owner_alone_in_the_world_makes_the_same_package`.
+    """
     owners = {name: (tiny_run.out / "owners" / name).resolve() for name in ("math", "code")}
     corpus = (tiny_run.out / "corpus").resolve()
     for name, home in owners.items():
@@ -45,6 +51,21 @@ def test_no_owner_opens_a_file_of_another(tiny_run: TinyRun) -> None:
         others = [folder for other, folder in owners.items() if other != name] + [corpus]
         assert home / "data" / "documents.jsonl" in opened  # the watcher watches
         assert not [path for path in opened for folder in others if path.is_relative_to(folder)]
+
+
+def test_an_owner_alone_in_the_world_makes_the_same_package(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Training again in a place of its own, with no other owner and no corpus around: the same bits come out."""
+    data = shutil.copyfile(tiny_run.out / "corpus" / "owners" / "math.jsonl", tmp_path / "math.jsonl")
+    grafted = shutil.copytree(tiny_run.out / "grafted" / MODEL, tmp_path / "grafted")
+    first = tiny_run.out / "owners" / "math" / PACKAGE
+    statement = json.loads((first / "expert_config.json").read_text())["data_statement"]
+    threads = max(1, (os.cpu_count() or 1) // 2)  # as in the run: another number sums in another order
+    train_owner("math", data, grafted, tmp_path / "alone", tiny_settings().owner, threads=threads, statement=statement)
+    again = tmp_path / "alone" / PACKAGE
+    names = sorted(path.name for path in first.iterdir())
+    assert sorted(path.name for path in again.iterdir()) == names
+    for name in names:
+        assert (again / name).read_bytes() == (first / name).read_bytes(), name
 
 
 def test_an_owners_folder_holds_no_others_text(tiny_run: TinyRun) -> None:
