@@ -1,1 +1,1 @@
-"""flexmoe.conversion: checkpoints in, checkpoints out, a tensor at a time. Not here: live models (`flexmoe.modeling`)."""
+"""flexmoe.conversion: checkpoints in, checkpoints out, a tensor at a time. Not here: live models."""

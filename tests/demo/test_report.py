@@ -35,9 +35,9 @@ def test_bars() -> None:
 
 
 def test_a_bar_says_what_it_wants() -> None:
-    assert Bar("gain", 0.85, 0.9, at_least=True, percent=True).row() == ("gain", "85.0%", "≥ 90.0%", "NO")
-    assert Bar("loss", 3.0, 3.5).row() == ("loss", "3.000", "≤ 3.500", "yes")
-    assert Bar("loss", 3.0, 3.0, strict=True).row() == ("loss", "3.000", "< 3.000", "NO")
+    assert Bar("gain", 0.85, "≥", 0.9, percent=True).row() == ("gain", "85.0%", "≥ 90.0%", "NO")
+    assert Bar("loss", 3.0, "≤", 3.5).row() == ("loss", "3.000", "≤ 3.500", "yes")
+    assert Bar("loss", 3.0, "<", 3.0).row() == ("loss", "3.000", "< 3.000", "NO")
 
 
 def test_a_composition_that_is_only_as_good_is_not_below() -> None:

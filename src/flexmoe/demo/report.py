@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -30,22 +31,23 @@ SYSTEM_NOTES = {
 }
 
 
+Relation = Literal["<", "≤", "≥"]
+_HOLDS: dict[Relation, Callable[[float, float], bool]] = {"<": operator.lt, "≤": operator.le, "≥": operator.ge}
+
+
 @dataclass(frozen=True)
 class Bar:
-    """A promise: `value` must be at most `bound`, or below it if `strict`, or at least it if `at_least`."""
+    """A promise: `value` stands in `relation` to `bound`."""
 
     name: str
     value: float
+    relation: Relation
     bound: float
-    at_least: bool = False
     percent: bool = False
-    strict: bool = False
 
     @property
     def passed(self) -> bool:
-        if self.at_least:
-            return self.value >= self.bound
-        return self.value < self.bound if self.strict else self.value <= self.bound
+        return _HOLDS[self.relation](self.value, self.bound)
 
     def row(self) -> tuple[str, str, str, str]:
         """As cells: what, measured, wanted, verdict."""
@@ -56,7 +58,7 @@ class Bar:
         return (
             self.name,
             show(self.value),
-            f"{'≥' if self.at_least else '<' if self.strict else '≤'} {show(self.bound)}",
+            f"{self.relation} {show(self.bound)}",
             "yes" if self.passed else "NO",
         )
 
@@ -66,12 +68,12 @@ def bars(systems: Mapping[str, Mapping[str, Any]], owners: Sequence[str]) -> lis
     composed, anchor, ceiling = systems["composed"], systems["anchor"], systems["true-domain"]
     best_two = min(systems[f"two-expert-{o}"]["mean"] for o in owners)
     return [
-        Bar("mean loss of composed, against the anchor's", composed["mean"], anchor["mean"], strict=True),
-        Bar("... against the best two-expert model's", composed["mean"], best_two, strict=True),
-        Bar("... against the soup's", composed["mean"], systems["soup"]["mean"], strict=True),
-        *(Bar(f"own gain kept by {o}", kept(systems, o), 0.9, at_least=True, percent=True) for o in owners),
-        Bar("loss on public text, change", composed["loss"][PUBLIC] / anchor["loss"][PUBLIC] - 1, 0.01, percent=True),
-        Bar("mean loss above routing by the true domain", composed["mean"] / ceiling["mean"] - 1, 0.02, percent=True),
+        Bar("mean loss of composed, against the anchor's", composed["mean"], "<", anchor["mean"]),
+        Bar("... against the best two-expert model's", composed["mean"], "<", best_two),
+        Bar("... against the soup's", composed["mean"], "<", systems["soup"]["mean"]),
+        *(Bar(f"own gain kept by {o}", kept(systems, o), "≥", 0.9, True) for o in owners),
+        Bar("loss on public text, change", composed["loss"][PUBLIC] / anchor["loss"][PUBLIC] - 1, "≤", 0.01, True),
+        Bar("mean loss above routing by the true domain", composed["mean"] / ceiling["mean"] - 1, "≤", 0.02, True),
     ]
 
 
