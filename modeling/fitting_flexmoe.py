@@ -156,7 +156,7 @@ def intermediate_size(network: nn.Module, hidden: int) -> int:
 
 
 def _fresh_row(block: FlexMoeBlock) -> nn.Linear:
-    (public,) = (p for name, p in block.router[PUBLIC].named_parameters() if name == "weight")
+    public = block.router[PUBLIC].get_parameter("weight")
     return router_row(public.shape[-1], device=_home(block, public), dtype=public.dtype)
 
 

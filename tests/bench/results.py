@@ -14,9 +14,8 @@ import json
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,11 @@ import readme_figures
 from rich.console import Console
 
 from flexmoe.conversion.compose import PRIOR_WITH_BIASES
-from flexmoe.demo.memory import PeakMemory
 from flexmoe.demo.pipeline import DEFAULT_OWNERS, MODEL, Demo, DemoSettings, without_loading_bars
 from flexmoe.demo.plots import plot_losses, plot_routing
-from flexmoe.demo.report import Bar, bars, build_report, kept, markdown_table, with_means, write_report
+from flexmoe.demo.report import Bar, bars, kept, markdown_table, with_means
 from flexmoe.demo.row_variants import owner_rows, put_rows
 from flexmoe.demo.scoring import domain_losses, load, two_expert_model
-from flexmoe.demo.sources import installed_versions
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPER = {"router": "hidden_mean", "router_bias": True, "public_ratio": 0.0}
@@ -48,18 +45,8 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def one_seed(out: Path, settings: DemoSettings, console: Console, *, with_bias: bool) -> dict[str, Any]:
     """The demo's report for one seed, with the alternatives' losses: `trained`, `rows` and, if asked, `with_bias`."""
-    started = time.perf_counter()
     demo = Demo(out, settings, console)
-    with PeakMemory() as peak:
-        results = demo.run()
-    report = build_report(
-        results,
-        settings=asdict(settings),
-        seconds=time.perf_counter() - started,
-        peak_bytes=peak.bytes,
-        versions=installed_versions(),
-    )
-    write_report(report, out)
+    report, _ = demo.measured_run()
     report["trained"] = {"paper's recipe": trained(demo, "paper", PAPER, 0.0)}
     if with_bias:
         report["with_bias"] = trained(demo, "with-bias", {"router_bias": True}, PRIOR_WITH_BIASES)

@@ -116,18 +116,8 @@ def run_demo(
     """
     settings = settings or DemoSettings.of(seed=seed, owners=owners, steps=steps)
     console = console or Console()
-    started = time.perf_counter()
-    with PeakMemory() as peak, without_loading_bars():
-        demo = Demo(Path(out), settings, console)
-        results = demo.run()
-    report = build_report(
-        results,
-        settings=asdict(settings),
-        seconds=time.perf_counter() - started,
-        peak_bytes=peak.bytes,
-        versions=installed_versions(),
-    )
-    path = write_report(report, Path(out))
+    with without_loading_bars():
+        report, path = Demo(Path(out), settings, console).measured_run()
     print_report(report, console)
     return path
 
@@ -151,6 +141,20 @@ class Demo:
         self.out, self.settings, self.console = out, settings, console
         self.done: dict[str, Stage] = {}
         self.stages = Stages(out, self._announce)
+
+    def measured_run(self) -> tuple[dict[str, Any], Path]:
+        """Runs all stages under a clock and a memory gauge; the report, and the `report.json` it is written to."""
+        started = time.perf_counter()
+        with PeakMemory() as peak:
+            results = self.run()
+        report = build_report(
+            results,
+            settings=asdict(self.settings),
+            seconds=time.perf_counter() - started,
+            peak_bytes=peak.bytes,
+            versions=installed_versions(),
+        )
+        return report, write_report(report, self.out)
 
     def run(self) -> dict[str, Any]:
         """All stages; what the report needs."""
