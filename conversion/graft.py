@@ -3,7 +3,7 @@
 No weight is held in memory beyond a few chunks, and no byte of one changes: the names come from the two models on the
 meta device, the bytes from the anchor's files. New are the public expert's router rows, which are zero.
 
-Not here: which checkpoints can be read (`dense_checkpoint`) and how files are written (`tensor_writer_flexmoe`).
+Not here: which checkpoints can be read (`dense_flexmoe`) and how files are written (`tensor_writer_flexmoe`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from flexmoe.conversion.dense_checkpoint import DenseCheckpoint
 from flexmoe.data import END_OF_DOCUMENT, data_paths, read_documents
 from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
 from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM

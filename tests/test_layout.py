@@ -22,7 +22,7 @@ MODELING_LAYERS = (
     ("folders", "json", "configuration", "context"),
     ("tensors", "tensor_writer"),
     ("routing", "anchors"),
-    ("identity", "selection", "manifest"),
+    ("identity", "selection", "manifest", "dense"),
     ("packages",),
     ("hub",),
     ("experts", "usage", "fitting"),

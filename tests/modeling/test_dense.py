@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OlmoHybridConfig, PreTrainedModel
 
-from flexmoe.conversion.dense_checkpoint import CheckpointNamesError, DenseCheckpoint
 from flexmoe.modeling.anchors_flexmoe import UnsupportedAnchorError
+from flexmoe.modeling.dense_flexmoe import CheckpointNamesError, DenseCheckpoint
 from flexmoe.testing import ANCHOR_CONFIGS, tiny_anchor
 
 Tensors = dict[str, torch.Tensor]

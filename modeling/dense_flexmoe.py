@@ -24,8 +24,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from flexmoe.modeling.anchors_flexmoe import FfnSite, UnsupportedAnchorError, build_on_meta
-from flexmoe.modeling.tensors_flexmoe import CheckpointFolder, TensorInfo
+from .anchors_flexmoe import FfnSite, UnsupportedAnchorError, build_on_meta
+from .tensors_flexmoe import CheckpointFolder, TensorInfo
 
 WAY_OUT = (
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder, save_original_format=False), "
