@@ -52,6 +52,20 @@ def check_expert_name(name: str) -> str:
     return name
 
 
+def check_top_k(k: int) -> int:
+    """Returns `k` if a token can go to so many experts; more than there are is clamped where they are counted.
+
+    Raises:
+        TypeError: it is no whole number; True and 2.0 are none either.
+        ValueError: it is below 1.
+    """
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"num_experts_per_tok must be a whole number, at least 1; got {k!r} ({type(k).__name__}).")
+    if k < 1:
+        raise ValueError(f"num_experts_per_tok must be at least 1; got {k}.")
+    return k
+
+
 def expert_record(expert: str | dict[str, Any]) -> dict[str, Any]:
     """An expert's record: `expert` itself, or one that holds just that name. Keys without a value are left out.
 
@@ -143,13 +157,8 @@ class FlexMoeConfig(PreTrainedConfig):
             raise ValueError(f"active_experts names an expert twice: {self.active_experts}.")
 
     def validate_num_experts_per_tok(self) -> None:
-        """Part of `@strict`: k is at least 1.
-
-        Raises:
-            ValueError: it is not.
-        """
-        if self.num_experts_per_tok < 1:
-            raise ValueError(f"num_experts_per_tok must be at least 1; got {self.num_experts_per_tok}.")
+        """Part of `@strict`. Raises: as `check_top_k`."""
+        check_top_k(self.num_experts_per_tok)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The anchor's configuration: cache, attention and vocabulary are the anchor's affair."""
@@ -185,4 +194,4 @@ def _anchor_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**values)
 
 
-__all__ = ["PUBLIC", "RECORD_KEYS", "FlexMoeConfig", "check_expert_name", "expert_record"]
+__all__ = ["PUBLIC", "RECORD_KEYS", "FlexMoeConfig", "check_expert_name", "check_top_k", "expert_record"]

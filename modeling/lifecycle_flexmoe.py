@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .adapters_flexmoe import adapters_around
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from .context_flexmoe import model_scope
 from .experts_flexmoe import FlexMoeBlock
@@ -106,9 +107,12 @@ class ExpertLifecycle(_Model):
         """Lets gradients reach the networks of `names` only, and their router rows and biases if `rows`.
 
         Raises:
-            ValueError: a name is unknown, or there is none.
+            ValueError: a name is unknown, there is none, or an adapter is around one of them: PEFT decides what trains
+                there.
         """
         names = check_names(names, self.expert_names, "freeze_except")
+        for name in names:
+            self._refuse_under_adapters(name, "freeze_except")
         self.requires_grad_(False)
         for block in self.flexmoe_blocks():
             for name in names:
@@ -122,7 +126,8 @@ class ExpertLifecycle(_Model):
     ) -> str:
         """Adds an expert from a package: a folder, a Hub id, or an `ExpertPackage`. Returns the name that it got.
 
-        An active set that is in force stays as it is: the newcomer takes part once `set_active_experts` names it.
+        An active set that is in force stays as it is: the newcomer takes part once `set_active_experts` names it. It is
+        frozen if the public network is, and comes without the adapters that are around other experts.
 
         Args:
             source: where the package is.
@@ -156,11 +161,13 @@ class ExpertLifecycle(_Model):
         """Removes an expert: the model is then the one that never had it.
 
         Raises:
-            ValueError: the name is unknown or "public", or nobody would be left in the active set.
+            ValueError: the name is unknown or "public", nobody would be left in the active set, or an adapter is around
+                the expert.
             RuntimeError: a `generate` of this model is running.
         """
         self._refuse_while_generating("remove_expert")
         self._check_owned(name, "removed", "mask it, with set_active_experts or only_experts")
+        self._refuse_under_adapters(name, "remove_expert")
         active = self.config.active_experts
         if active == [name]:
             raise ValueError(f"{name!r} is the only active expert: choose others with set_active_experts first.")
@@ -179,6 +186,7 @@ class ExpertLifecycle(_Model):
         """
         self._refuse_while_generating("replace_expert")
         self._check_owned(name, "replaced", "graft the other anchor instead")
+        self._refuse_under_adapters(name, "replace_expert")
         package, origin = open_package(source, revision)
         self._put_package(package, name, origin)
 
@@ -186,11 +194,12 @@ class ExpertLifecycle(_Model):
         """Calls the expert `old` by the name `new`; its position, and caches that it filled, stay valid.
 
         Raises:
-            ValueError: `old` is unknown or "public", or `new` is taken or no name.
+            ValueError: `old` is unknown or "public", `new` is taken or no name, or an adapter is around the expert.
             RuntimeError: a `generate` of this model is running.
         """
         self._refuse_while_generating("rename_expert")
         self._check_owned(old, "renamed", "it names the anchor's own network in every model")
+        self._refuse_under_adapters(old, "rename_expert")
         new = self._free_name(new)
         active = self.config.active_experts
         if active is not None:
@@ -240,8 +249,9 @@ class ExpertLifecycle(_Model):
         records = {known["name"]: known for known in self.config.expert_records} | {name: expert_record(record)}
         self.config.experts = list(records.values())
         for block, (network, row) in zip(self.flexmoe_blocks(), parts, strict=True):
-            block.experts[name] = network.train(self.training)
-            block.router[name] = row
+            public = block.experts[PUBLIC]
+            block.experts[name] = network.train(self.training).requires_grad_(_trains(public))
+            block.router[name] = row.requires_grad_(_trains(public))
         self._serials[name] = _new_serial()
 
     def _free_name(self, name: str) -> str:
@@ -251,6 +261,8 @@ class ExpertLifecycle(_Model):
                 f"This model has an expert {name!r} already: give another name, or use replace_expert. "
                 f"It has {self.expert_names}."
             )
+        if name in getattr(self, "peft_config", ()):
+            raise ValueError(f"An adapter of this model is called {name!r}, and PEFT confuses the two: choose another.")
         return name
 
     def _check_owned(self, name: str, done: str, instead: str) -> None:
@@ -258,6 +270,13 @@ class ExpertLifecycle(_Model):
             raise ValueError(f"{PUBLIC!r} cannot be {done}: {instead}.")
         if name not in self.expert_names:
             raise ValueError(f"This model has no expert {name!r}: it has {self.expert_names}.")
+
+    def _refuse_under_adapters(self, name: str, what: str) -> None:
+        if adapters := sorted(adapters_around(self.flexmoe_blocks(), name)):
+            raise ValueError(
+                f"{what}: the adapter(s) {adapters} are around {name!r}. Merge them into it (merge_and_unload) or take "
+                "them off (unload, or delete_adapter) first; save them before, because their tensors go by its name."
+            )
 
     # Caches and running generations
 
@@ -290,6 +309,10 @@ class ExpertLifecycle(_Model):
 
 def _new_serial() -> str:
     return uuid.uuid4().hex
+
+
+def _trains(network: nn.Module) -> bool:
+    return all(parameter.requires_grad for parameter in network.parameters())
 
 
 def _rename_entry(modules: nn.ModuleDict, old: str, new: str) -> None:

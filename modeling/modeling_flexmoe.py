@@ -19,8 +19,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import ModelOutput
 
+from .adapters_flexmoe import AdapterWatch
 from .anchors_flexmoe import FFN_NAMES, NameMap, find_ffn_sites
-from .configuration_flexmoe import FlexMoeConfig
+from .configuration_flexmoe import FlexMoeConfig, check_top_k
 from .context_flexmoe import checkpoint_with_context, forward_scope, scoped_values
 from .experts_flexmoe import FlexMoeBlock
 from .identity_flexmoe import refresh_fingerprint
@@ -39,7 +40,7 @@ class FlexMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     z_loss: Tensor | None = None
 
 
-class FlexMoePreTrainedModel(ExpertLifecycle, PreTrainedModel):
+class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
     """What both models share: the tree, the context of a forward pass, loading and saving."""
 
     config: FlexMoeConfig
@@ -144,9 +145,9 @@ class FlexMoePreTrainedModel(ExpertLifecycle, PreTrainedModel):
         collect: bool,
     ) -> Iterator[dict[str, Any]]:
         """Runs one forward pass: who may take part, how many, and what is collected on the way."""
-        k = self.config.num_experts_per_tok if num_experts_per_tok is None else num_experts_per_tok
-        if k < 1:
-            raise ValueError(f"num_experts_per_tok must be at least 1; got {k}.")
+        k = check_top_k(self.config.num_experts_per_tok if num_experts_per_tok is None else num_experts_per_tok)
+        if not torch.compiler.is_compiling():
+            self.check_adapters()
         batch = None if inputs is None else inputs.shape[0]
         selection = select_experts(self, batch, expert_mask)
         stamp = self._stamp(selection)

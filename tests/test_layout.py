@@ -25,7 +25,7 @@ MODELING_LAYERS = (
     ("identity", "selection", "manifest", "dense"),
     ("packages",),
     ("hub",),
-    ("experts", "usage", "fitting"),
+    ("experts", "usage", "fitting", "adapters"),
     ("lifecycle",),
     ("modeling",),
 )
@@ -44,6 +44,7 @@ ALLOWED = {
     "flexmoe.evaluation": {"flexmoe.modeling", "flexmoe.data", "flexmoe.metrics"},
     "flexmoe.inspection": {"flexmoe.modeling"},
     "flexmoe.testing": {"flexmoe.modeling"},
+    "flexmoe.peft": {"flexmoe.modeling"},
     "flexmoe.training": {
         "flexmoe.modeling",
         "flexmoe.data",
@@ -69,6 +70,7 @@ ALLOWED = {
         "flexmoe.conversion",
         "flexmoe.evaluation",
         "flexmoe.inspection",
+        "flexmoe.peft",
         "flexmoe.training",
     },
     "flexmoe.cli": {"flexmoe_cli"},

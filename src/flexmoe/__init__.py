@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flexmoe.conversion.graft import graft
     from flexmoe.evaluation import evaluate
     from flexmoe.inspection import inspect
+    from flexmoe.peft import expert_lora_config
     from flexmoe.training import TrainingSettings, train_expert
 
 __version__ = "0.1.0"
@@ -39,6 +40,7 @@ _LAZY = {
     "graft": "flexmoe.conversion.graft",
     "evaluate": "flexmoe.evaluation",
     "inspect": "flexmoe.inspection",
+    "expert_lora_config": "flexmoe.peft",
     "TrainingSettings": "flexmoe.training",
     "train_expert": "flexmoe.training",
 }
@@ -60,6 +62,7 @@ __all__ = [
     "add",
     "compose",
     "evaluate",
+    "expert_lora_config",
     "graft",
     "inspect",
     "remove",

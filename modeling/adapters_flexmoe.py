@@ -1,0 +1,169 @@
+"""Adapters (PEFT's LoRA and its kin) around the modules of a live model: whose modules they change.
+
+PEFT needs no support from a model, but some of its ways say nothing where a model of several owners has to: one target
+takes the modules of all owners, one adapter may miss half of its experts. PEFT sets `model.peft_config` once its modules
+are in place; the property here looks at that moment, and each forward pass looks for adapters that came later. Does not
+cover making a config (`flexmoe.peft`), and imports nothing of PEFT: its layers are known by what they declare.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .configuration_flexmoe import FlexMoeConfig
+from .experts_flexmoe import FlexMoeBlock
+
+# For type checkers alone: at run time the model classes bring PreTrainedModel in themselves.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Model
+else:
+    _Model = object
+
+_PATTERN = re.compile(r"\.\*\\\.experts\\\.\(\?:(?P<names>[^()]+)\)\\\.\(\?:[^()]+\)")
+_ROW = re.compile(r"router\.(?P<name>[a-z][a-z0-9_-]*)")
+_WORD = re.compile(r"[a-z][a-z0-9_-]*")
+
+
+def target_pattern(names: Iterable[str], modules: Iterable[str]) -> str:
+    """The pattern for PEFT's `target_modules` that takes `modules` of the experts `names` and nothing else.
+
+    PEFT matches it with whole module names, so "math" is not found in "math-2". It says nothing of layers or of other
+    experts: a saved adapter that holds it fits any composition that has `names`.
+    """
+    of_experts, of_modules = ("|".join(map(re.escape, part)) for part in (names, modules))
+    return rf".*\.experts\.(?:{of_experts})\.(?:{of_modules})"
+
+
+def row_suffix(name: str) -> str:
+    """The entry for PEFT's `modules_to_save` that takes the router row of the expert `name` in each layer."""
+    return f"router.{name}"
+
+
+def adapters_around(blocks: Sequence[FlexMoeBlock], name: str) -> set[str]:
+    """Names of the adapters around the modules of the expert `name`, its router rows included."""
+    return {adapter for part in _parts(blocks, name) for adapter in _adapters_within(part)}
+
+
+def _parts(blocks: Sequence[FlexMoeBlock], name: str) -> list[nn.Module]:
+    return [part for block in blocks for part in (block.experts[name], block.router[name])]
+
+
+def _adapters_within(module: nn.Module) -> set[str]:
+    found: set[str] = set()
+    for part in module.modules():
+        for attribute in getattr(part, "adapter_layer_names", ()):  # what each layer of PEFT declares
+            by_adapter = getattr(part, attribute, None)
+            if isinstance(by_adapter, nn.ModuleDict | nn.ParameterDict):
+                found |= set(by_adapter.keys())
+    return found
+
+
+class AdapterWatch(_Model):
+    """The part of a FlexMoE model that sees adapters come."""
+
+    config: FlexMoeConfig
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """The configs of the adapters around this model, by name; PEFT sets and deletes it.
+
+        Raises:
+            AttributeError: there is none.
+        """
+        if "_adapter_configs" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no adapters, hence no peft_config.")
+        return self.__dict__["_adapter_configs"]
+
+    @peft_config.setter
+    def peft_config(self, configs: dict[str, Any]) -> None:
+        self.__dict__["_adapter_configs"] = configs
+        self.check_adapters()
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        del self.__dict__["_adapter_configs"]
+        self.__dict__.pop("_adapters_checked", None)
+
+    def check_adapters(self) -> None:
+        """Looks at each adapter once; without adapters, or without new ones, it costs nothing.
+
+        Raises:
+            ValueError: an adapter bears the name of an expert, or was made for an expert that is not here.
+
+        Warns:
+            UserWarning: an adapter changes several owners' modules without naming them.
+        """
+        configs = self.__dict__.get("_adapter_configs", {})
+        checked = self.__dict__.get("_adapters_checked", {})
+        if all(checked.get(adapter) is config for adapter, config in configs.items()):
+            return
+        new = {adapter: config for adapter, config in configs.items() if checked.get(adapter) is not config}
+        for adapter, config in new.items():
+            self._check_adapter(adapter, config)
+        self.__dict__["_adapters_checked"] = dict(configs)
+        for adapter, config in new.items():
+            self._warn_of_many_owners(adapter, config)
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
+        """As transformers' own, but refuses before it changes a module what would be refused after.
+
+        Raises: as `check_adapters`.
+        """
+        self._check_adapter(adapter_name or "default", adapter_config)
+        super().add_adapter(adapter_config, adapter_name)
+
+    def _check_adapter(self, adapter: str, config: Any) -> None:
+        names = self.config.expert_names
+        if adapter in names:
+            raise ValueError(
+                f"The adapter {adapter!r} bears the name of an expert, and PEFT confuses the two when it loads what it "
+                f"saved. Load the model afresh and call the adapter otherwise, for example {adapter + '-lora'!r}: "
+                "get_peft_model and add_adapter take adapter_name."
+            )
+        if absent := [name for name in _made_for(config) if name not in names]:
+            raise ValueError(
+                f"The adapter {adapter!r} was made for the expert(s) {absent}, which this model has not: it has "
+                f"{names}. Add them first (add_expert), under these names, to a model without this adapter."
+            )
+
+    def _warn_of_many_owners(self, adapter: str, config: Any) -> None:
+        blocks = self.flexmoe_blocks()
+        touched = [name for name in self.config.expert_names if _touches(adapter, config, blocks, name)]
+        if len(touched) > 1 and not set(touched) <= _named(config):
+            warnings.warn(
+                f"The adapter {adapter!r} changes modules of {len(touched)} owners at once: {touched}, networks or "
+                "router rows. What it learns is then in all of them, and none can be removed while it is there. For "
+                f"one expert take flexmoe.expert_lora_config(model, {touched[-1]!r}); for several on purpose give it "
+                "a list of their names.",
+                stacklevel=2,
+            )
+
+
+def _touches(adapter: str, config: Any, blocks: Sequence[FlexMoeBlock], name: str) -> bool:
+    if adapter in adapters_around(blocks, name):
+        return True
+    biases = (key for part in _parts(blocks, name) for key, _ in part.named_parameters() if key.endswith("bias"))
+    return getattr(config, "bias", None) == "all" and any(biases)
+
+
+def _made_for(config: Any) -> list[str]:
+    """The experts that a config of `flexmoe.expert_lora_config` was made for; none for any other config."""
+    target = getattr(config, "target_modules", None)
+    matches = [_PATTERN.fullmatch(target)] if isinstance(target, str) else []
+    names = [name.replace("\\", "") for match in matches if match for name in match["names"].split("|")]
+    rows = [_ROW.fullmatch(entry) for entry in getattr(config, "modules_to_save", None) or ()]
+    return list(dict.fromkeys([*names, *(match["name"] for match in rows if match)]))
+
+
+def _named(config: Any) -> set[str]:
+    """Every word of a pattern that somebody wrote: the experts among them are meant. A list is what PEFT expands to."""
+    target = getattr(config, "target_modules", None)
+    return set(_WORD.findall(target.replace("\\", ""))) if isinstance(target, str) else set()
+
+
+__all__ = ["AdapterWatch", "adapters_around", "row_suffix", "target_pattern"]
