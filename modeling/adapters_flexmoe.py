@@ -1,9 +1,10 @@
 """Adapters (PEFT's LoRA and its kin) around the modules of a live model: whose modules they change.
 
-PEFT needs no support from a model, but some of its ways say nothing where a model of several owners has to: one target
-takes the modules of all owners, one adapter may miss half of its experts. PEFT sets `model.peft_config` once its modules
-are in place; the property here looks at that moment, and each forward pass looks for adapters that came later. Does not
-cover making a config (`flexmoe.peft`), and imports nothing of PEFT: its layers are known by what they declare.
+PEFT needs no support from a model, but it says nothing where a model of several owners has to: one target may take
+modules of all owners, and an adapter for two experts loads where only one of them is. PEFT sets `model.peft_config`
+once its modules are in place; the property here looks at that moment, and a forward pass looks for adapters that came
+later. Does not cover making a config (`flexmoe.peft`), and imports nothing of PEFT: its layers are known by what they
+declare.
 """
 
 from __future__ import annotations
@@ -61,6 +62,20 @@ def _adapters_within(module: nn.Module) -> set[str]:
             if isinstance(by_adapter, nn.ModuleDict | nn.ParameterDict):
                 found |= set(by_adapter.keys())
     return found
+
+
+def refuse_wrapped(model: nn.Module, state_dict: dict[str, Any] | None) -> None:
+    """Checks that a model can be saved: under adapters its tensors have other names, and nothing would load them.
+
+    Raises:
+        ValueError: `get_peft_model` has wrapped the model, and the caller brings no `state_dict`.
+    """
+    configs = getattr(model, "peft_config", None)
+    if configs and state_dict is None:
+        raise ValueError(
+            f"The adapters {sorted(configs)} are around this model. Save them alone with the PeftModel's own "
+            "save_pretrained, or merge them in first (merge_and_unload) and save what that returns."
+        )
 
 
 class AdapterWatch(_Model):
@@ -121,8 +136,8 @@ class AdapterWatch(_Model):
         names = self.config.expert_names
         if adapter in names:
             raise ValueError(
-                f"The adapter {adapter!r} bears the name of an expert, and PEFT confuses the two when it loads what it "
-                f"saved. Load the model afresh and call the adapter otherwise, for example {adapter + '-lora'!r}: "
+                f"The adapter {adapter!r} bears the name of an expert, and PEFT confuses the two when it loads what "
+                f"it saved. Load the model afresh and call the adapter otherwise, for example {adapter + '-lora'!r}: "
                 "get_peft_model and add_adapter take adapter_name."
             )
         if absent := [name for name in _made_for(config) if name not in names]:
@@ -161,9 +176,9 @@ def _made_for(config: Any) -> list[str]:
 
 
 def _named(config: Any) -> set[str]:
-    """Every word of a pattern that somebody wrote: the experts among them are meant. A list is what PEFT expands to."""
+    """The words of a pattern: the experts among them are meant. A list may be what PEFT made of "all-linear"."""
     target = getattr(config, "target_modules", None)
     return set(_WORD.findall(target.replace("\\", ""))) if isinstance(target, str) else set()
 
 
-__all__ = ["AdapterWatch", "adapters_around", "row_suffix", "target_pattern"]
+__all__ = ["AdapterWatch", "adapters_around", "refuse_wrapped", "row_suffix", "target_pattern"]

@@ -128,6 +128,21 @@ class FlexMoeConfig(PreTrainedConfig):
         self.experts = [expert_record(expert) for expert in (self.experts or [PUBLIC])]
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own.
+
+        Raises:
+            ValueError: the values are those of another model; transformers would build one of default sizes from them.
+        """
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This is the config of a {model_type!r} model, not of a FlexMoE. Make one from a dense model with "
+                "flexmoe.graft (on the command line: flexmoe graft), or load it as it is with AutoModelForCausalLM."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def expert_records(self) -> list[dict[str, Any]]:
         """The records of all experts, in order."""

@@ -59,14 +59,23 @@ def router_row(hidden_size: int, device: torch.device | None = None, dtype: torc
     return row
 
 
+def floating_dtype(module: nn.Module) -> torch.dtype | None:
+    """The dtype in which a module takes its input, by its first floating-point parameter.
+
+    None if it has none, as quantised modules may: those take what they are given.
+    """
+    return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), None)
+
+
 class FlexMoeRouter(nn.ModuleDict):
     """One row and one bias per expert."""
 
     def forward(self, x_TH: Tensor, names: Sequence[str]) -> Tensor:
         """Logits of the experts `names`, float32 [T, A], whatever autocast says."""
         with maybe_autocast(x_TH.device.type, enabled=False):
-            # a row says its dtype by its first parameter, also when an adapter is wrapped around it
-            logits = [row(x_TH.to(next(row.parameters()).dtype)).float() for row in map(self.__getitem__, names)]
+            logits = [
+                row(x_TH.to(floating_dtype(row) or torch.float32)).float() for row in map(self.__getitem__, names)
+            ]
         return torch.cat(logits, -1)
 
 
@@ -77,6 +86,7 @@ class FlexMoeBlock(nn.Module):
         super().__init__()
         hidden_size = config.get_text_config().hidden_size
         self.layer_index = layer_index
+        self.hidden_size = hidden_size
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = bool(config.norm_topk_prob)
         self.experts = nn.ModuleDict()
@@ -176,4 +186,12 @@ def _add_up(outputs: Iterator[Tensor]) -> Tensor:
     return total
 
 
-__all__ = ["EXPERT_KINDS", "FlexMoeBlock", "FlexMoeRouter", "full_expert", "make_expert", "router_row"]
+__all__ = [
+    "EXPERT_KINDS",
+    "FlexMoeBlock",
+    "FlexMoeRouter",
+    "floating_dtype",
+    "full_expert",
+    "make_expert",
+    "router_row",
+]

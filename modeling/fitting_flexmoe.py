@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .anchors_flexmoe import build_on_meta
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
-from .experts_flexmoe import FlexMoeBlock, make_expert, router_row
+from .experts_flexmoe import FlexMoeBlock, floating_dtype, make_expert, router_row
 from .hub_flexmoe import resolve_folder
 from .manifest_flexmoe import ExpertManifest
 from .packages_flexmoe import ExpertPackage
@@ -37,7 +37,7 @@ def parts_from_public(
     """Copies of the public networks, with rows of zeros."""
     parts = []
     for block, network in zip(blocks, networks, strict=True):
-        state = {key: value.clone() for key, value in block.experts[PUBLIC].state_dict().items()}
+        state = {key: _plain(block.experts[PUBLIC], key).clone() for key in network.state_dict()}
         network.load_state_dict(state, assign=True)
         parts.append((make_expert(network, record), _fresh_row(block)))
     return parts
@@ -111,20 +111,22 @@ def expert_tensors(
     """The tensors of the expert `name`, called as in a package, on the CPU; rows in float32.
 
     Raises:
-        ValueError: the expert holds other tensors than its plain network: an adapter is wrapped around it.
+        ValueError: the expert holds other tensors than its plain network and row: an adapter, a parametrisation or a
+            quantised layer is in it.
     """
     for block, network in zip(blocks, networks, strict=True):
         at = f"layers.{block.layer_index}"
-        state = block.experts[name].state_dict()
-        if strange := sorted(set(state) ^ set(network.state_dict())):
-            raise ValueError(
-                f"Expert {name!r} differs from its plain network in {strange[:3]} ...: merge or unload the adapter "
-                "around it (merge_and_unload) before saving it."
-            )
-        for key, value in state.items():
-            yield f"{at}.ffn.{key}", value.detach().cpu().contiguous()
-        for key, value in block.router[name].state_dict().items():
-            yield f"{at}.router.{key}", value.detach().float().cpu()
+        for part, plain in ((block.experts[name], network), (block.router[name], _fresh_row(block))):
+            if strange := sorted(set(part.state_dict()) ^ set(plain.state_dict())):
+                raise ValueError(
+                    f"Expert {name!r} differs from its plain modules in {strange[:3]} ...: an adapter, a "
+                    "parametrisation or a quantised layer is in it. Merge it in or take it off before saving "
+                    "(PEFT: merge_and_unload)."
+                )
+        for key in network.state_dict():
+            yield f"{at}.ffn.{key}", _plain(block.experts[name], key).cpu().contiguous()
+        for key in block.router[name].state_dict():
+            yield f"{at}.router.{key}", _plain(block.router[name], key).float().cpu()
 
 
 def expert_manifest(
@@ -155,21 +157,56 @@ def intermediate_size(network: nn.Module, hidden: int) -> int:
     return min((side for side in sides if side != hidden), default=hidden)
 
 
+def _plain(module: nn.Module, key: str) -> Tensor:
+    """The tensor `key` of a live module without the adapter around it; computed, if it is parametrised.
+
+    Raises:
+        ValueError: the module has no such tensor, or it lies nowhere that can be read.
+    """
+    owner_name, _, leaf = key.rpartition(".")
+    owner = module
+    try:
+        for name in owner_name.split(".") if owner_name else ():
+            owner = _beneath_adapter(getattr(owner, name))
+        owner = _beneath_adapter(owner)
+        value = getattr(owner, leaf).detach()
+    except AttributeError as error:
+        raise ValueError(
+            f"{type(module).__name__} has no tensor {key!r} any more: take off what is around it."
+        ) from error
+    if value.is_meta:  # offloaded: accelerate's hook knows where it lies
+        hook = getattr(owner, "_hf_hook", None)
+        stored = getattr(hook, "weights_map", None) or {}
+        if leaf not in stored:
+            raise ValueError(f"{type(module).__name__}: {key!r} is on the meta device and cannot be read.")
+        value = stored[leaf].to(hook.execution_device)
+    return value
+
+
+def _beneath_adapter(module: nn.Module) -> nn.Module:
+    """The module that PEFT's layer, if `module` is one, is wrapped around."""
+    for name in ("base_layer", "original_module"):
+        module = getattr(module, name, module)
+    return module
+
+
 def _fresh_row(block: FlexMoeBlock) -> nn.Linear:
-    public = block.router[PUBLIC].get_parameter("weight")
-    return router_row(public.shape[-1], device=_home(block, public), dtype=public.dtype)
+    return router_row(block.hidden_size, device=_home(block), dtype=floating_dtype(block.router[PUBLIC]))
 
 
-def _home(block: FlexMoeBlock, parameter: Tensor) -> torch.device:
+def _home(block: FlexMoeBlock) -> torch.device:
     """Where the block computes; under offload its parameters lie on the meta device in between."""
-    device = getattr(getattr(block, "_hf_hook", None), "execution_device", None)
-    return torch.device(device) if parameter.device.type == "meta" and device is not None else parameter.device
+    device = next(block.parameters()).device
+    if device.type != "meta":
+        return device
+    hooks = (getattr(module, "_hf_hook", None) for module in block.modules())
+    homes = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((home for home in homes if home is not None), device))
 
 
 def _moved(tensor: Tensor, block: FlexMoeBlock, public: nn.Module) -> Tensor:
     """`tensor` where the public module is, in its dtype; in the tensor's own beside a quantised one."""
-    like = next(public.parameters())
-    return tensor.to(device=_home(block, like), dtype=like.dtype if like.dtype.is_floating_point else tensor.dtype)
+    return tensor.to(device=_home(block), dtype=floating_dtype(public) or tensor.dtype)
 
 
 def _assign(module: nn.Module, key: str, tensor: Tensor, what: str) -> None:

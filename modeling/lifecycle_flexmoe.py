@@ -126,8 +126,8 @@ class ExpertLifecycle(_Model):
     ) -> str:
         """Adds an expert from a package: a folder, a Hub id, or an `ExpertPackage`. Returns the name that it got.
 
-        An active set that is in force stays as it is: the newcomer takes part once `set_active_experts` names it. It is
-        frozen if the public network is, and comes without the adapters that are around other experts.
+        An active set that is in force stays as it is: the newcomer takes part once `set_active_experts` names it.
+        It is frozen if the public network is, and comes without the adapters that are around other experts.
 
         Args:
             source: where the package is.
@@ -161,8 +161,8 @@ class ExpertLifecycle(_Model):
         """Removes an expert: the model is then the one that never had it.
 
         Raises:
-            ValueError: the name is unknown or "public", nobody would be left in the active set, or an adapter is around
-                the expert.
+            ValueError: the name is unknown or "public", nobody would be left in the active set, or an adapter is
+                around the expert.
             RuntimeError: a `generate` of this model is running.
         """
         self._refuse_while_generating("remove_expert")
@@ -262,7 +262,9 @@ class ExpertLifecycle(_Model):
                 f"It has {self.expert_names}."
             )
         if name in getattr(self, "peft_config", ()):
-            raise ValueError(f"An adapter of this model is called {name!r}, and PEFT confuses the two: choose another.")
+            raise ValueError(
+                f"An adapter of this model is called {name!r}, and PEFT confuses the two: choose another."
+            )
         return name
 
     def _check_owned(self, name: str, done: str, instead: str) -> None:
@@ -274,8 +276,8 @@ class ExpertLifecycle(_Model):
     def _refuse_under_adapters(self, name: str, what: str) -> None:
         if adapters := sorted(adapters_around(self.flexmoe_blocks(), name)):
             raise ValueError(
-                f"{what}: the adapter(s) {adapters} are around {name!r}. Merge them into it (merge_and_unload) or take "
-                "them off (unload, or delete_adapter) first; save them before, because their tensors go by its name."
+                f"{what}: the adapter(s) {adapters} are around {name!r}. Merge them into it (merge_and_unload) or "
+                "take them off (unload, delete_adapter) first; save them before, for their tensors go by its name."
             )
 
     # Caches and running generations

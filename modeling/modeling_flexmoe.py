@@ -19,18 +19,18 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import ModelOutput
 
-from .adapters_flexmoe import AdapterWatch
+from .adapters_flexmoe import AdapterWatch, refuse_wrapped
 from .anchors_flexmoe import FFN_NAMES, NameMap, find_ffn_sites
 from .configuration_flexmoe import FlexMoeConfig, check_top_k
 from .context_flexmoe import checkpoint_with_context, forward_scope, scoped_values
 from .experts_flexmoe import FlexMoeBlock
 from .identity_flexmoe import refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle
+from .loading_flexmoe import check_everyone_is_there
 from .routing_flexmoe import load_balancing_loss, router_z_loss
-from .selection_flexmoe import select_experts, stamp_cache
+from .selection_flexmoe import check_mask, select_experts, stamp_cache
 
 _HEADS = r"^anchor\.(lm_head|embed_out|output)\."
-_EXPERT_TENSOR = re.compile(r"\.(?:experts|router)\.(?P<name>[a-z][a-z0-9_-]*)\.")
 
 
 @dataclass
@@ -73,19 +73,26 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls, *args: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs: Any
+    ) -> Any:
         """As transformers' own, but an expert without its tensors, or tensors without their expert, is an error.
 
-        Raises:
-            ValueError: the checkpoint and `config.experts` disagree about who is there.
+        Raises: as `check_everyone_is_there`; ValueError if the folder holds another model, such as a dense anchor.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        _check_everyone_is_there(model.expert_names, info["missing_keys"], info["unexpected_keys"])
+        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        check_everyone_is_there(model.expert_names, info, ignore_mismatched_sizes)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers' own, tensors called as in the state dict; a modified anchor gets a new fingerprint."""
-        refresh_fingerprint(self, kwargs.get("state_dict"))
+        """As transformers' own, tensors called as in the state dict; a modified anchor gets a new fingerprint.
+
+        Raises:
+            ValueError: PEFT has wrapped this model (`get_peft_model`), so its tensors have other names.
+        """
+        if not self._hf_peft_config_loaded:  # adapters of `add_adapter` are saved alone, without the model
+            refuse_wrapped(self, kwargs.get("state_dict"))
+            refresh_fingerprint(self, kwargs.get("state_dict"))
         # some families are stored under older names (GPT-NeoX's head), which streams could not match
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -290,18 +297,24 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
                 returned sequences inherit their prompt's.
 
         Raises:
-            ValueError: an unknown name, or an empty list.
+            ValueError: an unknown name, an empty list, or lists or an `expert_mask` for another number of prompts.
+            TypeError: `experts` is a string, or `expert_mask` no tensor of dtype bool.
             RuntimeError (in the other thread): experts are changed while this runs.
         """
         with self._while_generating():
+            mask, prompts = kwargs.get("expert_mask"), _prompts(args, kwargs)
+            if mask is not None:
+                check_mask(mask, prompts, self.expert_names)
             if experts is not None:
-                kwargs["expert_mask"] = self._mask_of(experts, _prompts(args, kwargs), kwargs.get("expert_mask"))
+                named = self._mask_of(experts, prompts)
+                kwargs["expert_mask"] = named if mask is None else named & mask.to(named.device)
             return super().generate(*args, **kwargs)
 
-    def _mask_of(self, experts: list[str] | list[list[str]], prompts: int, mask: Tensor | None) -> Tensor:
+    def _mask_of(self, experts: list[str] | list[list[str]], prompts: int) -> Tensor:
+        if isinstance(experts, str):
+            raise TypeError(f"experts is a list of names, or one such list per prompt; got the string {experts!r}.")
         names = [name for name in experts if isinstance(name, str)]
-        named = self.expert_mask([names] * prompts if len(names) == len(experts) else experts)
-        return named if mask is None else named & mask.to(named.device)
+        return self.expert_mask([names] * prompts if len(names) == len(experts) else experts)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The anchor's way, which families override."""
@@ -333,25 +346,6 @@ def _token_mask(inputs: Tensor | None, attention_mask: Tensor | None) -> Tensor 
     if inputs is None or attention_mask is None or attention_mask.shape != inputs.shape[:2]:
         return None
     return attention_mask.reshape(-1).bool()
-
-
-def _check_everyone_is_there(names: list[str], missing: set[str], unexpected: set[str]) -> None:
-    without = _owners(missing) & set(names)
-    strangers = _owners(unexpected) - set(names)
-    if without:
-        raise ValueError(
-            f"The checkpoint lacks tensors of the expert(s) {sorted(without)}, which its config names: for example "
-            f"{sorted(missing)[0]!r}. It is incomplete, or its config.json belongs to another model."
-        )
-    if strangers:
-        raise ValueError(
-            f"The checkpoint holds tensors of {sorted(strangers)}, which its config does not name: it names {names}. "
-            "Its config.json belongs to another model, or was edited: remove experts with `flexmoe remove`."
-        )
-
-
-def _owners(keys: set[str]) -> set[str]:
-    return {match["name"] for key in keys if (match := _EXPERT_TENSOR.search(key))}
 
 
 __all__ = ["FlexMoeCausalLMOutputWithPast", "FlexMoeForCausalLM", "FlexMoeModel", "FlexMoePreTrainedModel"]

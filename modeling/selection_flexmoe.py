@@ -65,7 +65,7 @@ def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None) ->
     if expert_mask is None:
         return Selection(names, None)
     everyone = model.expert_names
-    _check_mask(expert_mask, batch, everyone)
+    check_mask(expert_mask, batch, everyone)
     columns = [everyone.index(name) for name in names]
     rows_BA = expert_mask[:, columns]
     if torch.compiler.is_compiling():  # what follows looks at values
@@ -73,7 +73,13 @@ def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None) ->
     return _without_idle_experts(names, rows_BA)
 
 
-def _check_mask(expert_mask: Tensor, batch: int | None, everyone: Sequence[str]) -> None:
+def check_mask(expert_mask: Tensor, batch: int | None, everyone: Sequence[str]) -> None:
+    """Checks what `expert_mask` is; its values are looked at where the active set is known.
+
+    Raises:
+        TypeError: it is not a bool tensor.
+        ValueError: it has another shape, or lies on the meta device and has no values.
+    """
     if not isinstance(expert_mask, Tensor) or expert_mask.dtype != torch.bool:
         got = expert_mask.dtype if isinstance(expert_mask, Tensor) else type(expert_mask).__name__
         raise TypeError(f"expert_mask must be a bool tensor [batch, experts], True = allowed; got {got}.")
@@ -82,6 +88,10 @@ def _check_mask(expert_mask: Tensor, batch: int | None, everyone: Sequence[str])
         raise ValueError(
             f"expert_mask has shape {list(expert_mask.shape)}; expected {list(expected)}: [batch, experts], "
             f"columns in the order {list(everyone)}."
+        )
+    if expert_mask.is_meta:
+        raise ValueError(
+            "expert_mask is on the meta device and has no values: put it where the model is, or on the CPU."
         )
 
 
@@ -136,4 +146,4 @@ def stamp_cache(cache: Any, stamp: CacheStamp | None) -> None:
     cache._flexmoe_stamp = stamp
 
 
-__all__ = ["CacheStamp", "Selection", "check_names", "select_experts", "stamp_cache"]
+__all__ = ["CacheStamp", "Selection", "check_mask", "check_names", "select_experts", "stamp_cache"]

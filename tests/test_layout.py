@@ -19,7 +19,7 @@ NOT_TRACKED = {"build", "dist", "flexmoe.egg-info", "runs"}
 
 # modeling/ bottom-up: a module imports siblings of lower layers, or of its own layer if they stand before it there.
 MODELING_LAYERS = (
-    ("folders", "json", "configuration", "context"),
+    ("folders", "json", "configuration", "context", "loading"),
     ("tensors", "tensor_writer"),
     ("routing", "anchors"),
     ("identity", "selection", "manifest", "dense"),

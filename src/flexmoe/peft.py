@@ -49,7 +49,9 @@ def expert_lora_config(
     """
     names = check_names([expert] if isinstance(expert, str) else expert, model.expert_names, "expert_lora_config")
     if bias == "all":
-        raise ValueError('bias="all" is the biases of all experts and of the anchor; "lora_only" is those of this one.')
+        raise ValueError(
+            'bias="all" is the biases of all experts and of the anchor; "lora_only" is those of this one.'
+        )
     if router_row and PUBLIC in names:
         raise ValueError(f"The router rows of {PUBLIC!r} are zero in every model of this anchor, and stay so.")
     if "target_modules" in lora:
