@@ -174,13 +174,12 @@ def _plain(module: nn.Module, key: str) -> Tensor:
         raise ValueError(
             f"{type(module).__name__} has no tensor {key!r} any more: take off what is around it."
         ) from error
-    if value.is_meta:  # offloaded: accelerate's hook knows where it lies
-        hook = getattr(owner, "_hf_hook", None)
-        stored = getattr(hook, "weights_map", None) or {}
-        if leaf not in stored:
-            raise ValueError(f"{type(module).__name__}: {key!r} is on the meta device and cannot be read.")
-        value = stored[leaf].to(hook.execution_device)
-    return value
+    if not value.is_meta:
+        return value
+    for hook in _offload_hooks(owner):  # it knows where the tensor lies
+        if leaf in (hook.weights_map or ()):
+            return hook.weights_map[leaf].to(hook.execution_device)
+    raise ValueError(f"{type(module).__name__}: {key!r} is on the meta device and cannot be read.")
 
 
 def _beneath_adapter(module: nn.Module) -> nn.Module:
@@ -199,9 +198,14 @@ def _home(block: FlexMoeBlock) -> torch.device:
     device = next(block.parameters()).device
     if device.type != "meta":
         return device
-    hooks = (getattr(module, "_hf_hook", None) for module in block.modules())
-    homes = (getattr(hook, "execution_device", None) for hook in hooks)
+    homes = (hook.execution_device for module in block.modules() for hook in _offload_hooks(module))
     return torch.device(next((home for home in homes if home is not None), device))
+
+
+def _offload_hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks on a module that move its tensors for the time of a call."""
+    hook = getattr(module, "_hf_hook", None)
+    return [part for part in getattr(hook, "hooks", (hook,)) if hasattr(part, "weights_map")]
 
 
 def _moved(tensor: Tensor, block: FlexMoeBlock, public: nn.Module) -> Tensor:

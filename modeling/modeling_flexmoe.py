@@ -28,7 +28,7 @@ from .identity_flexmoe import refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle
 from .loading_flexmoe import check_everyone_is_there
 from .routing_flexmoe import load_balancing_loss, router_z_loss
-from .selection_flexmoe import check_mask, select_experts, stamp_cache
+from .selection_flexmoe import select_experts, stamp_cache
 
 _HEADS = r"^anchor\.(lm_head|embed_out|output)\."
 
@@ -302,12 +302,16 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
             RuntimeError (in the other thread): experts are changed while this runs.
         """
         with self._while_generating():
+            if (k := kwargs.get("num_experts_per_tok")) is not None:
+                check_top_k(k)
             mask, prompts = kwargs.get("expert_mask"), _prompts(args, kwargs)
+            # refused here, where rows are prompts: in the forward pass they are beams
             if mask is not None:
-                check_mask(mask, prompts, self.expert_names)
+                select_experts(self, prompts, mask)
             if experts is not None:
                 named = self._mask_of(experts, prompts)
-                kwargs["expert_mask"] = named if mask is None else named & mask.to(named.device)
+                mask = kwargs["expert_mask"] = named if mask is None else named & mask.to(named.device)
+                select_experts(self, prompts, mask)
             return super().generate(*args, **kwargs)
 
     def _mask_of(self, experts: list[str] | list[list[str]], prompts: int) -> Tensor:

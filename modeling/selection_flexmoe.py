@@ -52,7 +52,7 @@ def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None) ->
         expert_mask: bool [batch, experts] in the order of `model.expert_names`, or None.
 
     Raises:
-        ValueError: the mask has another shape, or a sequence is left without an expert.
+        ValueError: the mask has another shape or no values, or a sequence is left without an expert.
         TypeError: the mask is not a bool tensor.
     """
     names = tuple(model.active_experts)
@@ -65,7 +65,7 @@ def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None) ->
     if expert_mask is None:
         return Selection(names, None)
     everyone = model.expert_names
-    check_mask(expert_mask, batch, everyone)
+    _check_mask(expert_mask, batch, everyone)
     columns = [everyone.index(name) for name in names]
     rows_BA = expert_mask[:, columns]
     if torch.compiler.is_compiling():  # what follows looks at values
@@ -73,13 +73,7 @@ def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None) ->
     return _without_idle_experts(names, rows_BA)
 
 
-def check_mask(expert_mask: Tensor, batch: int | None, everyone: Sequence[str]) -> None:
-    """Checks what `expert_mask` is; its values are looked at where the active set is known.
-
-    Raises:
-        TypeError: it is not a bool tensor.
-        ValueError: it has another shape, or lies on the meta device and has no values.
-    """
+def _check_mask(expert_mask: Tensor, batch: int | None, everyone: Sequence[str]) -> None:
     if not isinstance(expert_mask, Tensor) or expert_mask.dtype != torch.bool:
         got = expert_mask.dtype if isinstance(expert_mask, Tensor) else type(expert_mask).__name__
         raise TypeError(f"expert_mask must be a bool tensor [batch, experts], True = allowed; got {got}.")
@@ -146,4 +140,4 @@ def stamp_cache(cache: Any, stamp: CacheStamp | None) -> None:
     cache._flexmoe_stamp = stamp
 
 
-__all__ = ["CacheStamp", "Selection", "check_mask", "check_names", "select_experts", "stamp_cache"]
+__all__ = ["CacheStamp", "Selection", "check_names", "select_experts", "stamp_cache"]

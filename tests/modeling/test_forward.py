@@ -41,34 +41,6 @@ class TestActiveExpertsPerToken:
         assert torch.equal(logits(model), logits(model, num_experts_per_tok=4))
         assert model.config.num_experts_per_tok == 50
 
-    @pytest.mark.parametrize("k", [0, -1])
-    def test_below_one_is_refused(self, model, k):
-        with pytest.raises(ValueError, match="at least 1"):
-            logits(model, num_experts_per_tok=k)
-
-
-class TestBadMasks:
-    def test_shape(self, model):
-        for shape in [(2, 3), (1, 4), (2, 4, 1), (4,)]:
-            with pytest.raises(ValueError, match="expert_mask has shape"):
-                logits(model, expert_mask=torch.ones(shape, dtype=torch.bool))
-
-    def test_dtype(self, model):
-        with pytest.raises(TypeError, match="bool"):
-            logits(model, expert_mask=torch.ones(2, 4))
-        with pytest.raises(TypeError, match="bool"):
-            logits(model, expert_mask=[[True] * 4] * 2)
-
-    def test_a_row_without_an_expert_is_named(self, model):
-        mask = torch.tensor([[True] * 4, [False] * 4])
-        with pytest.raises(ValueError, match=r"sequence\(s\) \[1\]"):
-            logits(model, expert_mask=mask)
-
-    def test_mask_and_active_set_that_do_not_meet(self, model):
-        model.set_active_experts(["code"])
-        with pytest.raises(ValueError, match="no active expert"):
-            logits(model, expert_mask=model.expert_mask([["math"], ["math"]]))
-
 
 class TestScopes:
     def test_a_rename_within_a_scope_changes_nothing(self, model):

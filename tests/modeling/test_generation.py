@@ -65,17 +65,6 @@ def test_experts_and_the_active_set_are_both_obeyed(model):
     assert torch.equal(generate(model, tokens, experts=["code", "math"]), expected)
 
 
-@pytest.mark.parametrize("experts", [[], ["nobody"], [["public"], []], [["public"], ["nobody"]]])
-def test_bad_experts(model, experts):
-    with pytest.raises(ValueError, match="name"):
-        generate(model, random_tokens(2, 7), experts=experts)
-
-
-def test_one_list_too_few_says_what_shape(model):
-    with pytest.raises(ValueError, match="expert_mask has shape"):
-        generate(model, random_tokens(3, 7), experts=[["public"], ["math"]])
-
-
 def test_k_of_the_call(model):
     tokens = random_tokens(1, 7)
     by_call = generate(model, tokens, num_experts_per_tok=1)

@@ -97,9 +97,15 @@ def test_rows_stay_float32_when_the_rest_is_cast(tmp_path, dtype):
 
 
 def edit(folder, change_tensors=None, change_config=None):
+    """Changes a checkpoint of one file or of several; an index then lists what is there."""
     if change_tensors:
-        tensors = load_file(folder / "model.safetensors")
-        save_file(change_tensors(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        where = {}
+        for file in folder.glob("*.safetensors"):
+            tensors = change_tensors(load_file(file))
+            save_file(tensors, file, metadata={"format": "pt"})
+            where |= dict.fromkeys(tensors, file.name)
+        if (index := folder / "model.safetensors.index.json").exists():
+            index.write_text(json.dumps({**json.loads(index.read_text()), "weight_map": where}))
     if change_config:
         path = folder / "config.json"
         path.write_text(json.dumps(change_config(json.loads(path.read_text()))))
@@ -109,30 +115,70 @@ def without(part):
     return lambda tensors: {name: value for name, value in tensors.items() if part not in name}
 
 
-def renamed_to_unknown(config):
-    return {**config, "experts": [{"name": "public"}, {"name": "math"}, {"name": "zoology"}]}
+def narrowed(part):
+    return lambda tensors: {
+        name: value[..., :-1].clone() if part in name else value for name, value in tensors.items()
+    }
 
 
+def with_experts(*names):
+    return lambda config: {**config, "experts": [{"name": name} for name in names]}
+
+
+NARROW = "layers.1.mlp.experts.math.up_proj"
 DAMAGE = {
-    "an expert's network": ({"change_tensors": without(".experts.math.")}, "lacks tensors"),
-    "one matrix": ({"change_tensors": without("layers.1.mlp.experts.math.up_proj")}, "lacks tensors"),
-    "a router row": ({"change_tensors": without("layers.0.mlp.router.code-2.")}, "lacks tensors"),
-    "public's network": ({"change_tensors": without(".experts.public.")}, "lacks tensors"),
-    "a name in the config": (
-        {"change_config": lambda config: {**config, "experts": config["experts"][:2]}},
-        "does not name",
+    "an expert's network": ({"change_tensors": without(".experts.math.")}, r"lacks tensors of .*\['math'\]"),
+    "one layer of it": ({"change_tensors": without("layers.1.mlp.experts.math.")}, r"lacks tensors of .*\['math'\]"),
+    "one matrix": ({"change_tensors": without(NARROW)}, rf"lacks tensors of .*\['math'\].*{NARROW}"),
+    "a router row": ({"change_tensors": without("layers.0.mlp.router.code-2.")}, r"lacks tensors of .*\['code-2'\]"),
+    "public's network": ({"change_tensors": without(".experts.public.")}, r"lacks tensors of .*\['public'\]"),
+    "a name in the config": ({"change_config": with_experts("public", "math")}, r"\['code-2'\], which .* not name"),
+    "a stranger in the config": (
+        {"change_config": with_experts("public", *OWNERS, "zoology")},
+        r"lacks tensors of .*\['zoology'\]",
     ),
-    "an unknown expert in the config": ({"change_config": renamed_to_unknown}, "lacks tensors"),
+    "another name in the config": (
+        {"change_config": with_experts("public", "math", "zoology")},
+        r"lacks tensors of .*\['zoology'\]",
+    ),
+    "an active stranger in the config": (
+        {"change_config": lambda config: {**config, "active_experts": ["public", "zoology"]}},
+        r"active_experts names \['zoology'\]",
+    ),
+    "a narrower matrix": ({"change_tensors": narrowed(NARROW)}, r"has shape \[64, 31\], the config says \[64, 32\]"),
+    "a narrower row": (
+        {"change_tensors": narrowed("layers.0.mlp.router.math.weight")},
+        r"has shape \[1, 31\], the config says \[1, 32\]",
+    ),
 }
 
 
+@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("cls", [FlexMoeForCausalLM, FlexMoeModel])
-def test_config_and_tensors_that_disagree_are_refused(tmp_path, damage, cls):
+def test_config_and_tensors_that_disagree_are_refused(tmp_path, damage, cls, sharded):
     changes, words = DAMAGE[damage]
-    tiny_flexmoe("llama", OWNERS).save_pretrained(tmp_path)
+    tiny_flexmoe("llama", OWNERS).save_pretrained(tmp_path, **({"max_shard_size": "60KB"} if sharded else {}))
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == sharded
     edit(tmp_path, **changes)
-    with pytest.raises(ValueError, match=words):
+    for ignore in (False, True):
+        with pytest.raises((ValueError, StrictDataclassError), match=words):
+            cls.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
+
+
+def test_other_shapes_outside_of_experts_are_refused_unless_asked_for(tmp_path):
+    tiny_flexmoe("llama", OWNERS).save_pretrained(tmp_path)
+    edit(tmp_path, change_tensors=narrowed("self_attn.o_proj"))
+    with pytest.raises(RuntimeError, match=r"has shape \[32, 31\], .* \[32, 32\] \(and 1 more\).*at random"):
+        FlexMoeForCausalLM.from_pretrained(tmp_path)
+    model = FlexMoeForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert model.expert_names == ["public", *OWNERS]
+
+
+@pytest.mark.parametrize("cls", [FlexMoeForCausalLM, FlexMoeModel, flexmoe.FlexMoeConfig])
+def test_a_dense_checkpoint_is_not_a_flexmoe(tmp_path, cls):
+    tiny_anchor("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'llama' model, not of a FlexMoE\. .*flexmoe\.graft"):
         cls.from_pretrained(tmp_path)
 
 
@@ -143,10 +189,8 @@ def test_config_and_tensors_that_disagree_are_refused(tmp_path, damage, cls):
         ({"experts": ["public", "math", "math"]}, "must differ"),
         ({"experts": ["public", "Math"]}, "not an expert name"),
         ({"experts": [{"name": "public"}, {"name": "math", "path": "/tmp"}]}, "Unknown key"),
-        ({"experts": ["public"], "active_experts": ["math"]}, "which this model has not"),
         ({"experts": ["public"], "active_experts": []}, "empty"),
         ({"experts": ["public", "math"], "active_experts": ["math", "math"]}, "twice"),
-        ({"num_experts_per_tok": 0}, "at least 1"),
         ({"anchor_config": {"model_type": "nothing"}}, "does not know"),
     ],
 )
