@@ -17,6 +17,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .context_flexmoe import forward_values
+from .parallel_flexmoe import is_awaited
 from .routing_flexmoe import route
 
 ExpertKind = Callable[[nn.Module, dict[str, Any]], nn.Module]
@@ -105,14 +106,15 @@ class FlexMoeBlock(nn.Module):
         names = values.get("allowed") or tuple(self.experts)
         k = values.get("top_k") or self.top_k
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        offset_TA = _mask_offset(values.get("row_mask"), len(x_TH), x_TH.device)
         logits_TA = self.router(x_TH, names)
-        weights_TA = route(logits_TA, k, values.get("renormalize", self.norm_topk_prob), offset_TA)
-        self._report(values, names, logits_TA, weights_TA, offset_TA)
+        if (allowed_TA := _allowed(values.get("row_mask"), len(x_TH), x_TH.device)) is not None:
+            logits_TA = logits_TA.masked_fill(~allowed_TA, float("-inf"))  # also where a row holds NaN
+        weights_TA = route(logits_TA, k, values.get("renormalize", self.norm_topk_prob))
+        self._report(values, names, logits_TA, weights_TA)
         weights_TA = weights_TA.to(x_TH.dtype)
         if torch.compiler.is_compiling():
             mixed_TH = self._mix_masked(x_TH, names, weights_TA, residual)
-        elif k >= len(names) and offset_TA is None:
+        elif k >= len(names) and allowed_TA is None:
             mixed_TH = self._mix_all(x_TH, names, weights_TA, residual)
         else:
             mixed_TH = self._mix_chosen(x_TH, names, weights_TA, residual)
@@ -136,8 +138,7 @@ class FlexMoeBlock(nn.Module):
         mixed_TH = torch.zeros_like(x_TH)
         for i, name in enumerate(names):
             (tokens,) = weights_TA[:, i].nonzero(as_tuple=True)
-            # DDP and FSDP2 wait for a trained expert's gradients, so it is called even when no token goes there
-            if not len(tokens) and not any(p.requires_grad for p in self.experts[name].parameters()):
+            if not len(tokens) and not is_awaited(self.experts[name]):
                 continue
             output = self._call(name, x_TH[tokens], zeros)
             mixed_TH = mixed_TH.index_add(0, tokens, output * weights_TA[tokens, i, None])
@@ -152,22 +153,19 @@ class FlexMoeBlock(nn.Module):
         names: Sequence[str],
         logits_TA: Tensor,
         weights_TA: Tensor,
-        offset_TA: Tensor | None,
     ) -> None:
         if (collected := values.get("router_logits")) is not None:
-            masked_TA = logits_TA if offset_TA is None else logits_TA + offset_TA
-            collected.append(_among_all(masked_TA, names, tuple(self.experts)))
+            collected.append(_among_all(logits_TA, names, tuple(self.experts)))
         for usage in values.get("usage", ()):
             usage.record(self.layer_index, names, weights_TA.detach(), values.get("token_mask"))
 
 
-def _mask_offset(row_mask_BA: Tensor | None, tokens: int, device: torch.device) -> Tensor | None:
-    """0 where the token's sequence may use the expert, -inf where not: [T, A]."""
+def _allowed(row_mask_BA: Tensor | None, tokens: int, device: torch.device) -> Tensor | None:
+    """Whether the token's sequence may use the expert: bool [T, A]."""
     if row_mask_BA is None:
         return None
     # the batch size comes from the mask: OPT hands its network flat tokens
-    allowed_TA = row_mask_BA.to(device).repeat_interleave(tokens // len(row_mask_BA), 0)
-    return torch.zeros(allowed_TA.shape, device=device).masked_fill(~allowed_TA, float("-inf"))
+    return row_mask_BA.to(device).repeat_interleave(tokens // len(row_mask_BA), 0)
 
 
 def _among_all(logits_TA: Tensor, names: Sequence[str], everyone: Sequence[str]) -> Tensor:

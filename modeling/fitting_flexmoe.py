@@ -20,6 +20,7 @@ from .experts_flexmoe import FlexMoeBlock, floating_dtype, make_expert, router_r
 from .hub_flexmoe import resolve_folder
 from .manifest_flexmoe import ExpertManifest
 from .packages_flexmoe import ExpertPackage
+from .parallel_flexmoe import whole
 
 ExpertPart = tuple[nn.Module, nn.Linear]
 """An expert in one layer: its network and its router row."""
@@ -108,7 +109,7 @@ def check_layers(blocks: Sequence[FlexMoeBlock], manifest: ExpertManifest) -> No
 def expert_tensors(
     blocks: Sequence[FlexMoeBlock], name: str, networks: Sequence[nn.Module]
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the expert `name`, called as in a package, on the CPU; rows in float32.
+    """The tensors of the expert `name`, called as in a package, whole and on the CPU; rows in float32.
 
     Raises:
         ValueError: the expert holds other tensors than its plain network and row: an adapter, a parametrisation or a
@@ -158,7 +159,7 @@ def intermediate_size(network: nn.Module, hidden: int) -> int:
 
 
 def _plain(module: nn.Module, key: str) -> Tensor:
-    """The tensor `key` of a live module without the adapter around it; computed, if it is parametrised.
+    """The tensor `key` of a live module, whole, without the adapter around it; computed, if it is parametrised.
 
     Raises:
         ValueError: the module has no such tensor, or it lies nowhere that can be read.
@@ -175,7 +176,7 @@ def _plain(module: nn.Module, key: str) -> Tensor:
             f"{type(module).__name__} has no tensor {key!r} any more: take off what is around it."
         ) from error
     if not value.is_meta:
-        return value
+        return whole(value)
     for hook in _offload_hooks(owner):  # it knows where the tensor lies
         if leaf in (hook.weights_map or ()):
             return hook.weights_map[leaf].to(hook.execution_device)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .anchors_flexmoe import NameMap
 from .configuration_flexmoe import PUBLIC
+from .parallel_flexmoe import whole
 from .tensors_flexmoe import fingerprint, tensor_bytes, tensor_info
 
 logger = logging.getLogger(__name__)
@@ -38,9 +39,9 @@ def live_fingerprint(state_dict: Mapping[str, Tensor], names: NameMap, tied: set
             continue
         if tensor.device.type == "meta":
             return None
+        tensor = whole(tensor.detach()).cpu().contiguous()
         if is_row and not tensor.any():
             continue
-        tensor = tensor.detach().cpu().contiguous()
         info = tensor_info(dense_name or name, tensor)
         lines.append((info.name, info.dtype, info.shape, hashlib.sha256(tensor_bytes(tensor)).hexdigest()))
         if not is_row:

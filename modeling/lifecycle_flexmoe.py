@@ -32,6 +32,15 @@ from .fitting_flexmoe import (
     parts_from_public,
 )
 from .packages_flexmoe import ExpertPackage, write_package
+from .parallel_flexmoe import (
+    PLANS,
+    in_first_process,
+    is_fully_sharded,
+    is_sharded,
+    plan_of_experts,
+    shard_like_public,
+    tensor_parallel_mesh,
+)
 from .selection_flexmoe import CacheStamp, Selection, check_names
 
 # For type checkers alone: at run time the model classes bring PreTrainedModel in themselves.
@@ -68,8 +77,12 @@ class ExpertLifecycle(_Model):
 
     def flexmoe_blocks(self) -> list[FlexMoeBlock]:
         """The blocks, in layer order."""
-        blocks = (module for module in self.modules() if isinstance(module, FlexMoeBlock))
-        return sorted(blocks, key=lambda block: block.layer_index)
+        return list(self._named_blocks().values())
+
+    def _named_blocks(self) -> dict[str, FlexMoeBlock]:
+        """The blocks by their names, in layer order."""
+        blocks = [(name, module) for name, module in self.named_modules() if isinstance(module, FlexMoeBlock)]
+        return dict(sorted(blocks, key=lambda named: named[1].layer_index))
 
     # Who takes part
 
@@ -137,9 +150,10 @@ class ExpertLifecycle(_Model):
         Raises:
             ValueError: the name is taken, the expert was made for another anchor, its kind is unknown, or its files
                 are not what its manifest says.
-            RuntimeError: a `generate` of this model is running.
+            RuntimeError: a `generate` of this model is running, or FSDP2 has sharded it.
         """
         self._refuse_while_generating("add_expert")
+        self._refuse_if_fully_sharded("add_expert")
         package, origin = open_package(source, revision)
         name = self._free_name(name or package.manifest.name)
         self._put_package(package, name, origin)
@@ -150,9 +164,10 @@ class ExpertLifecycle(_Model):
 
         Raises:
             ValueError: the name is taken or is none.
-            RuntimeError: a `generate` of this model is running.
+            RuntimeError: a `generate` of this model is running, or FSDP2 has sharded it.
         """
         self._refuse_while_generating("add_expert_copy")
+        self._refuse_if_fully_sharded("add_expert_copy")
         record = expert_record(self._free_name(name))
         self._put(record, parts_from_public(self.flexmoe_blocks(), fresh_networks(self.config), record))
         return name
@@ -178,6 +193,7 @@ class ExpertLifecycle(_Model):
             del block.experts[name]
             del block.router[name]
         del self._serials[name]
+        self._plan_for_experts()
 
     def replace_expert(self, name: str, source: str | Path | ExpertPackage, *, revision: str | None = None) -> None:
         """Puts the package `source` in the place of the expert `name`, which keeps its name and its position.
@@ -185,6 +201,7 @@ class ExpertLifecycle(_Model):
         Raises: as `add_expert` and `remove_expert`.
         """
         self._refuse_while_generating("replace_expert")
+        self._refuse_if_fully_sharded("replace_expert")
         self._check_owned(name, "replaced", "graft the other anchor instead")
         self._refuse_under_adapters(name, "replace_expert")
         package, origin = open_package(source, revision)
@@ -213,11 +230,12 @@ class ExpertLifecycle(_Model):
             _rename_entry(block.experts, old, new)
             _rename_entry(block.router, old, new)
         self._serials = {new if name == old else name: serial for name, serial in self._serials.items()}
+        self._plan_for_experts()
 
     # Saving one expert
 
     def save_expert(self, name: str, folder: str | Path, *, overwrite: bool = False, **manifest_fields: Any) -> Path:
-        """Writes one expert as a package.
+        """Writes one expert as a package. Of a sharded model, every process calls this and the first one writes.
 
         Args:
             name: which one.
@@ -233,6 +251,9 @@ class ExpertLifecycle(_Model):
         record = next(record for record in self.config.expert_records if record["name"] == name)
         tensors = dict(expert_tensors(self.flexmoe_blocks(), name, fresh_networks(self.config)))
         manifest = expert_manifest(self.config, self.flexmoe_blocks(), {**record, **manifest_fields}, tensors)
+        if is_sharded(self):
+            in_first_process(lambda: write_package(folder, manifest, tensors.items(), overwrite=overwrite))
+            return Path(folder)
         return write_package(folder, manifest, tensors.items(), overwrite=overwrite)
 
     # How it is done
@@ -246,6 +267,9 @@ class ExpertLifecycle(_Model):
     def _put(self, record: dict[str, Any], parts: list[ExpertPart]) -> None:
         """Makes the expert part of the model, in place of one of that name or at the end."""
         name = record["name"]
+        if (mesh := tensor_parallel_mesh(self)) is not None:
+            for block_name, (network, _) in zip(self._named_blocks(), parts, strict=True):
+                shard_like_public(network, block_name, self._tp_plan, mesh)
         records = {known["name"]: known for known in self.config.expert_records} | {name: expert_record(record)}
         self.config.experts = list(records.values())
         for block, (network, row) in zip(self.flexmoe_blocks(), parts, strict=True):
@@ -253,6 +277,12 @@ class ExpertLifecycle(_Model):
             block.experts[name] = network.train(self.training).requires_grad_(_trains(public))
             block.router[name] = row.requires_grad_(_trains(public))
         self._serials[name] = _new_serial()
+        self._plan_for_experts()
+
+    def _plan_for_experts(self) -> None:
+        """Brings the parallel plans up to date with who is there."""
+        for kind in PLANS:
+            setattr(self, kind, plan_of_experts(getattr(self, kind), list(self._named_blocks()), self.expert_names))
 
     def _free_name(self, name: str) -> str:
         check_expert_name(name)
@@ -306,6 +336,14 @@ class ExpertLifecycle(_Model):
         if self._generations_running:
             raise RuntimeError(
                 f"{what} while generate() runs would mix two models in one text: wait until it is done."
+            )
+
+    def _refuse_if_fully_sharded(self, what: str) -> None:
+        if is_fully_sharded(self):
+            raise RuntimeError(
+                f"{what} on a model that FSDP2 has sharded: the newcomer would stand outside of its groups, with "
+                "gradients of its own in each process. Make the change before sharding: load the model whole, change "
+                "it, save_pretrained, then load that sharded."
             )
 
 

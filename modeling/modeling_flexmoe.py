@@ -5,7 +5,6 @@ experts (`lifecycle_flexmoe`), the block (`experts_flexmoe`), or where a family 
 """
 
 import contextlib
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +19,14 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import ModelOutput
 
 from .adapters_flexmoe import AdapterWatch, refuse_wrapped
-from .anchors_flexmoe import FFN_NAMES, NameMap, find_ffn_sites
-from .configuration_flexmoe import FlexMoeConfig, check_top_k
+from .anchors_flexmoe import NameMap, find_ffn_sites
+from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_top_k
 from .context_flexmoe import checkpoint_with_context, forward_scope, scoped_values
 from .experts_flexmoe import FlexMoeBlock
 from .identity_flexmoe import refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle
 from .loading_flexmoe import check_everyone_is_there
+from .parallel_flexmoe import PLANS, plan_of_public
 from .routing_flexmoe import load_balancing_loss, router_z_loss
 from .selection_flexmoe import select_experts, stamp_cache
 
@@ -98,14 +98,12 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def init_parallel_plans(self) -> None:
-        """Gives every expert the tensor-parallel plan of the anchor's network."""
+        """Gives every expert the plans of the anchor's network: tensor-parallel, and what else the family brings."""
         super().init_parallel_plans()
-        ffn = re.compile(rf"(?P<block>.*\.\*\.(?:{'|'.join(FFN_NAMES)}))\.(?P<rest>.+)")
-        for key in list(self._tp_plan):
-            if match := ffn.fullmatch(key):
-                style = self._tp_plan.pop(key)
-                for name in self.config.expert_names:
-                    self._tp_plan[f"{match['block']}.experts.{name}.{match['rest']}"] = style
+        public = {f"{name}.experts.{PUBLIC}": block.experts[PUBLIC] for name, block in self._named_blocks().items()}
+        for kind in PLANS:
+            setattr(self, kind, plan_of_public(getattr(self, kind), public, self.anchor_names))
+        self._plan_for_experts()
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any

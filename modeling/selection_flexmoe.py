@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .context_flexmoe import scoped_values
+from .parallel_flexmoe import has_company
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Selection:
     """The allowed experts of a batch.
 
     Attributes:
-        names: those that at least one sequence may use, in the model's order. The others are not computed.
+        names: those that at least one sequence may use, in the model's order. The others are not computed. In a group
+            of processes, those that the mask keeps from every sequence here are among them: others may wait for them.
         row_mask: bool [batch, len(names)] where sequences differ; None where all may use all of `names`.
     """
 
@@ -90,14 +92,18 @@ def _check_mask(expert_mask: Tensor, batch: int | None, everyone: Sequence[str])
 
 
 def _without_idle_experts(names: tuple[str, ...], rows_BA: Tensor) -> Selection:
-    """Drops experts that no sequence may use, so that masking everywhere computes just what removal computes."""
+    """Drops experts that no sequence may use, so that masking everywhere computes just what removal computes.
+
+    Other processes have sequences of their own, so where there are any, nobody is dropped: all call the same modules
+    in the same order.
+    """
     rows_BA = rows_BA.cpu()
     empty = (~rows_BA.any(-1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
             f"expert_mask allows no active expert for sequence(s) {empty} of the batch; active are {list(names)}."
         )
-    used = rows_BA.any(0)
+    used = rows_BA.any(0) | has_company()
     names = tuple(name for name, is_used in zip(names, used.tolist(), strict=True) if is_used)
     rows_BA = rows_BA[:, used]
     return Selection(names, None if rows_BA.all() else rows_BA)

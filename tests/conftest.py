@@ -1,9 +1,18 @@
 """What a test run needs before torch and the Hugging Face libraries are imported: few threads, caches of its own."""
 
+from __future__ import annotations
+
 import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from tests.processes import Processes
 
 # Read once, when the OpenMP runtime and the Hub client are imported: hence at module level, before any other import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,3 +26,12 @@ if "FLEXMOE_TESTS_HF_HOME" not in os.environ:
     os.environ["FLEXMOE_TESTS_HF_HOME"] = tempfile.mkdtemp(prefix="flexmoe-tests-")
     atexit.register(shutil.rmtree, os.environ["FLEXMOE_TESTS_HF_HOME"], ignore_errors=True)
 os.environ["HF_HOME"] = os.environ["FLEXMOE_TESTS_HF_HOME"]
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    """Two processes of one gloo group; see `tests/processes.py`."""
+    from tests.processes import Processes
+
+    with Processes(2) as group:
+        yield group

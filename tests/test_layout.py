@@ -21,7 +21,7 @@ NOT_TRACKED = {"build", "dist", "flexmoe.egg-info", "runs"}
 MODELING_LAYERS = (
     ("folders", "json", "configuration", "context", "loading"),
     ("tensors", "tensor_writer"),
-    ("routing", "anchors"),
+    ("routing", "anchors", "parallel"),
     ("identity", "selection", "manifest", "dense"),
     ("packages",),
     ("hub",),
