@@ -17,13 +17,13 @@ from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, replac
 from .anchors_flexmoe import ANCHOR_PREFIX, NameMap
 from .configuration_flexmoe import PUBLIC
 
+_FSDP: tuple[type[Any], ...] = ()
+_SHARDED: tuple[type[Any], ...] = ()
 if torch.distributed.is_available():
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
     _FSDP, _SHARDED = (FSDPModule,), (DTensor,)
-else:
-    _FSDP, _SHARDED = (), ()
 
 Plan = dict[str, str]
 """Styles by module or parameter, `*` for a layer's number: {"anchor.model.layers.*.self_attn.q_proj": "colwise"}."""
