@@ -50,14 +50,25 @@ def adapters_around(blocks: Sequence[FlexMoeBlock], name: str) -> set[str]:
     return {adapter for part in _parts(blocks, name) for adapter in _adapters_within(part)}
 
 
+def beneath_adapter(module: nn.Module) -> nn.Module:
+    """The module that PEFT's layer, if `module` is one, is wrapped around."""
+    for name in ("base_layer", "original_module"):
+        module = getattr(module, name, module)
+    return module
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return hasattr(module, "adapter_layer_names")  # what each layer of PEFT declares
+
+
 def _parts(blocks: Sequence[FlexMoeBlock], name: str) -> list[nn.Module]:
     return [part for block in blocks for part in (block.experts[name], block.router[name])]
 
 
 def _adapters_within(module: nn.Module) -> set[str]:
     found: set[str] = set()
-    for part in module.modules():
-        for attribute in getattr(part, "adapter_layer_names", ()):  # what each layer of PEFT declares
+    for part in filter(_is_wrapper, module.modules()):
+        for attribute in part.adapter_layer_names:
             by_adapter = getattr(part, attribute, None)
             if isinstance(by_adapter, nn.ModuleDict | nn.ParameterDict):
                 found |= set(by_adapter.keys())
@@ -70,11 +81,11 @@ def refuse_wrapped(model: nn.Module, state_dict: dict[str, Any] | None) -> None:
     Raises:
         ValueError: `get_peft_model` has wrapped the model, and the caller brings no `state_dict`.
     """
-    configs = getattr(model, "peft_config", None)
-    if configs and state_dict is None:
+    if state_dict is None and any(map(_is_wrapper, model.modules())):
         raise ValueError(
-            f"The adapters {sorted(configs)} are around this model. Save them alone with the PeftModel's own "
-            "save_pretrained, or merge them in first (merge_and_unload) and save what that returns."
+            f"Layers of PEFT are around this model (adapters: {sorted(getattr(model, 'peft_config', ()))}). Save the "
+            "adapters alone with the PeftModel's own save_pretrained, or merge them in first (merge_and_unload, or "
+            "unload without them) and save what that returns."
         )
 
 
@@ -132,6 +143,30 @@ class AdapterWatch(_Model):
         self._check_adapter(adapter_name or "default", adapter_config)
         super().add_adapter(adapter_config, adapter_name)
 
+    def set_adapter(self, adapter_name: list[str] | str) -> None:
+        """As transformers' own, also where adapters train router rows of different experts: a row has its own alone.
+
+        Raises:
+            ValueError: an unknown adapter.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        known = getattr(self, "peft_config", {})
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(f"Adapter(s) {unknown} not found: this model has {list(known)}.")
+        for layer in filter(_is_wrapper, self.modules()):
+            here = _adapters_within(layer)
+            whole = hasattr(layer, "original_module")  # of modules_to_save, which refuses an adapter it has not
+            layer.set_adapter([name for name in names if name in here] if whole else names)
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """As transformers' own, and with the last adapter PEFT's layers go, too: tensors have their names back."""
+        super().delete_adapter(adapter_names)
+        if not hasattr(self, "peft_config"):
+            for parent in list(self.modules()):
+                for name, child in list(parent.named_children()):
+                    if _is_wrapper(child):
+                        setattr(parent, name, beneath_adapter(child))
+
     def _check_adapter(self, adapter: str, config: Any) -> None:
         names = self.config.expert_names
         if adapter in names:
@@ -181,4 +216,4 @@ def _named(config: Any) -> set[str]:
     return set(_WORD.findall(target.replace("\\", ""))) if isinstance(target, str) else set()
 
 
-__all__ = ["AdapterWatch", "adapters_around", "refuse_wrapped", "row_suffix", "target_pattern"]
+__all__ = ["AdapterWatch", "adapters_around", "beneath_adapter", "refuse_wrapped", "row_suffix", "target_pattern"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters_flexmoe import beneath_adapter
 from .anchors_flexmoe import build_on_meta
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .experts_flexmoe import FlexMoeBlock, floating_dtype, make_expert, router_row
@@ -168,8 +169,8 @@ def _plain(module: nn.Module, key: str) -> Tensor:
     owner = module
     try:
         for name in owner_name.split(".") if owner_name else ():
-            owner = _beneath_adapter(getattr(owner, name))
-        owner = _beneath_adapter(owner)
+            owner = beneath_adapter(getattr(owner, name))
+        owner = beneath_adapter(owner)
         value = getattr(owner, leaf).detach()
     except AttributeError as error:
         raise ValueError(
@@ -181,13 +182,6 @@ def _plain(module: nn.Module, key: str) -> Tensor:
         if leaf in (hook.weights_map or ()):
             return hook.weights_map[leaf].to(hook.execution_device)
     raise ValueError(f"{type(module).__name__}: {key!r} is on the meta device and cannot be read.")
-
-
-def _beneath_adapter(module: nn.Module) -> nn.Module:
-    """The module that PEFT's layer, if `module` is one, is wrapped around."""
-    for name in ("base_layer", "original_module"):
-        module = getattr(module, name, module)
-    return module
 
 
 def _fresh_row(block: FlexMoeBlock) -> nn.Linear:

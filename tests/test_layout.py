@@ -25,7 +25,7 @@ MODELING_LAYERS = (
     ("identity", "selection", "manifest", "dense"),
     ("packages",),
     ("hub",),
-    ("experts", "usage", "fitting", "adapters"),
+    ("experts", "usage", "adapters", "fitting"),
     ("lifecycle",),
     ("modeling",),
 )
