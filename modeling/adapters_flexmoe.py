@@ -57,7 +57,7 @@ def beneath_adapter(module: nn.Module) -> nn.Module:
     return module
 
 
-def _is_wrapper(module: nn.Module) -> bool:
+def _is_wrapper(module: Any) -> bool:
     return hasattr(module, "adapter_layer_names")  # what each layer of PEFT declares
 
 
@@ -68,7 +68,7 @@ def _parts(blocks: Sequence[FlexMoeBlock], name: str) -> list[nn.Module]:
 def _adapters_within(module: nn.Module) -> set[str]:
     found: set[str] = set()
     for part in filter(_is_wrapper, module.modules()):
-        for attribute in part.adapter_layer_names:
+        for attribute in getattr(part, "adapter_layer_names", ()):
             by_adapter = getattr(part, attribute, None)
             if isinstance(by_adapter, nn.ModuleDict | nn.ParameterDict):
                 found |= set(by_adapter.keys())
@@ -142,6 +142,26 @@ class AdapterWatch(_Model):
         """
         self._check_adapter(adapter_name or "default", adapter_config)
         super().add_adapter(adapter_config, adapter_name)
+
+    def load_adapter(
+        self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers' own, but an adapter that is found in part is not left in the model.
+
+        Raises:
+            ValueError: as `check_adapters`, or the file lacks tensors of the adapter, by the names that transformers
+                looks for: it finds no magnitudes of DoRA, for example.
+        """
+        adapter = adapter_name or "default"
+        info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
+        missing = [key for key in getattr(info, "missing_keys", ()) if adapter in key.split(".")]
+        if missing:
+            self.delete_adapter(adapter)
+            raise ValueError(
+                f"load_adapter found {len(missing)} tensors of the adapter {adapter!r} missing, for example "
+                f"{min(missing)!r}: it is not loaded. peft.PeftModel.from_pretrained reads what PEFT saved whole."
+            )
+        return info
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
         """As transformers' own, also where adapters train router rows of different experts: a row has its own alone.
