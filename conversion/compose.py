@@ -40,6 +40,7 @@ from flexmoe.modeling.tensors_flexmoe import (
 )
 
 CONFIG_FILE = "config.json"
+CODE = "_flexmoe.py"  # what files of FlexMoE's own code end with; an older copy's may have others than ours
 PRIOR_WITH_BIASES = 0.5
 """Public's log prior odds where owners' rows have biases. Source: 3 owners, 40 % replay; docs/results.md."""
 
@@ -170,6 +171,11 @@ class _StoredModel:
                 f"{source} is a {model_type!r} model, not a FlexMoE. Make one of it with `flexmoe graft`."
             )
         self.config = FlexMoeConfig.from_pretrained(self.folder)
+        if self.config.composition is not None:
+            raise ValueError(
+                f"{source} is a composition, which names its parts and holds no weights: write them out first, with "
+                "AutoModelForCausalLM.from_pretrained(composition).save_pretrained(folder)."
+            )
         self.tensors = CheckpointFolder(self.folder)
 
 
@@ -294,6 +300,7 @@ def _write(
         for stream in streams.values():
             stream.finish()
         _copy_companions(stored.folder, folder)
+        model.save_code(folder)
         config.save_pretrained(folder)  # last: a folder without it does not load
     return target
 
@@ -406,9 +413,14 @@ def _shape(shape: Sequence[int] | None) -> str:
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Copies all but weights, config and hidden files: tokenizer, generation settings, public sample, licence."""
+    """Copies what lies beside: tokenizer, public sample, licence; not weights, config, code and hidden files."""
     for entry in sorted(source.iterdir()):
-        if entry.name.startswith(".") or entry.name == CONFIG_FILE or _holds_weights(entry):
+        if (
+            entry.name.startswith(".")
+            or entry.name == CONFIG_FILE
+            or entry.name.endswith(CODE)
+            or _holds_weights(entry)
+        ):
             continue
         if entry.is_dir() and not entry.is_symlink():
             (folder / entry.name).mkdir()

@@ -161,6 +161,7 @@ def _write_config(folder: Path, model: FlexMoeForCausalLM, dense: DenseCheckpoin
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = dense.load_dtype  # as the plain anchor is loaded, so that both compute in the same precision
+    model.save_code(folder)
     config.save_pretrained(folder)
 
 

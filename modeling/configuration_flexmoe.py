@@ -12,9 +12,20 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 
 PUBLIC = "public"
 """Name of the anchor's own feed-forward network. It can be masked, never removed."""
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_flexmoe.FlexMoeConfig",
+    "AutoModel": "modeling_flexmoe.FlexMoeModel",
+    "AutoModelForCausalLM": "modeling_flexmoe.FlexMoeForCausalLM",
+}
+"""What each Auto class loads from the files beside a checkpoint, with `trust_remote_code=True`."""
+
+MANIFEST_FILE = "expert_config.json"
+"""What an expert package has in place of a `config.json`."""
 
 RECORD_KEYS = (
     "name",
@@ -99,6 +110,9 @@ class FlexMoeConfig(PreTrainedConfig):
         router_z_loss_coef: weight of the router z-loss in `loss`.
         anchor: what the anchor is: `repo`, `revision`, `fingerprint`, `model_type`, `dtype`.
         public_sample: the sample of public text beside the weights: `file`, `sha256`, `bytes`, `documents`.
+        composition: where anchor and experts come from, in the config of a composition (`composition_flexmoe`); None
+            in that of a model with weights.
+        auto_map: as transformers has it; what is not given is filled in from `AUTO_MAP`.
     """
 
     model_type = "flexmoe"
@@ -115,6 +129,8 @@ class FlexMoeConfig(PreTrainedConfig):
     router_z_loss_coef: float | int = 0.0
     anchor: dict[str, Any] | None = None
     public_sample: dict[str, Any] | None = None
+    composition: dict[str, Any] | None = None
+    auto_map: dict[str, Any] | None = None  # a field, or an anchor that came with code would lend its own
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.anchor_config is None:
@@ -125,6 +141,7 @@ class FlexMoeConfig(PreTrainedConfig):
             self.anchor_config = copy.deepcopy(self.anchor_config)
         if not isinstance(self.experts, list | None):
             raise TypeError(f"experts must be a list of names or records; got {self.experts!r}.")
+        self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         self.experts = [expert_record(expert) for expert in (self.experts or [PUBLIC])]
         super().__post_init__(**kwargs)
 
@@ -142,6 +159,23 @@ class FlexMoeConfig(PreTrainedConfig):
                 "flexmoe.graft (on the command line: flexmoe graft), or load it as it is with AutoModelForCausalLM."
             )
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """As transformers' own, but an expert package is called one.
+
+        Raises:
+            ValueError: it is an expert package, which is no model.
+        """
+        asked = dict(kwargs)
+        try:
+            values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError as error:
+            _refuse_package(pretrained_model_name_or_path, asked, error)
+            raise
+        if not values:  # what transformers finds in a folder without a config.json
+            _refuse_package(pretrained_model_name_or_path, asked)
+        return values, unused
 
     @property
     def expert_records(self) -> list[dict[str, Any]]:
@@ -199,6 +233,21 @@ class FlexMoeConfig(PreTrainedConfig):
             super().__setattr__(name, value)
 
 
+def _refuse_package(source: Any, asked: dict[str, Any], cause: OSError | None = None) -> None:
+    """Raises ValueError if the folder or repository has a manifest; `asked` are arguments of `from_pretrained`."""
+    names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+    how = {name: asked[name] for name in names if asked.get(name) is not None}
+    try:
+        manifest = cached_file(source, MANIFEST_FILE, **how)
+    except OSError:  # no such file, or no such repository
+        return
+    if manifest is not None:
+        raise ValueError(
+            f"{source} is an expert package, not a model. Load the model that it is for, and add it: "
+            f'model.add_expert("{source}"); or write both as one checkpoint with `flexmoe compose`.'
+        ) from cause
+
+
 def _anchor_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
     model_type = values.get("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -209,4 +258,15 @@ def _anchor_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
     return CONFIG_MAPPING[model_type](**values)
 
 
-__all__ = ["PUBLIC", "RECORD_KEYS", "FlexMoeConfig", "check_expert_name", "check_top_k", "expert_record"]
+FlexMoeConfig.register_for_auto_class()
+
+__all__ = [
+    "AUTO_MAP",
+    "MANIFEST_FILE",
+    "PUBLIC",
+    "RECORD_KEYS",
+    "FlexMoeConfig",
+    "check_expert_name",
+    "check_top_k",
+    "expert_record",
+]

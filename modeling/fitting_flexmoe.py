@@ -75,7 +75,7 @@ def open_package(
     source: str | Path | ExpertPackage, revision: str | None = None
 ) -> tuple[ExpertPackage, dict[str, str | None] | None]:
     """Opens a folder or a Hub id; also says where on the Hub it came from (`repo`, `revision`), if it did."""
-    if isinstance(source, ExpertPackage):
+    if not isinstance(source, str | Path):  # an ExpertPackage, perhaps of another copy of this code (remote code)
         return source, None
     found = resolve_folder(source, revision=revision)
     origin = {"repo": found.repo, "revision": found.revision} if found.repo else None

@@ -58,6 +58,7 @@ def resolve_folder(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    force_download: bool = False,
     allow_patterns: Sequence[str] | None = None,
 ) -> ResolvedFolder:
     """The folder that `source` names: itself if it exists, else the Hub repository of that id, fetched into the cache.
@@ -95,6 +96,7 @@ def resolve_folder(
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
+            force_download=force_download,
             allow_patterns=list(DOWNLOADED if allow_patterns is None else allow_patterns),
             ignore_patterns=list(NEVER_DOWNLOADED),
         )

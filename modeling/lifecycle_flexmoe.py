@@ -105,6 +105,10 @@ class ExpertLifecycle(_Model):
         allowed = check_names(names, self.expert_names, "only_experts")
         return model_scope(self, "only", frozenset(self._serials[name] for name in allowed))
 
+    def recording_usage(self, usage: Any) -> contextlib.AbstractContextManager[None]:
+        """A context in which forward passes of this thread call `usage.record`, as `ExpertUsage` has it."""
+        return model_scope(self, "usage", usage)
+
     def expert_mask(self, experts: Sequence[Sequence[str]]) -> Tensor:
         """The mask [batch, experts] for `forward` that allows each sequence its list of names.
 

@@ -5,14 +5,16 @@ experts (`lifecycle_flexmoe`), the block (`experts_flexmoe`), or where a family 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -20,6 +22,7 @@ from transformers.utils.generic import ModelOutput
 
 from .adapters_flexmoe import AdapterWatch, refuse_wrapped
 from .anchors_flexmoe import NameMap, find_ffn_sites
+from .composition_flexmoe import HubAccess, check_whole, load_arguments, save_composition
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_top_k
 from .context_flexmoe import checkpoint_with_context, forward_scope, scoped_values
 from .experts_flexmoe import FlexMoeBlock
@@ -62,6 +65,7 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
 
     def __init__(self, config: FlexMoeConfig) -> None:
         super().__init__(config)
+        config.composition = None  # whatever it was loaded from, a model holds its weights
         self.anchor = AutoModelForCausalLM.from_config(config.anchor_config)
         sites = find_ffn_sites(self.anchor)
         self.anchor_names = NameMap(sites)
@@ -74,14 +78,37 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, *args: Any, output_loading_info: bool = False, ignore_mismatched_sizes: bool = False, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: Any = None,
+        *args: Any,
+        config: Any = None,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        **kwargs: Any,
     ) -> Any:
-        """As transformers' own, but an expert without its tensors, or tensors without their expert, is an error.
+        """As transformers' own, and a composition's anchor and experts are pulled from where it says.
 
-        Raises: as `check_everyone_is_there`; ValueError if the folder holds another model, such as a dense anchor.
+        An expert without its tensors, or tensors without their expert, is an error.
+
+        Raises: as `check_everyone_is_there` and `load_arguments`; ValueError if the folder holds another model, such
+            as a dense anchor, or an expert package.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        source = pretrained_model_name_or_path
+        if pulled := load_arguments(cls.config_class, source, config, kwargs):
+            config, pretrained_model_name_or_path = config or source, None
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path,
+            *args,
+            config=config,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+            **pulled,
+        )
         check_everyone_is_there(model.expert_names, info, ignore_mismatched_sizes)
+        if pulled:
+            check_whole(source, info)
+            model.name_or_path = model.config.name_or_path = str(source)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -96,6 +123,40 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         # some families are stored under older names (GPT-NeoX's head), which streams could not match
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def save_composition(
+        self,
+        folder: str | Path,
+        *,
+        sources: Mapping[str, str | Path] | None = None,
+        overwrite: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+    ) -> Path:
+        """Writes this model by reference: kilobytes that name its dense anchor and the packages of its experts.
+
+        `from_pretrained` of that folder pulls them and gives this model again. The sources are read and compared with
+        the model first. Returns the folder.
+
+        Args:
+            folder: where to; must not exist, unless `overwrite`.
+            sources: folder or Hub id, by name, of what did not come from the Hub: of "public" the dense checkpoint
+                that was grafted, of an expert its package. What is not named is taken from where the config says that
+                it came from. A folder beside `folder` is named relative to it, so both can be moved together.
+            token, cache_dir: for the Hub.
+
+        Raises:
+            FileExistsError: `folder` exists and `overwrite` is False.
+            ValueError: a source is not known or not given; the anchor or an expert was changed since it came from
+                there (changed router rows are fine: they are saved); or the anchor has no fingerprint.
+        """
+        hub = HubAccess(token=token, cache_dir=cache_dir)
+        return save_composition(self, folder, sources=sources, overwrite=overwrite, hub=hub)
+
+    @classmethod
+    def save_code(cls, folder: str | Path) -> None:
+        """Copies the files that this class is made of into `folder`, for loading with `trust_remote_code=True`."""
+        custom_object_save(cls, folder)
 
     def init_parallel_plans(self) -> None:
         """Gives every expert the plans of the anchor's network: tensor-parallel, and what else the family brings."""
@@ -349,5 +410,8 @@ def _token_mask(inputs: Tensor | None, attention_mask: Tensor | None) -> Tensor 
         return None
     return attention_mask.reshape(-1).bool()
 
+
+FlexMoeModel.register_for_auto_class("AutoModel")
+FlexMoeForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = ["FlexMoeCausalLMOutputWithPast", "FlexMoeForCausalLM", "FlexMoeModel", "FlexMoePreTrainedModel"]

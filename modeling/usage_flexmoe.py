@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from .context_flexmoe import model_scope
 
 
 class ExpertUsage:
@@ -70,11 +69,11 @@ def track_usage(model: nn.Module) -> Iterator[ExpertUsage]:
     Raises:
         TypeError: `model` is not a FlexMoE and holds none (a PEFT or DDP wrapper around one is fine).
     """
-    flexmoe = next((module for module in model.modules() if hasattr(module, "flexmoe_blocks")), None)
+    flexmoe: Any = next((module for module in model.modules() if hasattr(module, "flexmoe_blocks")), None)
     if flexmoe is None:
         raise TypeError(f"{type(model).__name__} holds no FlexMoE model, so there is no expert's usage to track.")
     usage = ExpertUsage()
-    with model_scope(flexmoe, "usage", usage):
+    with flexmoe.recording_usage(usage):  # of the model's own copy of this code, which may be remote code
         yield usage
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,7 +27,7 @@ MODELING_LAYERS = (
     ("packages",),
     ("hub",),
     ("experts", "usage", "adapters", "fitting"),
-    ("lifecycle",),
+    ("lifecycle", "sources", "composition"),
     ("modeling",),
 )
 
@@ -222,6 +223,23 @@ def test_modeling_imports_siblings_of_lower_layers(source: Source) -> None:
             sibling = _place(item.module[1:])
             assert sibling, f"{source.path}:{item.line}: {item.module} has no place in MODELING_LAYERS"
             assert sibling < place, f"{source.path}:{item.line}: {item.module} is above {source.path.stem}"
+
+
+def test_transformers_finds_every_file_that_the_model_needs() -> None:
+    """What travels as remote code is what transformers' own walker reaches, by its pattern for a line of text."""
+    start = ROOT / "modeling" / "modeling_flexmoe.py"
+    walked = {Path(path).name for path in get_relative_import_files(start)} | {start.name}
+    imports = {
+        source.path.name: {f"{i.module[1:]}.py" for i in source.imports() if i.module[0] == "."} for source in MODELING
+    }
+    needed, new = set(), {start.name}
+    while new:
+        needed |= new
+        new = {name for file in new for name in imports[file]} - needed
+    assert walked == needed
+    for name in walked:
+        outside = set(get_imports(ROOT / "modeling" / name)) - set(sys.stdlib_module_names)
+        assert outside <= MODELING_PACKAGES, f"{name}: transformers would ask readers to install {outside}"
 
 
 @each_source

@@ -62,6 +62,11 @@ def _inspect_model(folder: Path) -> dict[str, Any]:
             f"{folder} is a {model_type} model, not a FlexMoE one. Make it one: flexmoe graft {folder} --out FOLDER"
         )
     config = FlexMoeConfig.from_pretrained(folder)
+    if config.composition is not None:
+        raise ValueError(
+            f"{folder} is a composition, which names its parts and holds no weights; its README.md lists them. "
+            "Inspect the packages that it names, or the whole model, written out with save_pretrained."
+        )
     with CheckpointFolder(folder) as checkpoint:
         rows = _rows({name: checkpoint.read(name) for name in checkpoint.infos if _ROW_TENSOR.fullmatch(name)})
         tensors = _by_expert(checkpoint.infos.values())

@@ -1,0 +1,415 @@
+"""Compositions by reference: the model that was saved comes back, bit for bit, from its sources, or an error does."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from flexmoe.conversion.compose import compose, remove
+from flexmoe.conversion.graft import graft
+from flexmoe.inspection import inspect
+from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel
+from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK
+from flexmoe.testing import perturb_expert, random_tokens, realigned, tiny_anchor
+from tests.hub_server import HubServer, point_client_at
+
+_numbers = itertools.count()  # transformers remembers, while it runs, which commit a repository was at
+FAMILIES = ("llama", "gpt2", "gemma2")  # plain; stored under other names, tied, with buffers; tied and post-norm
+OWNERS = ("math", "code")
+
+
+def make_world(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> SimpleNamespace:
+    """An anchor, its graft, packages, and the model of all of them as a merged checkpoint and as a composition."""
+    tiny_anchor(family).to(dtype).save_pretrained(folder / "anchor")
+    graft(folder / "anchor", folder / "grafted")
+    for name in OWNERS:
+        save_package(folder / "grafted", folder / name, name)
+    merged = compose(folder / "grafted", [folder / name for name in OWNERS], folder / "merged")
+    sources = {"public": folder / "anchor", **{name: folder / name for name in OWNERS}}
+    composition = FlexMoeForCausalLM.from_pretrained(merged).save_composition(folder / "composition", sources=sources)
+    return SimpleNamespace(folder=folder, merged=merged, sources=sources, composition=composition)
+
+
+def save_package(grafted: Path, out: Path, name: str, seed: int = 0) -> Path:
+    model = FlexMoeForCausalLM.from_pretrained(grafted)
+    model.add_expert_copy(name)
+    perturb_expert(model, name, seed)
+    return model.save_expert(name, out)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def world(request, tmp_path_factory) -> SimpleNamespace:
+    return make_world(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> SimpleNamespace:
+    return make_world(tmp_path_factory.mktemp("one"), "llama")
+
+
+@pytest.fixture
+def copied(llama, tmp_path) -> SimpleNamespace:
+    """The llama world in a place where it may be damaged."""
+    folder = shutil.copytree(llama.folder, tmp_path / "world")
+    sources = {name: folder / path.name for name, path in llama.sources.items()}
+    return SimpleNamespace(
+        folder=folder, merged=folder / "merged", sources=sources, composition=folder / "composition"
+    )
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def edit_config(folder: Path, change) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def assert_same_model(one, other) -> None:
+    first, second = one.state_dict(), other.state_dict()
+    assert list(first) == list(second)
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype, name
+        assert torch.equal(tensor, second[name]), name
+    ignored = {"_name_or_path": None}
+    assert {**one.config.to_dict(), **ignored} == {**other.config.to_dict(), **ignored}
+    with torch.no_grad():
+        outputs = [realigned(model)(random_tokens(2, 9))[0] for model in (one, other)]
+    assert torch.equal(*outputs)
+
+
+class TestEqualsTheMergedModel:
+    @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModel])
+    def test_through_the_auto_classes(self, world, auto):
+        loaded, info = auto.from_pretrained(world.composition, output_loading_info=True)
+        assert not info["missing_keys"]
+        assert not info["unexpected_keys"]
+        assert_same_model(loaded, auto.from_pretrained(world.merged))
+        assert loaded.name_or_path == loaded.config.name_or_path == str(world.composition)
+
+    @pytest.mark.parametrize(
+        "options",
+        [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": "auto"}, {"num_experts_per_tok": 1}],
+    )
+    def test_with_what_from_pretrained_takes(self, llama, options):
+        models = [
+            FlexMoeForCausalLM.from_pretrained(folder, **options) for folder in (llama.composition, llama.merged)
+        ]
+        assert_same_model(*models)
+
+    def test_generation_settings_come_along(self, copied):
+        model = FlexMoeForCausalLM.from_pretrained(copied.merged)
+        model.generation_config.top_k = 7
+        model.generation_config.do_sample = True
+        model.save_composition(copied.composition, sources=copied.sources, overwrite=True)
+        assert AutoModelForCausalLM.from_pretrained(copied.composition).generation_config == model.generation_config
+
+    def test_saved_it_is_an_ordinary_checkpoint(self, world, tmp_path):
+        for folder in (world.merged, world.composition):
+            AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / folder.name)
+        assert content(tmp_path / "composition") == content(tmp_path / "merged")
+
+    def test_it_takes_and_loses_experts_like_any_model(self, llama, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(llama.composition)
+        model.remove_expert("math")
+        expected = AutoModelForCausalLM.from_pretrained(remove(llama.merged, "math", tmp_path / "without"))
+        assert_same_model(model, expected)
+        sources = {"public": llama.sources["public"], "code": llama.sources["code"]}
+        assert_same_model(AutoModel.from_pretrained(model.save_composition(tmp_path / "c", sources=sources)),
+                          AutoModel.from_pretrained(tmp_path / "without"))  # fmt: skip
+
+    def test_a_decoder_saves_one_too(self, world, tmp_path):
+        decoder = FlexMoeModel.from_pretrained(world.merged)
+        composition = decoder.save_composition(tmp_path / "decoder", sources=world.sources)
+        again = AutoModel.from_pretrained(composition)
+        assert again.config.architectures == ["FlexMoeModel"]
+        decoder.config.architectures = ["FlexMoeModel"]
+        assert_same_model(again, decoder)
+        whole = AutoModelForCausalLM.from_pretrained(composition)  # and it has its anchor's head again
+        whole.config.architectures = ["FlexMoeForCausalLM"]
+        assert_same_model(whole, AutoModelForCausalLM.from_pretrained(world.merged))
+
+    def test_a_narrow_anchor_under_wide_experts(self, tmp_path):
+        world = make_world(tmp_path, "llama", torch.bfloat16)
+        assert_same_model(*map(FlexMoeForCausalLM.from_pretrained, (world.composition, world.merged)))
+        wide = FlexMoeForCausalLM.from_pretrained(tmp_path / "grafted", dtype=torch.float32)
+        wide.add_expert_copy("law")
+        perturb_expert(wide, "law")
+        wide.save_expert("law", tmp_path / "law")
+        sources = {"public": tmp_path / "anchor", "law": tmp_path / "law"}
+        again = FlexMoeForCausalLM.from_pretrained(wide.save_composition(tmp_path / "wide", sources=sources))
+        assert again.dtype == torch.float32
+        assert_same_model(again, wide)
+
+    def test_the_active_set_k_and_new_names(self, llama, tmp_path):
+        model = FlexMoeForCausalLM.from_pretrained(llama.merged)
+        model.rename_expert("math", "mathematics")
+        model.set_active_experts(["public", "mathematics"])
+        model.config.num_experts_per_tok = 2
+        sources = {
+            "public": llama.sources["public"],
+            "code": llama.sources["code"],
+            "mathematics": llama.folder / "math",
+        }
+        again = FlexMoeForCausalLM.from_pretrained(model.save_composition(tmp_path / "c", sources=sources))
+        assert again.active_experts == ["public", "mathematics"]
+        assert_same_model(again, model)
+
+
+class TestWhatIsWritten:
+    def test_kilobytes_that_name_the_parts(self, llama):
+        files = {name: len(data) for name, data in content(llama.composition).items()}
+        assert {name for name in files if not name.endswith("_flexmoe.py")} == {
+            "README.md", "config.json", "generation_config.json", "router.safetensors",
+        }  # fmt: skip
+        assert sum(size for name, size in files.items() if not name.endswith(".py")) < 10_000
+        composition = json.loads((llama.composition / "config.json").read_text())["composition"]
+        assert composition["anchor"] == {"folder": "../anchor"}
+        assert composition["experts"]["math"]["folder"] == "../math"
+        assert set(composition["experts"]) == set(OWNERS)
+        card = (llama.composition / "README.md").read_text()
+        assert all(part in card for part in ("../anchor", "../math", "../code", "flexmoe-composition"))
+
+    def test_only_rows_that_the_sources_do_not_say(self, llama, tmp_path):
+        # compose gives public a prior, so its biases are stored; the rows of the packages are not
+        stored = load_file(llama.composition / "router.safetensors")
+        assert set(stored) == {f"anchor.model.layers.{i}.mlp.router.public.bias" for i in range(2)}
+        model = FlexMoeForCausalLM.from_pretrained(llama.folder / "grafted")
+        model.add_expert(llama.folder / "math")
+        sources = {"public": llama.sources["public"], "math": llama.sources["math"]}
+        plain = model.save_composition(tmp_path / "plain", sources=sources)
+        assert not (plain / "router.safetensors").exists()
+        row = model.flexmoe_blocks()[1].router["math"].weight
+        row.data += 0.25
+        tuned = model.save_composition(tmp_path / "tuned", sources=sources)
+        assert set(load_file(tuned / "router.safetensors")) == {"anchor.model.layers.1.mlp.router.math.weight"}
+        assert_same_model(FlexMoeForCausalLM.from_pretrained(tuned), model)
+
+    def test_beside_it_relative_elsewhere_absolute(self, copied, tmp_path):
+        moved = shutil.move(copied.folder, tmp_path / "moved")  # with its neighbours
+        assert FlexMoeForCausalLM.from_pretrained(Path(moved) / "composition").expert_names == ["public", *OWNERS]
+        model = FlexMoeForCausalLM.from_pretrained(Path(moved) / "merged")
+        sources = {name: Path(moved) / path.name for name, path in copied.sources.items()}
+        far = model.save_composition(tmp_path / "far" / "composition", sources=sources)
+        shutil.move(far, tmp_path / "farther")  # alone
+        assert FlexMoeForCausalLM.from_pretrained(tmp_path / "farther").expert_names == ["public", *OWNERS]
+
+    def test_whole_or_not_at_all(self, copied):
+        model = FlexMoeForCausalLM.from_pretrained(copied.merged)
+        before = content(copied.composition)
+        with pytest.raises(FileExistsError, match="overwrite"):
+            model.save_composition(copied.composition, sources=copied.sources)
+        with pytest.raises(ValueError, match="which is read"):
+            model.save_composition(copied.sources["math"], sources=copied.sources, overwrite=True)
+        model.save_code = lambda folder: 1 / 0  # a failure when most is written
+        with pytest.raises(ZeroDivisionError):
+            model.save_composition(copied.composition, sources=copied.sources, overwrite=True)
+        assert content(copied.composition) == before
+        assert not [path for path in copied.folder.iterdir() if TEMPORARY_MARK in path.name]
+
+
+class TestRefusalsToSave:
+    @pytest.mark.parametrize(
+        ("part", "owner"),
+        [("experts.math.up_proj", "math"), ("experts.public.up_proj", "public"), ("embed_tokens", "public")],
+    )
+    def test_what_was_changed_since(self, llama, tmp_path, part, owner):
+        model = FlexMoeForCausalLM.from_pretrained(llama.merged)
+        next(p for name, p in model.named_parameters() if part in name).data.view(-1)[-1] += 1
+        with pytest.raises(ValueError, match=rf"(?s)^{owner}: not what.*save_expert.*save_pretrained"):
+            model.save_composition(tmp_path / "out", sources=llama.sources)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_model_that_lost_bits(self, llama, tmp_path):
+        sources = llama.sources
+        model = FlexMoeForCausalLM.from_pretrained(llama.merged).to(torch.bfloat16).to(torch.float32)
+        with pytest.raises(ValueError, match="public, math, code: not what"):
+            model.save_composition(tmp_path / "out", sources=sources)
+
+    def test_another_vocabulary(self, llama, tmp_path):
+        model = FlexMoeForCausalLM.from_pretrained(llama.merged)
+        model.resize_token_embeddings(120)
+        with pytest.raises(ValueError, match="public: not what"):
+            model.save_composition(tmp_path / "out", sources=llama.sources)
+
+    def test_an_adapter(self, llama, tmp_path):
+        peft = pytest.importorskip("peft")
+        model = FlexMoeForCausalLM.from_pretrained(llama.merged)
+        targets = {"target_modules": r".*\.experts\.math\.up_proj", "modules_to_save": ["router.math"]}
+        model.add_adapter(peft.LoraConfig(**targets))
+        with pytest.raises(ValueError, match="merge adapters first"):
+            model.save_composition(tmp_path / "out", sources=llama.sources)
+
+    def test_parts_that_come_from_nowhere(self, llama, tmp_path):
+        model = FlexMoeForCausalLM.from_pretrained(llama.merged)
+        with pytest.raises(ValueError, match=r"\['public', 'code'\] come from"):
+            model.save_composition(tmp_path / "out", sources={"math": llama.sources["math"]})
+        with pytest.raises(ValueError, match=r"sources names \['law'\]"):
+            model.save_composition(tmp_path / "out", sources={**llama.sources, "law": "x/y"})
+        with pytest.raises(ValueError, match="math: not what"):
+            model.save_composition(tmp_path / "out", sources={**llama.sources, "math": llama.sources["code"]})
+        with pytest.raises(FileNotFoundError, match="no folder"):
+            model.save_composition(tmp_path / "out", sources={**llama.sources, "math": tmp_path / "math"})
+
+    def test_another_anchor_and_none(self, llama, tmp_path):
+        tiny_anchor("llama", seed=1).save_pretrained(tmp_path / "other")
+        model = FlexMoeForCausalLM.from_pretrained(llama.merged)
+        fingerprint = model.config.anchor["fingerprint"]
+        with pytest.raises(ValueError, match=f"not the anchor of this model.*model's is {fingerprint}"):
+            model.save_composition(tmp_path / "out", sources={**llama.sources, "public": tmp_path / "other"})
+        model.config.anchor = None
+        with pytest.raises(ValueError, match="has no fingerprint"):
+            model.save_composition(tmp_path / "out", sources=llama.sources)
+
+    def test_weights_that_are_elsewhere(self, llama, tmp_path):
+        model = FlexMoeForCausalLM.from_pretrained(llama.merged)
+        model.anchor.lm_head.to("meta")
+        with pytest.raises(ValueError, match="quantised, sharded or offloaded"):
+            model.save_composition(tmp_path / "out", sources=llama.sources)
+
+
+class TestRefusalsToLoad:
+    def test_another_version_of_a_package(self, copied):
+        shutil.rmtree(copied.folder / "math")
+        save_package(copied.folder / "grafted", copied.folder / "math", "math", seed=1)
+        with pytest.raises(ValueError, match=r"expert 'math'.*is not the one.*compose anew"):
+            FlexMoeForCausalLM.from_pretrained(copied.composition)
+
+    def test_a_damaged_package(self, copied):
+        file = copied.folder / "math" / "expert.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match="SHA-256"):
+            FlexMoeForCausalLM.from_pretrained(copied.composition)
+
+    def test_another_anchor(self, copied):
+        tiny_anchor("llama", seed=1).save_pretrained(copied.folder / "anchor")
+        fingerprint = AutoConfig.from_pretrained(copied.composition).anchor["fingerprint"]
+        with pytest.raises(ValueError, match=f"not the anchor of this model.*model's is {fingerprint}"):
+            FlexMoeForCausalLM.from_pretrained(copied.composition)
+
+    def test_a_part_that_is_gone(self, copied):
+        shutil.rmtree(copied.folder / "code")
+        with pytest.raises(FileNotFoundError, match="code"):
+            FlexMoeForCausalLM.from_pretrained(copied.composition)
+
+    def test_rows_that_are_gone_damaged_or_nobodys(self, copied):
+        file = copied.composition / "router.safetensors"
+        data = file.read_bytes()
+        file.write_bytes(data[:-1] + b"\1")
+        with pytest.raises(ValueError, match=r"router\.safetensors: its SHA-256"):
+            FlexMoeForCausalLM.from_pretrained(copied.composition)
+        file.unlink()
+        with pytest.raises(FileNotFoundError, match=r"router\.safetensors"):
+            FlexMoeForCausalLM.from_pretrained(copied.composition)
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda c: c["composition"].update(format_version=2), "format_version is 2"),
+            (lambda c: c["composition"].update(more=1), "its keys must be"),
+            (lambda c: c["composition"]["experts"].pop("math"), r"nothing says where.*\['math'\]"),
+            (lambda c: c["composition"]["experts"].update(math="../math"), "'math'.*no reference"),
+            (lambda c: c["composition"].update(anchor={"folder": "a", "repo": "b"}), "anchor.*no reference"),
+            (lambda c: c["anchor"].update(fingerprint="0" * 64), "made for another anchor"),
+            (lambda c: c["anchor_config"].update(num_hidden_layers=3), "missing tensors|lacks tensors"),
+        ],
+    )
+    def test_configs_that_make_no_sense(self, copied, change, words):
+        edit_config(copied.composition, change)
+        with pytest.raises(ValueError, match=words):
+            FlexMoeForCausalLM.from_pretrained(copied.composition)
+
+    def test_commands_that_want_weights(self, llama, tmp_path):
+        with pytest.raises(ValueError, match="composition, which names its parts"):
+            remove(llama.composition, "math", tmp_path / "out")
+        with pytest.raises(ValueError, match="composition, which names its parts"):
+            inspect(llama.composition)
+
+
+class TestOnTheHub:
+    @pytest.fixture
+    def hub(self, llama, monkeypatch):
+        with HubServer().running() as server:
+            point_client_at(server.url, monkeypatch)
+            for name in ("anchor", "math", "code"):
+                server.push_folder(f"lab/{name}", llama.folder / name)
+            yield server
+
+    @pytest.fixture
+    def pushed(self, hub, tmp_path, monkeypatch) -> SimpleNamespace:
+        """A model whose parts all came from the Hub, and its composition, pushed as `repo`."""
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+        cache = tmp_path / "cache"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        model = FlexMoeForCausalLM.from_pretrained(graft("lab/anchor", tmp_path / "grafted"))
+        for name in OWNERS:
+            model.add_expert(f"lab/{name}")
+        folder = model.save_composition(tmp_path / "composition")
+        repo = f"lab/composition-{next(_numbers)}"
+        hub.push_folder(repo, folder)
+        return SimpleNamespace(model=model, folder=folder, hub=hub, repo=repo)
+
+    def test_sources_are_what_the_model_remembers(self, pushed):
+        composition = json.loads((pushed.folder / "config.json").read_text())["composition"]
+        commits = {name: pushed.hub.repositories[f"lab/{name}"].refs["main"] for name in ("anchor", *OWNERS)}
+        assert composition["anchor"] == {"repo": "lab/anchor", "revision": commits["anchor"]}
+        for name in OWNERS:
+            entry = composition["experts"][name]
+            assert (entry["repo"], entry["revision"]) == (f"lab/{name}", commits[name])
+
+    def test_it_is_pulled_into_another_cache(self, pushed, tmp_path):
+        cache = tmp_path / "other-cache"
+        for auto in (AutoModelForCausalLM, FlexMoeForCausalLM):
+            assert_same_model(auto.from_pretrained(pushed.repo, cache_dir=cache), pushed.model)
+        names = {path.name for path in cache.iterdir() if path.name.startswith("models--")}
+        assert names == {f"models--lab--{name}" for name in ("anchor", pushed.repo.partition("/")[2], *OWNERS)}
+        asked = len(pushed.hub.requests)
+        offline = FlexMoeForCausalLM.from_pretrained(pushed.repo, cache_dir=cache, local_files_only=True)
+        assert_same_model(offline, pushed.model)
+        assert len(pushed.hub.requests) == asked
+
+    def test_a_newer_version_of_a_part_changes_nothing(self, pushed, llama, tmp_path):
+        newer = save_package(llama.folder / "grafted", tmp_path / "newer", "math", seed=1)
+        pushed.hub.push_folder("lab/math", newer)
+        again = AutoModelForCausalLM.from_pretrained(pushed.repo, cache_dir=tmp_path / "other-cache")
+        assert_same_model(again, pushed.model)
+
+    def test_a_revision_of_the_composition(self, pushed, tmp_path):
+        first = pushed.hub.repositories[pushed.repo].refs["main"]
+        pushed.model.remove_expert("math")
+        pushed.hub.push_folder(pushed.repo, pushed.model.save_composition(tmp_path / "second"))
+        cache = {"cache_dir": tmp_path / "other-cache"}
+        for revision, names in ((None, ["public", "code"]), (first, ["public", "math", "code"])):
+            loaded = AutoModelForCausalLM.from_pretrained(pushed.repo, revision=revision, **cache)
+            assert loaded.expert_names == names
+
+    def test_an_owner_who_closes_the_door(self, pushed, tmp_path):
+        repository = pushed.hub.repositories["lab/math"]
+        repository.gated, repository.tokens = True, {"friend"}
+        cache = {"cache_dir": tmp_path / "other-cache"}
+        with pytest.raises(PermissionError, match=r"lab/math.*gated"):
+            AutoModelForCausalLM.from_pretrained(pushed.repo, **cache)
+        assert_same_model(AutoModelForCausalLM.from_pretrained(pushed.repo, token="friend", **cache), pushed.model)
+        del pushed.hub.repositories["lab/code"]
+        with pytest.raises(FileNotFoundError, match="lab/code"):
+            AutoModelForCausalLM.from_pretrained(pushed.repo, cache_dir=tmp_path / "third", token="friend")
+
+    def test_folders_are_not_for_the_hub(self, pushed, llama, tmp_path):
+        pushed.hub.push_folder("lab/local", llama.composition)
+        with pytest.raises(ValueError, match=r"lab/local names the folder '\.\./anchor'"):
+            AutoModelForCausalLM.from_pretrained("lab/local", cache_dir=tmp_path / "other-cache")
+
+    def test_no_subfolder(self, copied, tmp_path):
+        with pytest.raises(ValueError, match="in a subfolder"):
+            AutoModelForCausalLM.from_pretrained(copied.folder, subfolder="composition")
