@@ -29,7 +29,7 @@ from .experts_flexmoe import FlexMoeBlock
 from .identity_flexmoe import refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle
 from .loading_flexmoe import check_everyone_is_there
-from .parallel_flexmoe import PLANS, plan_of_public
+from .parallel_flexmoe import PLANS, is_sharded, plan_of_public
 from .routing_flexmoe import load_balancing_loss, router_z_loss
 from .selection_flexmoe import select_experts, stamp_cache
 
@@ -165,6 +165,22 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         for kind in PLANS:
             setattr(self, kind, plan_of_public(getattr(self, kind), public, self.anchor_names))
         self._plan_for_experts()
+
+    @classmethod
+    def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config: Any, mesh: Any) -> Any:
+        """As transformers' own. ValueError: pipelines, whose later stages never see the experts that were chosen."""
+        if mesh is not None and distributed_config.pp_size > 1:
+            raise ValueError(
+                f"pp_size={distributed_config.pp_size}: FlexMoE does not run as a pipeline of stages. Use tp_size or "
+                "fsdp_size of DistributedConfig."
+            )
+        return super().maybe_distribute_model(model, distributed_config, mesh)
+
+    def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """As transformers' own, which tells tied tensors by their memory; gathered, each has memory of its own."""
+        state = super().gather_sharded_state_dict_for_save(*args, **kwargs)
+        tied = self.all_tied_weights_keys if is_sharded(self) else {}
+        return {name: value for name, value in state.items() if name not in tied}
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+PRELOADED = ["flexmoe.testing", "pytest", "torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo"]
 START_SECONDS = 120  # imports on a busy machine
 CALL_SECONDS = 120
 
@@ -38,7 +39,7 @@ class Processes:
     def __init__(self, count: int = 2) -> None:
         self.count = count
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["flexmoe.testing"])
+        self._context.set_forkserver_preload(PRELOADED)
         self._workers: list[tuple[Any, Connection]] = []
 
     def run(self, function: Callable[..., Any], *args: Any, seconds: float = CALL_SECONDS) -> list[Any]:
@@ -56,7 +57,8 @@ class Processes:
     def close(self) -> None:
         """Ends the processes."""
         for process, pipe in self._workers:
-            pipe.close()
+            pipe.close()  # one that waits for a call ends by itself
+            process.join(2)
             process.kill()
             process.join()
         self._workers = []
@@ -117,6 +119,7 @@ def _serve(pipe: Connection, rank: int, count: int, meeting: str) -> None:
         try:
             call = pipe.recv_bytes()
         except EOFError:
+            torch.distributed.destroy_process_group()
             return
         try:
             function, args = _unpacked(call)

@@ -134,10 +134,13 @@ def test_fsdp2_has_the_gradients_of_one_process(processes, unit):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A model's folder, and packages of two experts that it has not."""
-    folder = tmp_path_factory.mktemp("checkpoint")
+    return make_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+def make_checkpoint(folder: Path, family: str = "llama") -> Path:
+    """Writes a model, and packages of two experts that it has not."""
     names = ["math", "legal", "poems", "code", "newer"]
-    model = tiny_flexmoe("llama", names, num_experts_per_tok=2, anchor=ANCHOR)
+    model = tiny_flexmoe(family, names, num_experts_per_tok=2, anchor={**ANCHOR, "model_type": family})
     perturb_expert(model, "newer", seed=5)
     model.save_pretrained(folder / "model")  # now it knows its fingerprint
     for name in ("code", "newer"):
