@@ -160,7 +160,13 @@ def test_trainer_ends_where_one_process_ends(processes, checkpoint, tmp_path, si
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     "accelerate": [
-        *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"),
+        *(
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes=2",
+            "--num_machines=1",
+            "--mixed_precision=no",
+        ),
         *("--dynamo_backend=no", "--main_process_port=0"),
     ],
 }
