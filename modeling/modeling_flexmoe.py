@@ -29,7 +29,7 @@ from .experts_flexmoe import FlexMoeBlock
 from .identity_flexmoe import refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle
 from .loading_flexmoe import check_everyone_is_there
-from .parallel_flexmoe import PLANS, is_sharded, plan_of_public
+from .parallel_flexmoe import PLANS, class_without_fsdp, is_sharded, plan_of_public
 from .routing_flexmoe import load_balancing_loss, router_z_loss
 from .selection_flexmoe import select_experts, stamp_cache
 
@@ -122,6 +122,10 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
             refresh_fingerprint(self, kwargs.get("state_dict"))
         # some families are stored under older names (GPT-NeoX's head), which streams could not match
         kwargs.setdefault("save_original_format", False)
+        is_main_process = kwargs.get("is_main_process", args[0] if args else True)
+        if class_without_fsdp(type(self)) is not type(self) and self.should_save_on_this_rank(is_main_process):
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            self.save_code(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_composition(
@@ -156,7 +160,7 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
     @classmethod
     def save_code(cls, folder: str | Path) -> None:
         """Copies the files that this class is made of into `folder`, for loading with `trust_remote_code=True`."""
-        custom_object_save(cls, folder)
+        custom_object_save(class_without_fsdp(cls), folder)
 
     def init_parallel_plans(self) -> None:
         """Gives every expert the plans of the anchor's network: tensor-parallel, and what else the family brings."""
@@ -165,6 +169,11 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         for kind in PLANS:
             setattr(self, kind, plan_of_public(getattr(self, kind), public, self.anchor_names))
         self._plan_for_experts()
+
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """As transformers' own; False for the class that FSDP2 makes of a model's, whose file is PyTorch's."""
+        return super().is_remote_code() and class_without_fsdp(cls) is cls
 
     @classmethod
     def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config: Any, mesh: Any) -> Any:

@@ -102,6 +102,11 @@ def _wildcard(name: str) -> str:
 # What other processes wait for
 
 
+def class_without_fsdp(cls: type) -> type:
+    """The class that `fully_shard` made `cls` from, or `cls` itself: the one that stands in a file."""
+    return next(base for base in cls.__mro__ if not issubclass(base, _FSDP))
+
+
 def is_fully_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 manages the module or one inside it."""
     return any(isinstance(part, _FSDP) for part in module.modules())
@@ -152,6 +157,7 @@ def in_first_process(act: Callable[[], object]) -> None:
 __all__ = [
     "PLANS",
     "Plan",
+    "class_without_fsdp",
     "has_company",
     "in_first_process",
     "is_awaited",

@@ -253,6 +253,8 @@ def test_fsdp2_is_one_process_after_every_change(processes, checkpoint, tmp_path
 def assert_same_files(alone: FlexMoeForCausalLM, folder: Path) -> None:
     """`folder` holds what `save` writes of `alone`."""
     save(alone, folder / "alone")
+    names = [sorted(file.name for file in (path / "model").iterdir()) for path in (folder, folder / "alone")]
+    assert names[0] == names[1], "with the model's code"
     got, expected = (load_file(path / "model/model.safetensors") for path in (folder, folder / "alone"))
     assert got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
