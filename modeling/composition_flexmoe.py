@@ -196,7 +196,7 @@ def load_arguments(
     hub = HubAccess(**{field.name: options[field.name] for field in fields(HubAccess) if field.name in options})
     revision = None if Path(source).is_dir() else options.get("revision")
     folder = hub.resolve(source, revision, allow_patterns=(CONFIG_FILE, GENERATION_FILE, ROUTER_FILE))
-    if not isinstance(config, FlexMoeConfig):
+    if not isinstance(config, PreTrainedConfig):  # remote code has two copies of FlexMoeConfig: either will do
         config = config_class.from_pretrained(folder.path)
     arguments: dict[str, Any] = {"state_dict": pull_composition(config, folder, hub)}
     if (folder.path / GENERATION_FILE).is_file() and options.get("generation_config") is None:

@@ -150,6 +150,14 @@ class TestEqualsTheMergedModel:
         assert again.dtype == torch.float32
         assert_same_model(again, wide)
 
+    def test_a_config_in_hand_is_the_one_that_counts(self, llama):
+        config = AutoConfig.from_pretrained(llama.composition)
+        config.experts = [record for record in config.experts if record["name"] != "math"]
+        part = AutoModelForCausalLM.from_pretrained(llama.composition, config=config)
+        assert part.expert_names == ["public", "code"]
+        assert config.composition is not None
+        assert part.config.composition is None
+
     def test_the_active_set_k_and_new_names(self, llama, tmp_path):
         model = FlexMoeForCausalLM.from_pretrained(llama.merged)
         model.rename_expert("math", "mathematics")
@@ -329,6 +337,18 @@ class TestRefusalsToLoad:
         edit_config(copied.composition, change)
         with pytest.raises(ValueError, match=words):
             FlexMoeForCausalLM.from_pretrained(copied.composition)
+
+    def test_through_an_adapter(self, copied):
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(
+            FlexMoeForCausalLM.from_pretrained(copied.composition),
+            peft.LoraConfig(target_modules=r".*\.experts\.math\.up_proj"),
+        )
+        model.save_pretrained(copied.folder / "adapter")
+        with pytest.raises(ValueError, match="is a composition: load it on its own, then the adapter"):
+            AutoModelForCausalLM.from_pretrained(copied.folder / "adapter")
+        model = AutoModelForCausalLM.from_pretrained(copied.composition)
+        model.load_adapter(str(copied.folder / "adapter"))
 
     def test_commands_that_want_weights(self, llama, tmp_path):
         with pytest.raises(ValueError, match="composition, which names its parts"):

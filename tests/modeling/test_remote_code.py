@@ -127,7 +127,6 @@ def reader(world, tmp_path_factory) -> SimpleNamespace:
             "HF_ENDPOINT": hub.url,
             "HF_HUB_OFFLINE": "0",
             "NO_PROXY": "127.0.0.1",
-            "PYTHONPATH": "",
         }
         done = subprocess.run(
             [sys.executable, str(SCRIPT), str(out / "job.json")],
