@@ -1,5 +1,6 @@
 """Compositions by reference: the model that was saved comes back, bit for bit, from its sources, or an error does."""
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from flexmoe.conversion.compose import compose, remove
@@ -311,7 +312,16 @@ class TestRefusalsToLoad:
         with pytest.raises(FileNotFoundError, match="code"):
             FlexMoeForCausalLM.from_pretrained(copied.composition)
 
-    def test_rows_that_are_gone_damaged_or_nobodys(self, copied):
+    @pytest.mark.parametrize("name", ["anchor.model.layers.0.mlp.router.law.weight", "anchor.lm_head.weight"])
+    def test_rows_that_are_nobodys(self, copied, name):
+        file = copied.composition / "router.safetensors"
+        save_file({name: torch.zeros(1, 32)}, file)
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        edit_config(copied.composition, lambda config: config["composition"].update(router_sha256=digest))
+        with pytest.raises(ValueError, match=f"'{name}'.*is no row of this model"):
+            FlexMoeForCausalLM.from_pretrained(copied.composition)
+
+    def test_rows_that_are_damaged_or_gone(self, copied):
         file = copied.composition / "router.safetensors"
         data = file.read_bytes()
         file.write_bytes(data[:-1] + b"\1")
