@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
@@ -24,8 +25,9 @@ ExpertKind = Callable[[nn.Module, dict[str, Any]], nn.Module]
 
 
 def full_expert(ffn: nn.Module, record: dict[str, Any]) -> nn.Module:
-    """An expert that is a network like the anchor's own: a copy of `ffn`."""
-    return copy.deepcopy(ffn)
+    """An expert that is a network like the anchor's own: a copy of `ffn`, but for the config, which they share."""
+    configs = (value for part in ffn.modules() for value in vars(part).values() if isinstance(value, PreTrainedConfig))
+    return copy.deepcopy(ffn, {id(config): config for config in configs})
 
 
 EXPERT_KINDS: dict[str, ExpertKind] = {"full": full_expert}
@@ -47,8 +49,12 @@ def make_expert(ffn: nn.Module, record: dict[str, Any]) -> nn.Module:
     return EXPERT_KINDS[kind](ffn, record)
 
 
-def router_row(hidden_size: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.Linear:
+def router_row(
+    hidden_size: int, device: torch.device | None = None, dtype: torch.dtype | None = torch.float32
+) -> nn.Linear:
     """A router row [1, H] and its bias [1], zero: the expert is then as likely as the public one.
+
+    In float32 also where a model is made in another dtype: rows are tiny and decide everything.
 
     It is a Linear of its own, not a row of a matrix, so a logit has the same bits whoever else is there.
     """
@@ -107,7 +113,7 @@ class FlexMoeBlock(nn.Module):
         k = values.get("top_k") or self.top_k
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits_TA = self.router(x_TH, names)
-        if (allowed_TA := _allowed(values.get("row_mask"), len(x_TH), x_TH.device)) is not None:
+        if (allowed_TA := _allowed(values.get("row_mask"), x_TH.shape[0], x_TH.device)) is not None:
             logits_TA = logits_TA.masked_fill(~allowed_TA, float("-inf"))  # also where a row holds NaN
         weights_TA = route(logits_TA, k, values.get("renormalize", self.norm_topk_prob))
         self._report(values, names, logits_TA, weights_TA)
@@ -164,8 +170,8 @@ def _allowed(row_mask_BA: Tensor | None, tokens: int, device: torch.device) -> T
     """Whether the token's sequence may use the expert: bool [T, A]."""
     if row_mask_BA is None:
         return None
-    # the batch size comes from the mask: OPT hands its network flat tokens
-    return row_mask_BA.to(device).repeat_interleave(tokens // len(row_mask_BA), 0)
+    # the batch size comes from the mask: OPT hands its network flat tokens (and len() would fix an exported shape)
+    return row_mask_BA.to(device).repeat_interleave(tokens // row_mask_BA.shape[0], 0)
 
 
 def _among_all(logits_TA: Tensor, names: Sequence[str], everyone: Sequence[str]) -> Tensor:
@@ -173,7 +179,7 @@ def _among_all(logits_TA: Tensor, names: Sequence[str], everyone: Sequence[str])
     if tuple(names) == tuple(everyone):
         return logits_TA
     columns = dict(zip(names, logits_TA.unbind(-1), strict=True))
-    nothing = logits_TA.new_full((len(logits_TA),), float("-inf"))
+    nothing = logits_TA.new_full(logits_TA.shape[:1], float("-inf"))
     return torch.stack([columns.get(name, nothing) for name in everyone], -1)
 
 

@@ -404,9 +404,19 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
         names = [name for name in experts if isinstance(name, str)]
         return self.expert_mask([names] * prompts if len(names) == len(experts) else experts)
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The anchor's way, which families override."""
-        return self.anchor.prepare_inputs_for_generation(*args, **kwargs)
+    def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own, but an assistant without experts drafts without a choice of them."""
+        assistant = kwargs.get("assistant_model")
+        if assistant is not None and assistant.config.model_type != self.config.model_type:
+            ours = ("expert_mask", "num_experts_per_tok")
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
+        return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The anchor's way, which families override; `generate` looks for `inputs_embeds` in this signature."""
+        return self.anchor.prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
 
 
 def _prompts(args: tuple, kwargs: dict[str, Any]) -> int:
@@ -429,9 +439,13 @@ def _returned(model: PreTrainedModel, out: ModelOutput, return_dict: bool | None
     return out if (model.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 
-def _token_mask(inputs: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """bool [tokens] that is False for padding, if the attention mask is the plain [batch, sequence] of this input."""
-    if inputs is None or attention_mask is None or attention_mask.shape != inputs.shape[:2]:
+def _token_mask(inputs: Tensor | None, attention_mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
+    """bool [tokens] that is False for padding, if the attention mask is the plain [batch, sequence] of this input.
+
+    With a static cache it is not: `generate` hands over finished masks, one per kind of layer in families such as
+    Gemma-2.
+    """
+    if inputs is None or not isinstance(attention_mask, Tensor) or attention_mask.shape != inputs.shape[:2]:
         return None
     return attention_mask.reshape(-1).bool()
 

@@ -109,9 +109,13 @@ def _without_idle_experts(names: tuple[str, ...], rows_BA: Tensor) -> Selection:
     return Selection(names, None if rows_BA.all() else rows_BA)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class CacheStamp:
-    """Which experts filled a cache: their serials, and the mask where sequences differ."""
+    """Which experts filled a cache: their serials, and the mask where sequences differ.
+
+    It has slots because transformers' exporters walk through a cache by `__dict__` and take each tensor that they meet
+    for an input.
+    """
 
     serials: tuple[str, ...]
     names: tuple[str, ...]

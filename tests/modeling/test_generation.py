@@ -124,6 +124,20 @@ def test_a_rename_keeps_caches_valid_and_a_copy_keeps_its_stamp(model):
         go_on(model, twin)
 
 
+def test_a_walk_through_a_cache_finds_keys_and_values_only(model):
+    cache = filled_cache(model, expert_mask=model.expert_mask([["public"], ["math"]]))
+
+    def tensors(thing):
+        if isinstance(thing, torch.Tensor):
+            return [thing]
+        inside = (
+            thing if isinstance(thing, list | tuple) else vars(thing).values() if hasattr(thing, "__dict__") else ()
+        )
+        return [tensor for part in inside for tensor in tensors(part)]
+
+    assert len(tensors(cache)) == 2 * model.config.num_hidden_layers
+
+
 def test_cache_of_another_model_is_refused(model):
     cache = filled_cache(model)
     go_on(copy.deepcopy(model), copy.deepcopy(cache))
