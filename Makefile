@@ -18,7 +18,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo results bench soak check format format-check lint types layout clean
+.PHONY: help install test demo results bench soak conformance check format format-check lint types layout clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,13 @@ bench: $(STAMP) ## Run the benchmarks; each asserts the figures it promises
 
 soak: $(STAMP) ## Run the long randomised tests
 	$(BIN)/python -m pytest tests/soak $(ARGS)
+
+# A run of its own: that folder is a package called `tests`, as ours is.
+conformance: $(STAMP) ## Run transformers' own common tests: TRANSFORMERS_TESTS=DIR, the tests folder of that library
+	@test -n "$(TRANSFORMERS_TESTS)" || { echo "Say where that library's tests are: make conformance TRANSFORMERS_TESTS=DIR"; exit 2; }
+	$(BIN)/python -m pip install --quiet $(PINNED) --editable '.[conformance]'
+	TRANSFORMERS_TESTS=$(abspath $(TRANSFORMERS_TESTS)) CONFORMANCE_SUMMARY=$(CURDIR)/docs/benchmarks/conformance.json \
+		$(BIN)/python -m pytest tests/conformance -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: format-check lint types layout test ## Everything that must pass before a commit
 

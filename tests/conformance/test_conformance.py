@@ -1,0 +1,78 @@
+"""transformers' own common tests, run on FlexMoE classes: `make conformance TRANSFORMERS_TESTS=DIR`.
+
+The tests are the library's; this file says which anchors, and what a FlexMoE is called. What does not run, and why, is
+in `skips.py`. Does not cover what the common tests miss: faults of single-token steps that all cached paths share
+(`tests/modeling/test_decoding.py`).
+"""
+
+import unittest
+from typing import Any
+
+from distinct_experts import DistinctExpertsConfig
+from transformers import LlamaConfig, Olmo2Config, PreTrainedConfig
+
+from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM, FlexMoeModel
+from tests import test_fsdp_mixin, test_modeling_common, test_tensor_parallel_mixin
+from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
+from tests.generation import test_utils
+
+EXPERTS = ["public", "math", "code", "legal"]
+
+# The library knows by these names which classes have a loss, and by these sets which families are tried on processes.
+for module in (test_modeling_common, test_utils):
+    for table, name in (
+        ("MODEL_MAPPING_NAMES", "FlexMoeModel"),
+        ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "FlexMoeForCausalLM"),
+    ):
+        if hasattr(module, table):
+            setattr(module, table, {**getattr(module, table), "flexmoe": name})
+test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
+test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
+
+
+class FlexMoeTester(CausalLMModelTester):
+    """A tiny FlexMoE: the tester's sizes are the anchor's."""
+
+    config_class = FlexMoeConfig
+    base_model_class = FlexMoeModel
+    causal_lm_class = FlexMoeForCausalLM
+    anchor_config_class: type[PreTrainedConfig]
+
+    def get_config(self) -> FlexMoeConfig:
+        anchor = self.anchor_config_class(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=self.max_position_embeddings,
+            pad_token_id=self.pad_token_id,
+            bos_token_id=self.bos_token_id,
+            eos_token_id=self.eos_token_id,
+        )
+        return FlexMoeConfig(anchor_config=anchor, experts=EXPERTS, num_experts_per_tok=self.num_experts_per_tok)
+
+
+class FlexMoeTest(CausalLMModelTest):
+    """The common tests; the processes of the FSDP tests get experts that differ, too."""
+
+    def _get_tiny_config(self) -> tuple[type, dict[str, Any]]:
+        _, values = super()._get_tiny_config()
+        return DistinctExpertsConfig, values
+
+
+class LlamaTester(FlexMoeTester):
+    anchor_config_class = LlamaConfig
+
+
+class TestLlama(FlexMoeTest, unittest.TestCase):
+    model_tester_class = LlamaTester
+
+
+class Olmo2Tester(FlexMoeTester):
+    anchor_config_class = Olmo2Config
+
+
+class TestOlmo2(FlexMoeTest, unittest.TestCase):
+    model_tester_class = Olmo2Tester
