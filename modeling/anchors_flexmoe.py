@@ -6,6 +6,8 @@ themselves: everything in this file works on a model on the meta device.
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -18,11 +20,14 @@ from .configuration_flexmoe import PUBLIC
 ANCHOR_PREFIX = "anchor."
 """What a FlexMoE puts before every name of the dense model that it holds."""
 
-FFN_NAMES = ("mlp", "feed_forward", "ffn")
-"""Attributes of a decoder layer under which families keep their feed-forward network."""
-
 FFN_SPAN = ("fc1", "activation_fn", "fc2")
-"""Attributes of a decoder layer that has no module around its feed-forward network (OPT)."""
+"""Attributes of a decoder layer that has no module around its feed-forward network (OPT, XGLM, BART)."""
+
+# Under what name a layer keeps its network: mlp, feed_forward, ffn, ff, mlp_block, shared_mlp ...
+_FFN_NAME = re.compile(r"(.*_)?(mlp|ffn|ff|feed_?forward)(_.*)?")
+
+# What a mixture of experts holds that a dense network does not.
+_ROUTED_NAMES = frozenset({"experts", "router"})
 
 # The norm that is applied to the network's output before the residual is added (OLMo-2, Gemma-2, GLM-4 ...).
 _NORM_AFTER_FFN = re.compile(r"post_(feed_?forward|mlp|ffn)_(layer_?)?norm")
@@ -82,57 +87,123 @@ def find_ffn_sites(dense: PreTrainedModel) -> list[FfnSite]:
     """Finds the feed-forward network of every decoder layer of `dense`.
 
     Raises:
-        UnsupportedAnchorError: the model is an encoder-decoder, a mixture of experts already, or a layer has no
-            feed-forward network that can be told apart.
+        UnsupportedAnchorError: the model is an encoder-decoder, a mixture of experts already, has several stacks of
+            decoder layers, or a layer has no feed-forward network that is a function of each token alone.
     """
-    config = dense.config.get_text_config()
-    family = f"{type(dense).__name__} (model_type {config.model_type!r})"
-    if getattr(dense.config, "is_encoder_decoder", False):
+    family = f"{type(dense).__name__} (model_type {dense.config.model_type!r})"
+    if dense.config.is_encoder_decoder:
         raise UnsupportedAnchorError(f"{family} is an encoder-decoder; an anchor is a decoder-only causal LM.")
-    layers_name, layers = _decoder_layers(dense, config.num_hidden_layers, family)
-    return [_site(index, f"{layers_name}.{index}", layer, family) for index, layer in enumerate(layers)]
+    layers_name, layers = _decoder_layers(dense, family)
+    sites = [_site(index, f"{layers_name}.{index}", layer, family) for index, layer in enumerate(layers)]
+    _check_each_stands_alone(dense, sites, family)
+    for network in {type(site.ffn(dense)): site.ffn(dense) for site in sites}.values():
+        _check_is_a_function_of_tokens(network, dense.config.get_text_config().hidden_size, family)
+    return sites
 
 
-def _decoder_layers(dense: nn.Module, count: int, family: str) -> tuple[str, nn.ModuleList]:
-    for name, module in dense.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return name, module
-    raise UnsupportedAnchorError(f"{family} has no list of {count} decoder layers, so its networks cannot be found.")
+def _decoder_layers(dense: PreTrainedModel, family: str) -> tuple[str, nn.ModuleList]:
+    # some families call their head "decoder", so what get_decoder finds need not hold any layer
+    stacks = _nearest_stacks(dense, dense.get_decoder()) or _nearest_stacks(dense, dense)
+    with_network = {name: stack for name, stack in stacks.items() if any(map(_has_network, stack))}
+    if not with_network:
+        held = "; ".join(f"{name} of {type(stack[0]).__name__}: {_children(stack[0])}" for name, stack in stacks.items())
+        raise UnsupportedAnchorError(
+            f"{family} has no list of decoder layers with a feed-forward network in each. Its lists hold: {held}."
+        )
+    if len(with_network) > 1:
+        raise UnsupportedAnchorError(
+            f"{family} has several stacks of layers ({', '.join(with_network)}); an anchor is one stack of decoder "
+            "layers."
+        )
+    return next(iter(with_network.items()))
+
+
+def _nearest_stacks(dense: nn.Module, within: nn.Module) -> dict[str, nn.ModuleList]:
+    """The lists of layers nearest to the top of a part of `dense`, by their names in `dense`.
+
+    Encoders of images or sound beside a decoder have lists of their own, further down.
+    """
+    inside = {id(module) for module in within.modules()}
+    stacks = {
+        name: module
+        for name, module in dense.named_modules()
+        if isinstance(module, nn.ModuleList) and id(module) in inside and any(list(item.children()) for item in module)
+    }
+    depth = min((name.count(".") for name in stacks), default=0)
+    return {name: stack for name, stack in stacks.items() if name.count(".") == depth}
+
+
+def _has_network(layer: nn.Module) -> bool:
+    return bool(_ffn_candidates(layer) or _routed_module(layer))
+
+
+def _children(module: nn.Module) -> str:
+    return ", ".join(name for name, _ in module.named_children())
 
 
 def _site(index: int, name: str, layer: nn.Module, family: str) -> FfnSite:
-    attributes = _ffn_attributes(layer)
-    if attributes is None:
-        children = ", ".join(child for child, _ in layer.named_children())
-        raise UnsupportedAnchorError(
-            f"{family}: layer {index} ({type(layer).__name__}) has no feed-forward network under any of "
-            f"{', '.join(FFN_NAMES)} or {'/'.join(FFN_SPAN)}; it holds {children}."
-        )
-    ffn = getattr(layer, attributes[0])
-    if routed := _routed_module(ffn):
+    if routed := _routed_module(layer):
         raise UnsupportedAnchorError(
             f"{family}: layer {index} is a mixture of experts already ({routed}); an anchor is dense. "
             "A flex_olmo checkpoint is imported, not grafted."
         )
+    found = _ffn_candidates(layer)
+    if len(found) != 1:
+        raise UnsupportedAnchorError(
+            f"{family}: layer {index} ({type(layer).__name__}) has {len(found) or 'no'} feed-forward network(s) where "
+            f"one is expected, under a name like mlp, feed_forward, ffn or {'/'.join(FFN_SPAN)}; it holds "
+            f"{_children(layer)}."
+        )
     norm_follows = any(_NORM_AFTER_FFN.fullmatch(child) for child, _ in layer.named_children())
-    return FfnSite(index, name, attributes, norm_follows)
+    return FfnSite(index, name, found[0], norm_follows)
 
 
-def _ffn_attributes(layer: nn.Module) -> tuple[str, ...] | None:
-    for name in FFN_NAMES:
-        if isinstance(getattr(layer, name, None), nn.Module):
-            return (name,)
-    if all(isinstance(getattr(layer, name, None), nn.Module) for name in FFN_SPAN):
-        return FFN_SPAN
+def _ffn_candidates(layer: nn.Module) -> list[tuple[str, ...]]:
+    """What may be the network of `layer`: named as one, and with a matrix in and a matrix out."""
+    found: list[tuple[str, ...]] = [
+        (name,)
+        for name, child in layer.named_children()
+        if _FFN_NAME.fullmatch(name) and sum(p.dim() > 1 for p in child.parameters()) > 1
+    ]
+    if not found and all(isinstance(getattr(layer, name, None), nn.Module) for name in FFN_SPAN):
+        found.append(FFN_SPAN)
+    return found
+
+
+def _routed_module(layer: nn.Module) -> str | None:
+    """Names the class of what routes tokens in `layer`, which shows in children called experts or router."""
+    for module in layer.modules():
+        if not _ROUTED_NAMES.isdisjoint(name for name, _ in module.named_children()):
+            return type(module).__name__
     return None
 
 
-def _routed_module(ffn: nn.Module) -> str | None:
-    """Names the class of `ffn` if it routes tokens, which shows in a child called experts or router."""
-    children = dict(ffn.named_children())
-    if "experts" in children or "router" in children:
-        return type(ffn).__name__
-    return None
+def _check_each_stands_alone(dense: nn.Module, sites: list[FfnSite], family: str) -> None:
+    networks = [site.ffn(dense) for site in sites]
+    parameters = [id(parameter) for network in networks for parameter in network.parameters()]
+    if len(set(parameters)) != len(parameters):
+        raise UnsupportedAnchorError(
+            f"{family} shares feed-forward weights between layers; an expert has weights of its own in each layer."
+        )
+
+
+def _check_is_a_function_of_tokens(network: nn.Module, hidden_size: int, family: str) -> None:
+    """Calls the network on the meta device: [1, 2, H] in, one tensor of that shape out, no state."""
+    tensors = itertools.chain(network.named_parameters(), network.named_buffers())
+    shapes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors}
+    dtype = next((tensor.dtype for tensor in shapes.values() if tensor.is_floating_point()), None)
+    x_1TH = torch.empty(1, 2, hidden_size, device="meta", dtype=dtype)
+    takes_residual = "residual" in inspect.signature(network.forward).parameters
+    try:
+        said = torch.func.functional_call(network, shapes, (x_1TH, x_1TH) if takes_residual else (x_1TH,))
+    except (RuntimeError, TypeError) as error:
+        said = f"fails with {str(error).splitlines()[0]!r}"
+    if not isinstance(said, torch.Tensor) or said.shape != x_1TH.shape:
+        raise UnsupportedAnchorError(
+            f"{family}: its feed-forward network {type(network).__name__}, given hidden states alone, "
+            f"{said if isinstance(said, str) else 'does not return hidden states alone'}; an expert is a function of "
+            "each token by itself."
+        )
 
 
 class NameMap:

@@ -211,7 +211,7 @@ class FlexMoeConfig(PreTrainedConfig):
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The anchor's configuration: cache, attention and vocabulary are the anchor's affair."""
-        return self.anchor_config
+        return self.anchor_config.get_text_config(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         anchor = self.__dict__.get("anchor_config")

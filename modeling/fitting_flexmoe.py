@@ -29,7 +29,7 @@ ExpertPart = tuple[nn.Module, nn.Linear]
 
 def fresh_networks(config: FlexMoeConfig) -> list[nn.Module]:
     """The anchor's networks without weights, one per layer."""
-    dense, sites = build_on_meta(config.get_text_config())
+    dense, sites = build_on_meta(config.anchor_config)
     return [site.ffn(dense) for site in sites]
 
 
@@ -137,7 +137,7 @@ def expert_manifest(
     """The manifest of an expert with this record and these tensors."""
     networks = [block.experts[PUBLIC] for block in blocks]
     hidden = config.get_text_config().hidden_size
-    anchor = {**(config.anchor or {}), "model_type": config.get_text_config().model_type}
+    anchor = {**(config.anchor or {}), "model_type": config.anchor_config.model_type}
     dtypes = {str(value.dtype).removeprefix("torch.") for name, value in tensors.items() if ".ffn." in name}
     return ExpertManifest(
         **{key: value for key, value in record.items() if key not in ("sha256", "source")},

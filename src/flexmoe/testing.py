@@ -75,7 +75,13 @@ def tiny_flexmoe(family: str, experts: Sequence[str] = (), seed: int = 0, **conf
 
     An expert's weights depend on its name and `seed` alone, not on who else is there.
     """
-    anchor = tiny_anchor(family, seed)
+    return grown_flexmoe(tiny_anchor(family, seed), experts, seed, **config)
+
+
+def grown_flexmoe(
+    anchor: PreTrainedModel, experts: Sequence[str] = (), seed: int = 0, **config: object
+) -> FlexMoeForCausalLM:
+    """`anchor` as a FlexMoE, with `experts` as in `tiny_flexmoe`."""
     model = FlexMoeForCausalLM(FlexMoeConfig(anchor_config=anchor.config, experts=[PUBLIC, *experts], **config)).eval()
     names = model.anchor_names
     state = {names.to_flexmoe(name): tensor for name, tensor in anchor.state_dict().items()}
@@ -128,6 +134,7 @@ __all__ = [
     "TOLERANCES",
     "VOCABULARY",
     "enable_checkpointing",
+    "grown_flexmoe",
     "perturb_expert",
     "random_tokens",
     "realigned",

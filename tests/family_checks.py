@@ -1,0 +1,171 @@
+"""What is promised of every dense family, as functions of a family's name: each raises AssertionError if it is not so.
+
+Run by `test_families` and by the program that writes `docs/families.md`. Does not cover which families there are
+(`families`).
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+import flexmoe
+from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel, find_ffn_sites
+from flexmoe.testing import grown_flexmoe, random_tokens, realigned
+from tests.families import tiny_config
+
+TOKENS = random_tokens(2, 9)
+
+
+@functools.lru_cache(maxsize=1)
+def anchor_of(family: str) -> PreTrainedModel:
+    """The family's random dense model; checks leave it as it is."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+def greedy(model: PreTrainedModel) -> torch.Tensor:
+    return model.generate(TOKENS, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+
+
+def graft_is_bit_equal(family: str, folder: Path) -> None:
+    """With "public" alone, the logits and the text of greedy decoding are the anchor's."""
+    anchor = anchor_of(family)
+    model = grown_flexmoe(anchor)
+    assert torch.equal(logits(model), logits(anchor))
+    if anchor.can_generate():
+        assert torch.equal(greedy(model), greedy(anchor))
+
+
+def stream_and_model_agree(family: str, folder: Path) -> None:
+    """The streaming graft writes the tensors that the model has, and the anchor's logits come back from it."""
+    anchor = anchor_of(family)
+    anchor.save_pretrained(folder / "dense")
+    flexmoe.graft(folder / "dense", folder / "grafted")
+    model, info = FlexMoeForCausalLM.from_pretrained(folder / "grafted", output_loading_info=True)
+    assert _strangers(info) == []
+    assert torch.equal(logits(realigned(model.eval())), logits(anchor))
+
+
+def classes_load_each_other(family: str, folder: Path) -> None:
+    """Both models, by both ways of naming them, load both's checkpoints whole; only an untied head can be missing."""
+    model = grown_flexmoe(anchor_of(family), ["math"])
+    model.save_pretrained(folder / "causal")
+    decoder, info = FlexMoeModel.from_pretrained(folder / "causal", output_loading_info=True)
+    assert _strangers(info) == []
+    decoder.save_pretrained(folder / "decoder")
+    head = {name for name in model.state_dict() if name not in decoder.state_dict()}
+    for loader, expected in (
+        (AutoModel, FlexMoeModel),
+        (FlexMoeModel, FlexMoeModel),
+        (AutoModelForCausalLM, FlexMoeForCausalLM),
+        (FlexMoeForCausalLM, FlexMoeForCausalLM),
+    ):
+        for saved in ("causal", "decoder"):
+            loaded, info = loader.from_pretrained(folder / saved, output_loading_info=True)
+            assert type(loaded) is expected
+            assert set(_strangers(info)) <= (head if saved == "decoder" else set())
+            for name, tensor in loaded.state_dict().items():
+                assert name in head or torch.equal(tensor, model.state_dict()[name]), name
+
+
+def save_reload_generate(family: str, folder: Path) -> None:
+    """A model of three experts comes back with its logits, its text and the choice of experts."""
+    model = grown_flexmoe(anchor_of(family), ["math", "code"], num_experts_per_tok=2)
+    model.save_pretrained(folder)
+    again = realigned(AutoModelForCausalLM.from_pretrained(folder).eval())
+    assert torch.equal(logits(again), logits(model))
+    if not model.can_generate():
+        return
+    assert torch.equal(greedy(again), greedy(model))
+    model.remove_expert("math")
+    chosen = again.generate(
+        TOKENS, max_new_tokens=5, min_new_tokens=5, do_sample=False, experts=["public", "code"]
+    )
+    assert torch.equal(chosen, greedy(model))
+
+
+def backward_reaches_the_expert(family: str, folder: Path) -> None:
+    """A frozen anchor's gradients are none; the expert's networks and rows all get theirs."""
+    model = grown_flexmoe(anchor_of(family), ["math"])
+    model.freeze_except("math")
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (".experts.math." in name or ".router.math." in name), name
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def remove_is_exact(family: str, folder: Path) -> None:
+    """After `remove_expert`, config, names, order, bytes and logits are those of the model that never had it."""
+    anchor = anchor_of(family)
+    model, never = grown_flexmoe(anchor, ["math", "code"]), grown_flexmoe(anchor, ["code"])
+    with_math = logits(model)
+    with model.only_experts("public", "code"):
+        masked = logits(model)
+    model.remove_expert("math")
+    assert model.config.to_dict() == never.config.to_dict()
+    ours, theirs = model.state_dict(), never.state_dict()
+    assert list(ours) == list(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(logits(model), logits(never))
+    assert torch.equal(masked, logits(never))
+    assert not torch.equal(with_math, masked), "math never said anything: the comparison proves nothing"
+
+
+def norm_follows_is_true(family: str, folder: Path) -> None:
+    """Scaling what the networks return changes the logits, unless a norm takes it: which the site says."""
+    anchor = anchor_of(family)
+    sites = find_ffn_sites(anchor)
+    # far above the norm's eps, and above the residual stream for the families without one
+    once, twice = (_scaled(anchor, [site.block for site in sites], factor) for factor in (1e4, 2e4))
+    same = torch.allclose(once, twice, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
+    assert same == all(site.norm_follows for site in sites)
+
+
+def decode_is_prefill(family: str, folder: Path) -> None:
+    """Token by token through the cache gives the logits of one pass."""
+    model = grown_flexmoe(anchor_of(family), ["math"])
+    whole, cache, steps = logits(model), None, []
+    with torch.no_grad():
+        for token in TOKENS.split(1, 1):
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+CHECKS: dict[str, Callable[[str, Path], None]] = {
+    check.__name__: check
+    for check in (
+        graft_is_bit_equal,
+        stream_and_model_agree,
+        classes_load_each_other,
+        save_reload_generate,
+        backward_reaches_the_expert,
+        remove_is_exact,
+        norm_follows_is_true,
+    )
+}
+
+
+def _strangers(info: dict) -> list[str]:
+    return sorted(itertools.chain(info["missing_keys"], info["unexpected_keys"]))
+
+
+@torch.no_grad()
+def _scaled(model: PreTrainedModel, blocks: list[str], factor: float) -> torch.Tensor:
+    modules = [model.get_submodule(block) for block in blocks]
+    handles = [module.register_forward_hook(lambda _module, _args, out: out * factor) for module in modules]
+    try:
+        return logits(model)
+    finally:
+        for handle in handles:
+            handle.remove()
