@@ -209,13 +209,23 @@ class FlexMoeConfig(PreTrainedConfig):
         """Part of `@strict`. Raises: as `check_top_k`."""
         check_top_k(self.num_experts_per_tok)
 
+    def validate_architecture(self) -> None:
+        """Part of `@strict`: the anchor's configuration has been checked by its own class."""
+
+    def validate_rope(self, *args: Any, **kwargs: Any) -> None:
+        """Part of `@strict`: as `validate_architecture`."""
+
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        # settings of `generate` that the anchor's family declares as fields (BART's forced_eos_token_id) are its own
+        return self.anchor_config._get_generation_parameters()
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The anchor's configuration: cache, attention and vocabulary are the anchor's affair."""
         return self.anchor_config.get_text_config(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         anchor = self.__dict__.get("anchor_config")
-        if name.startswith("__") or anchor is None or isinstance(anchor, dict):
+        if name.startswith("_") or anchor is None or isinstance(anchor, dict):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
         return getattr(anchor, name)
 

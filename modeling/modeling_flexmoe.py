@@ -21,7 +21,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import ModelOutput
 
 from .adapters_flexmoe import AdapterWatch, refuse_wrapped
-from .anchors_flexmoe import NameMap, find_ffn_sites
+from .anchors_flexmoe import ANCHOR_PREFIX, NameMap, find_ffn_sites
 from .composition_flexmoe import HubAccess, check_whole, load_arguments, save_composition
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_top_k
 from .context_flexmoe import checkpoint_with_context, forward_scope, scoped_values
@@ -32,8 +32,6 @@ from .loading_flexmoe import check_everyone_is_there
 from .parallel_flexmoe import PLANS, class_without_fsdp, is_sharded, plan_of_public
 from .routing_flexmoe import load_balancing_loss, router_z_loss
 from .selection_flexmoe import select_experts, stamp_cache
-
-_HEADS = r"^anchor\.(lm_head|embed_out|output)\."
 
 
 @dataclass
@@ -262,17 +260,20 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
 class FlexMoeModel(FlexMoePreTrainedModel):
     """The decoder: the tree of `FlexMoeForCausalLM` without its head, so that both name every tensor alike."""
 
-    def __init__(self, config: FlexMoeConfig) -> None:
-        super().__init__(config)
-        self._tp_plan.pop("anchor.lm_head", None)
-        self._keys_to_ignore_on_load_unexpected |= {_HEADS}
-
     def post_init(self) -> None:
         """Takes the head off, then as transformers' own."""
+        head = self.anchor.get_output_embeddings()
+        names = {name for name, module in self.named_modules() if module is head}
         self.anchor.set_output_embeddings(None)
-        self.anchor.all_tied_weights_keys = {}
+        self.anchor._is_hf_initialized = True  # all that the wrapper itself would initialise is its head
+        heads = tuple(name.removeprefix(ANCHOR_PREFIX) for name in names)
+        ties = self.anchor.all_tied_weights_keys.items()
+        self.anchor.all_tied_weights_keys = {name: to for name, to in ties if not name.startswith(heads)}
         self.anchor._tied_weights_keys = None
         super().post_init()
+        for name in names:
+            self._tp_plan.pop(name, None)
+            self._keys_to_ignore_on_load_unexpected |= {rf"^{re.escape(name)}\."}
 
     def forward(
         self,

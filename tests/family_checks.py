@@ -14,6 +14,8 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import flexmoe
 from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel, find_ffn_sites
+from flexmoe.modeling.anchors_flexmoe import FfnSite
+from flexmoe.modeling.dense_flexmoe import CheckpointNamesError
 from flexmoe.testing import grown_flexmoe, random_tokens, realigned
 from tests.families import tiny_config
 
@@ -49,9 +51,14 @@ def stream_and_model_agree(family: str, folder: Path) -> None:
     """The streaming graft writes the tensors that the model has, and the anchor's logits come back from it."""
     anchor = anchor_of(family)
     anchor.save_pretrained(folder / "dense")
-    flexmoe.graft(folder / "dense", folder / "grafted")
+    try:
+        flexmoe.graft(folder / "dense", folder / "grafted")
+    except CheckpointNamesError as error:  # the error names the way out, which is taken
+        assert "save_original_format=False" in str(error)
+        anchor.save_pretrained(folder / "rewritten", save_original_format=False)
+        flexmoe.graft(folder / "rewritten", folder / "grafted")
     model, info = FlexMoeForCausalLM.from_pretrained(folder / "grafted", output_loading_info=True)
-    assert _strangers(info) == []
+    assert not _strangers(info), _strangers(info)[:5]
     assert torch.equal(logits(realigned(model.eval())), logits(anchor))
 
 
@@ -60,7 +67,7 @@ def classes_load_each_other(family: str, folder: Path) -> None:
     model = grown_flexmoe(anchor_of(family), ["math"])
     model.save_pretrained(folder / "causal")
     decoder, info = FlexMoeModel.from_pretrained(folder / "causal", output_loading_info=True)
-    assert _strangers(info) == []
+    assert not _strangers(info), _strangers(info)[:5]
     decoder.save_pretrained(folder / "decoder")
     head = {name for name in model.state_dict() if name not in decoder.state_dict()}
     for loader, expected in (
@@ -121,13 +128,13 @@ def remove_is_exact(family: str, folder: Path) -> None:
 
 
 def norm_follows_is_true(family: str, folder: Path) -> None:
-    """Scaling what the networks return changes the logits, unless a norm takes it: which the site says."""
+    """Scaling what a network returns scales its layer's output, unless a norm takes it: which the site says."""
     anchor = anchor_of(family)
-    sites = find_ffn_sites(anchor)
-    # far above the norm's eps, and above the residual stream for the families without one
-    once, twice = (_scaled(anchor, [site.block for site in sites], factor) for factor in (1e4, 2e4))
-    same = torch.allclose(once, twice, rtol=1e-3, atol=1e-3 * float(once.abs().max()))
-    assert same == all(site.norm_follows for site in sites)
+    for site in find_ffn_sites(anchor):
+        # far above a norm's eps; and of the order of the residual, which a norm of their sum would see
+        once, twice = (_layer_output(anchor, site, size) for size in (1.0, 2.0))
+        same = torch.allclose(once, twice, rtol=1e-3, atol=1e-3 * float(once.abs().mean()))
+        assert same == site.norm_follows, site
 
 
 def decode_is_prefill(family: str, folder: Path) -> None:
@@ -160,12 +167,17 @@ def _strangers(info: dict) -> list[str]:
     return sorted(itertools.chain(info["missing_keys"], info["unexpected_keys"]))
 
 
-@torch.no_grad()
-def _scaled(model: PreTrainedModel, blocks: list[str], factor: float) -> torch.Tensor:
-    modules = [model.get_submodule(block) for block in blocks]
-    handles = [module.register_forward_hook(lambda _module, _args, out: out * factor) for module in modules]
+def _layer_output(model: PreTrainedModel, site: FfnSite, size: float) -> torch.Tensor:
+    """What the decoder layer returns when its network's output is scaled to the root mean square `size`."""
+    seen = []
+    network, layer = model.get_submodule(f"{site.layer}.{site.attributes[-1]}"), model.get_submodule(site.layer)
+    handles = [
+        network.register_forward_hook(lambda _module, _args, out: out * size / out.square().mean().sqrt()),
+        layer.register_forward_hook(lambda _module, _args, out: seen.append(out if torch.is_tensor(out) else out[0])),
+    ]
     try:
-        return logits(model)
+        logits(model)
     finally:
         for handle in handles:
             handle.remove()
+    return seen[0]
