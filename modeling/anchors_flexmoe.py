@@ -106,9 +106,10 @@ def _decoder_layers(dense: PreTrainedModel, family: str) -> tuple[str, nn.Module
     stacks = _nearest_stacks(dense, dense.get_decoder()) or _nearest_stacks(dense, dense)
     with_network = {name: stack for name, stack in stacks.items() if any(map(_has_network, stack))}
     if not with_network:
-        held = "; ".join(f"{name} of {type(stack[0]).__name__}: {_children(stack[0])}" for name, stack in stacks.items())
+        held = [f"{name} of {type(stack[0]).__name__}: {_children(stack[0])}" for name, stack in stacks.items()]
         raise UnsupportedAnchorError(
-            f"{family} has no list of decoder layers with a feed-forward network in each. Its lists hold: {held}."
+            f"{family} has no list of decoder layers with a feed-forward network in each. Its lists hold: "
+            f"{'; '.join(held)}."
         )
     if len(with_network) > 1:
         raise UnsupportedAnchorError(

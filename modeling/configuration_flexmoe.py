@@ -212,7 +212,7 @@ class FlexMoeConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of `@strict`: the anchor's configuration has been checked by its own class."""
 
-    def validate_rope(self, *args: Any, **kwargs: Any) -> None:
+    def validate_rope(self) -> None:
         """Part of `@strict`: as `validate_architecture`."""
 
     def _get_generation_parameters(self) -> dict[str, Any]:

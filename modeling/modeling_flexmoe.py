@@ -5,7 +5,12 @@ experts (`lifecycle_flexmoe`), the block (`experts_flexmoe`), or where a family 
 """
 
 import contextlib
+<<<<<<< HEAD
 from collections.abc import Callable, Iterator, Mapping
+=======
+import re
+from collections.abc import Callable, Iterator
+>>>>>>> 59500b0 (Let the head's name be found, and an anchor's validators be its own)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

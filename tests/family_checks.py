@@ -53,8 +53,9 @@ def stream_and_model_agree(family: str, folder: Path) -> None:
     anchor.save_pretrained(folder / "dense")
     try:
         flexmoe.graft(folder / "dense", folder / "grafted")
-    except CheckpointNamesError as error:  # the error names the way out, which is taken
-        assert "save_original_format=False" in str(error)
+    except CheckpointNamesError as error:  # it names the way out, which is taken
+        if "save_original_format=False" not in str(error):
+            raise
         anchor.save_pretrained(folder / "rewritten", save_original_format=False)
         flexmoe.graft(folder / "rewritten", folder / "grafted")
     model, info = FlexMoeForCausalLM.from_pretrained(folder / "grafted", output_loading_info=True)
