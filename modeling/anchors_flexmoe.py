@@ -29,8 +29,8 @@ _FFN_NAME = re.compile(r"(.*_)?(mlp|ffn|ff|feed_?forward)(_.*)?")
 # What a mixture of experts holds that a dense network does not.
 _ROUTED_NAMES = frozenset({"experts", "router"})
 
-# The norm that is applied to the network's output before the residual is added (OLMo-2, Gemma-2, GLM-4 ...).
-_NORM_AFTER_FFN = re.compile(r"post_(feed_?forward|mlp|ffn)_(layer_?)?norm")
+# What families call a cache that is not transformers' own; the outputs of a FlexMoE do not carry it.
+_FOREIGN_CACHES = frozenset({"cache_params", "state", "mems", "past_buckets_states"})
 
 
 class UnsupportedAnchorError(ValueError):
@@ -45,13 +45,11 @@ class FfnSite:
         index: number of the decoder layer.
         layer: name of the decoder layer in the dense model, e.g. "model.layers.3".
         attributes: the layer's attributes that make up the network; the first is where the block goes.
-        norm_follows: a norm takes the network's output before the residual is added.
     """
 
     index: int
     layer: str
     attributes: tuple[str, ...]
-    norm_follows: bool
 
     @property
     def block(self) -> str:
@@ -93,6 +91,10 @@ def find_ffn_sites(dense: PreTrainedModel) -> list[FfnSite]:
     family = f"{type(dense).__name__} (model_type {dense.config.model_type!r})"
     if dense.config.is_encoder_decoder:
         raise UnsupportedAnchorError(f"{family} is an encoder-decoder; an anchor is a decoder-only causal LM.")
+    if foreign := _FOREIGN_CACHES.intersection(inspect.signature(dense.forward).parameters):
+        raise UnsupportedAnchorError(
+            f"{family} keeps what it has read in {foreign.pop()!r}; an anchor keeps it in past_key_values or not at all."
+        )
     layers_name, layers = _decoder_layers(dense, family)
     sites = [_site(index, f"{layers_name}.{index}", layer, family) for index, layer in enumerate(layers)]
     _check_each_stands_alone(dense, sites, family)
@@ -155,8 +157,7 @@ def _site(index: int, name: str, layer: nn.Module, family: str) -> FfnSite:
             f"one is expected, under a name like mlp, feed_forward, ffn or {'/'.join(FFN_SPAN)}; it holds "
             f"{_children(layer)}."
         )
-    norm_follows = any(_NORM_AFTER_FFN.fullmatch(child) for child, _ in layer.named_children())
-    return FfnSite(index, name, found[0], norm_follows)
+    return FfnSite(index, name, found[0])
 
 
 def _ffn_candidates(layer: nn.Module) -> list[tuple[str, ...]]:

@@ -5,12 +5,8 @@ experts (`lifecycle_flexmoe`), the block (`experts_flexmoe`), or where a family 
 """
 
 import contextlib
-<<<<<<< HEAD
 from collections.abc import Callable, Iterator, Mapping
-=======
 import re
-from collections.abc import Callable, Iterator
->>>>>>> 59500b0 (Let the head's name be found, and an anchor's validators be its own)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +30,7 @@ from .experts_flexmoe import FlexMoeBlock
 from .identity_flexmoe import refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle
 from .loading_flexmoe import check_everyone_is_there
+from .norms_flexmoe import norm_follows_each_ffn
 from .parallel_flexmoe import PLANS, class_without_fsdp, is_sharded, plan_of_public
 from .routing_flexmoe import load_balancing_loss, router_z_loss
 from .selection_flexmoe import select_experts, stamp_cache
@@ -73,7 +70,7 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         sites = find_ffn_sites(self.anchor)
         self.anchor_names = NameMap(sites)
         if config.norm_topk_prob is None:
-            config.norm_topk_prob = not all(site.norm_follows for site in sites)
+            config.norm_topk_prob = not norm_follows_each_ffn(config.anchor_config)
         for site in sites:
             site.put(self.anchor, FlexMoeBlock(site.ffn(self.anchor), config, site.index))
         self._start_lifecycle()

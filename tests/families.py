@@ -54,16 +54,138 @@ HINTS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {"num_hidden_layers": 4},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "youtu": {"num_key_value_heads": 4},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"], "use_mamba_kernels": False},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "use_mamba_kernels": False},
 }
 
 
-MOE = "a mixture of experts already"
-ENCODER = "an encoder: its network is split over `intermediate` and `output`, whose norm takes the residual in"
-NO_NETWORK = "no feed-forward network in each layer (state-space blocks)"
+Reason = tuple[str, str]
+"""Why a family is no anchor, and a pattern of the error that says so."""
 
-EXCEPTIONS: dict[str, tuple[str, str]] = {}
-"""Families that are no anchors: why, and a pattern of the error that says so."""
+MOE: Reason = ("a mixture of experts already", "is a mixture of experts already")
+ENCODER: Reason = (
+    "an encoder: its network is split over `intermediate` and `output`, whose norm takes the residual in",
+    "no list of decoder layers",
+)
+RECURRENT: Reason = (
+    "recurrent, with a state that is no key-value cache",
+    r"keeps what it has read in '(state|cache_params)'",
+)
+STATE_SPACE: Reason = (
+    "state-space layers, not all of which hold a feed-forward network",
+    "no list of decoder layers|has no feed-forward network",
+)
+
+EXCEPTIONS: dict[str, Reason] = {
+    "afmoe": MOE,
+    "aria_text": MOE,
+    "axk1": MOE,
+    "axk2": MOE,
+    "bailing_hybrid": MOE,
+    "bert": ENCODER,
+    "bert-generation": ENCODER,
+    "big_bird": ENCODER,
+    "blt": ("byte-latent: four stacks of layers of different widths", "several stacks of layers"),
+    "camembert": ENCODER,
+    "cohere2_moe": MOE,
+    "data2vec-text": ENCODER,
+    "dbrx": ("a mixture of experts already (and its default configuration cannot be built)", "rope_theta"),
+    "deepseek_v2": MOE,
+    "deepseek_v3": MOE,
+    "deepseek_v32": MOE,
+    "deepseek_v4": MOE,
+    "dots1": MOE,
+    "dots3_note": (
+        "a mixture of experts already (and its default text configuration has no smaller size)",
+        "per_layer_config",
+    ),
+    "dots3_note_text": MOE,
+    "electra": ENCODER,
+    "emu3": (
+        "its causal LM saves a configuration (emu3_text_model) that AutoModelForCausalLM does not know",
+        "Emu3TextConfig",
+    ),
+    "ernie": ENCODER,
+    "ernie4_5_moe": MOE,
+    "exaone_moe": MOE,
+    "falcon_mamba": RECURRENT,
+    "flex_olmo": MOE,
+    "gemma3n": ("its vision tower needs the library timm; the decoder alone is gemma3n_text", "timm"),
+    "gemma4_assistant": ("drafts over the cache of another model", "hidden_size_per_layer_input must be 0"),
+    "gemma4_unified_assistant": ("drafts over the cache of another model", "layer types producing a cache"),
+    "git": ENCODER,
+    "glm4_moe": MOE,
+    "glm4_moe_lite": MOE,
+    "glm_moe_dsa": MOE,
+    "gpt_oss": MOE,
+    "granitemoe": MOE,
+    "granitemoe_swa": MOE,
+    "granitemoehybrid": MOE,
+    "granitemoeshared": MOE,
+    "hrm_text": ("two stacks of layers that run in turns, several times per token", "several stacks of layers"),
+    "hunyuan_v1_moe": MOE,
+    "hy_v3": MOE,
+    "hy_v4": MOE,
+    "inkling2_text": MOE,
+    "inkling_text": MOE,
+    "jamba": MOE,
+    "jetmoe": MOE,
+    "kimi_linear": MOE,
+    "kolibri1": MOE,
+    "laguna": MOE,
+    "lfm2_moe": MOE,
+    "llama4": MOE,
+    "llama4_text": MOE,
+    "longcat_flash": MOE,
+    "mamba": RECURRENT,
+    "mamba2": RECURRENT,
+    "megatron-bert": ENCODER,
+    "mellum": MOE,
+    "mimo_v2_flash": MOE,
+    "minimax": MOE,
+    "minimax_m2": MOE,
+    "minimax_m3_vl_text": MOE,
+    "mixtral": MOE,
+    "mllama": (
+        "its causal LM saves a configuration (mllama_text_model) that AutoModelForCausalLM does not know",
+        "MllamaTextConfig",
+    ),
+    "musicgen": ("writes audio codes, and AutoModelForCausalLM cannot build it", "dropout"),
+    "musicgen_melody": ("writes audio codes, and AutoModelForCausalLM cannot build it", "dropout"),
+    "nemotron_h": STATE_SPACE,
+    "olmoe": MOE,
+    "phimoe": MOE,
+    "qwen2_moe": MOE,
+    "qwen3_5_moe": MOE,
+    "qwen3_5_moe_text": MOE,
+    "qwen3_moe": MOE,
+    "qwen3_next": MOE,
+    "qwen4_exp": MOE,
+    "qwen4_exp_text": MOE,
+    "reformer": (
+        "reversible layers with a cache of their own, with which transformers 5 cannot generate",
+        "get_start_idx",
+    ),
+    "rembert": ENCODER,
+    "roberta": ENCODER,
+    "roberta-prelayernorm": ENCODER,
+    "roc_bert": ENCODER,
+    "roformer": ENCODER,
+    "rwkv": RECURRENT,
+    "solar_open": MOE,
+    "xlm": ("an encoder: its networks stand in lists apart from any layer", "no list of decoder layers"),
+    "xlm-roberta": ENCODER,
+    "xlm-roberta-xl": ENCODER,
+    "xlnet": ("a permutation language model: it sees the future unless it is told otherwise", "'mems'"),
+    "xlstm": RECURRENT,
+    "xmod": ENCODER,
+    "zamba": ("state-space layers; their networks are shared between layers", "shared_transf"),
+    "zamba2": STATE_SPACE,
+    "zaya": MOE,
+}
+"""The families that are no anchors."""
 
 
 def causal_lm_families() -> list[str]:
