@@ -18,7 +18,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo results bench soak conformance check format format-check lint types layout clean
+.PHONY: help install test demo results bench soak families conformance check format format-check lint types layout clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ bench: $(STAMP) ## Run the benchmarks; each asserts the figures it promises
 
 soak: $(STAMP) ## Run the long randomised tests
 	$(BIN)/python -m pytest tests/soak $(ARGS)
+
+families: $(STAMP) ## Check every dense family of transformers and write docs/families.md (some 5 minutes)
+	$(BIN)/python tests/soak/families_table.py $(ARGS)
 
 # A run of its own: that folder is a package called `tests`, as ours is.
 conformance: $(STAMP) ## Run transformers' own common tests: TRANSFORMERS_TESTS=DIR, the tests folder of that library

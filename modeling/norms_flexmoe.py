@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig
 
 from .anchors_flexmoe import FfnSite, build_on_meta
 
-
 _seen: dict[str, bool] = {}
 
 

@@ -23,7 +23,7 @@ MODELING_LAYERS = (
     ("folders", "json", "configuration", "context", "loading"),
     ("tensors", "tensor_writer"),
     ("routing", "anchors", "parallel"),
-    ("identity", "selection", "manifest", "dense"),
+    ("identity", "selection", "manifest", "dense", "norms"),
     ("packages",),
     ("hub",),
     ("experts", "usage", "adapters", "fitting"),
