@@ -5,8 +5,8 @@ experts (`lifecycle_flexmoe`), the block (`experts_flexmoe`), or where a family 
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
 import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
