@@ -93,7 +93,7 @@ def find_ffn_sites(dense: PreTrainedModel) -> list[FfnSite]:
         raise UnsupportedAnchorError(f"{family} is an encoder-decoder; an anchor is a decoder-only causal LM.")
     if foreign := _FOREIGN_CACHES.intersection(inspect.signature(dense.forward).parameters):
         raise UnsupportedAnchorError(
-            f"{family} keeps what it has read in {foreign.pop()!r}; an anchor has past_key_values for it, or nothing."
+            f"{family} keeps what it has read in {min(foreign)!r}; an anchor has past_key_values for it, or nothing."
         )
     layers_name, layers = _decoder_layers(dense, family)
     sites = [_site(index, f"{layers_name}.{index}", layer, family) for index, layer in enumerate(layers)]

@@ -166,7 +166,7 @@ EXCEPTIONS: dict[str, Reason] = {
     "qwen4_exp_text": MOE,
     "reformer": (
         "reversible layers with a cache of their own, with which transformers 5 cannot generate",
-        "get_start_idx",
+        "past_buckets_states",
     ),
     "rembert": ENCODER,
     "roberta": ENCODER,

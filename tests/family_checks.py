@@ -159,6 +159,7 @@ CHECKS: dict[str, Callable[[str, Path], None]] = {
         backward_reaches_the_expert,
         remove_is_exact,
         norm_follows_is_true,
+        decode_is_prefill,
     )
 }
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -89,7 +88,7 @@ def examine(family: str) -> Row:
     config = tiny_config(family)
     dense, sites = build_on_meta(config)
     network = sites[0].ffn(dense)
-    name = type(network).__name__ if type(network) is not nn.Sequential else " → ".join(dict(network.named_children()))
+    name = type(network).__name__ if len(sites[0].attributes) == 1 else " → ".join(sites[0].attributes)
     failures = {}
     for check_name, check in CHECKS.items():
         with tempfile.TemporaryDirectory() as folder:
