@@ -217,11 +217,13 @@ class FlexMoeConfig(PreTrainedConfig):
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         # settings of `generate` that the anchor's family declares as fields (BART's forced_eos_token_id) are its own
-        return self.anchor_config._get_generation_parameters()
+        anchor: Any = self.anchor_config
+        return anchor._get_generation_parameters()
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The anchor's configuration: cache, attention and vocabulary are the anchor's affair."""
-        return self.anchor_config.get_text_config(*args, **kwargs)
+        anchor: Any = self.anchor_config
+        return anchor.get_text_config(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         anchor = self.__dict__.get("anchor_config")

@@ -137,7 +137,8 @@ def expert_manifest(
     """The manifest of an expert with this record and these tensors."""
     networks = [block.experts[PUBLIC] for block in blocks]
     hidden = config.get_text_config().hidden_size
-    anchor = {**(config.anchor or {}), "model_type": config.anchor_config.model_type}
+    anchor_config: Any = config.anchor_config
+    anchor = {**(config.anchor or {}), "model_type": anchor_config.model_type}
     dtypes = {str(value.dtype).removeprefix("torch.") for name, value in tensors.items() if ".ffn." in name}
     return ExpertManifest(
         **{key: value for key, value in record.items() if key not in ("sha256", "source")},

@@ -209,7 +209,7 @@ UNFIT_ANCHORS = {
     "olmoe": "mixture of experts already",
     "flex_olmo": "mixture of experts already",
     "t5": "no causal LM",
-    "mamba": "no feed-forward",
+    "mamba": "past_key_values",
     "vit": "no causal LM",
 }
 
