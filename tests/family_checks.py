@@ -185,6 +185,20 @@ def _strangers(info: dict) -> list[str]:
     return sorted(itertools.chain(info["missing_keys"], info["unexpected_keys"]))
 
 
+@torch.no_grad()
+def _stepwise(model: PreTrainedModel) -> torch.Tensor:
+    cache, steps = None, []
+    for token in TOKENS.split(1, 1):
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache = out.get("past_key_values")
+        steps.append(out.logits)
+    return torch.cat(steps, 1)
+
+
+def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def _layer_output(model: PreTrainedModel, site: FfnSite, size: float) -> torch.Tensor:
     """What the decoder layer returns when its network's output is scaled to the root mean square `size`."""
     seen = []
