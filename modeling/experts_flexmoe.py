@@ -18,6 +18,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .context_flexmoe import forward_values
+from .linear_flexmoe import faster_linears
 from .parallel_flexmoe import is_awaited
 from .routing_flexmoe import route
 
@@ -71,6 +72,9 @@ def floating_dtype(module: nn.Module) -> torch.dtype | None:
 
     None if it has none, as quantised modules may: those take what they are given.
     """
+    weight = module._parameters.get("weight")  # walking over a row's parameters takes longer than its product
+    if weight is not None and weight.dtype.is_floating_point:
+        return weight.dtype
     return next((p.dtype for p in module.parameters() if p.dtype.is_floating_point), None)
 
 
@@ -79,10 +83,11 @@ class FlexMoeRouter(nn.ModuleDict):
 
     def forward(self, x_TH: Tensor, names: Sequence[str]) -> Tensor:
         """Logits of the experts `names`, float32 [T, A], whatever autocast says."""
+        rows = [self[name] for name in names]
+        dtypes = [floating_dtype(row) or torch.float32 for row in rows]
         with maybe_autocast(x_TH.device.type, enabled=False):
-            logits = [
-                row(x_TH.to(floating_dtype(row) or torch.float32)).float() for row in map(self.__getitem__, names)
-            ]
+            x_as = {dtype: x_TH.to(dtype) for dtype in dtypes}
+            logits = [row(x_as[dtype]).float() for row, dtype in zip(rows, dtypes, strict=True)]
         return torch.cat(logits, -1)
 
 
@@ -120,10 +125,12 @@ class FlexMoeBlock(nn.Module):
         weights_TA = weights_TA.to(x_TH.dtype)
         if torch.compiler.is_compiling():
             mixed_TH = self._mix_masked(x_TH, names, weights_TA, residual)
-        elif k >= len(names) and allowed_TA is None:
+        elif len(names) == 1:  # torch's own products: the dense anchor's bits
             mixed_TH = self._mix_all(x_TH, names, weights_TA, residual)
         else:
-            mixed_TH = self._mix_chosen(x_TH, names, weights_TA, residual)
+            mix = self._mix_all if k >= len(names) and allowed_TA is None else self._mix_chosen
+            with faster_linears(x_TH):
+                mixed_TH = mix(x_TH, names, weights_TA, residual)
         return sum(residual, mixed_TH.view(hidden_states.shape))
 
     def _mix_all(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
@@ -142,12 +149,15 @@ class FlexMoeBlock(nn.Module):
     def _mix_chosen(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
         """Each expert sees the tokens that chose it."""
         mixed_TH = torch.zeros_like(x_TH)
-        for i, name in enumerate(names):
-            (tokens,) = weights_TA[:, i].nonzero(as_tuple=True)
-            if not len(tokens) and not is_awaited(self.experts[name]):
+        counts = weights_TA.count_nonzero(0).tolist()
+        for name, count, weight_T1 in zip(names, counts, weights_TA.split(1, -1), strict=True):
+            if not count and not is_awaited(self.experts[name]):
                 continue
-            output = self._call(name, x_TH[tokens], zeros)
-            mixed_TH = mixed_TH.index_add(0, tokens, output * weights_TA[tokens, i, None])
+            if count == len(x_TH):  # all of them, as when decoding one sequence: nothing to gather
+                mixed_TH.addcmul_(self._call(name, x_TH, zeros), weight_T1)
+                continue
+            tokens = weight_T1.squeeze(-1).nonzero().squeeze(-1)
+            mixed_TH.index_add_(0, tokens, self._call(name, x_TH[tokens], zeros) * weight_T1[tokens])
         return mixed_TH
 
     def _call(self, name: str, x_TH: Tensor, zeros: Sequence[Tensor]) -> Tensor:

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+LOWEST, SMALLEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
+
 
 def route(logits_TE: Tensor, k: int, renormalize: bool, offset_TE: Tensor | None = None) -> Tensor:
     """Softmax over all allowed experts in float32, then the k largest.
@@ -39,31 +41,24 @@ def route(logits_TE: Tensor, k: int, renormalize: bool, offset_TE: Tensor | None
     logits_TE = logits_TE.float()
     if offset_TE is not None:
         logits_TE = logits_TE + offset_TE
-    probs_TE = _softmax(logits_TE)
-    if k >= probs_TE.shape[-1]:
-        kept_TE = probs_TE
-    else:
-        chosen_TK = probs_TE.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        kept = torch.zeros_like(probs_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
-        kept_TE = torch.where(kept, probs_TE, 0.0)
-    return _divide(kept_TE, _ordered_sum(kept_TE)) if renormalize else kept_TE
+    weights_TE = _softmax(logits_TE)
+    if k < weights_TE.shape[-1]:
+        order_TE = weights_TE.sort(dim=-1, descending=True, stable=True).indices
+        weights_TE = weights_TE.scatter(1, order_TE[:, k:], 0.0)
+    # what is kept sums to more than the smallest number, or to 0
+    return weights_TE / _ordered_sum(weights_TE).clamp(min=SMALLEST) if renormalize else weights_TE
 
 
 def _softmax(logits_TE: Tensor) -> Tensor:
     """Softmax whose bits don't change when columns of -inf come or go, as `torch.softmax` would."""
-    largest_T1 = logits_TE.detach().amax(-1, keepdim=True)
-    largest_T1 = torch.where(largest_T1 == float("-inf"), 0.0, largest_T1)
+    largest_T1 = logits_TE.detach().amax(-1, keepdim=True).clamp(min=LOWEST)  # -inf - -inf is not a number
     exp_TE = (logits_TE - largest_T1).exp()
-    return _divide(exp_TE, _ordered_sum(exp_TE))
+    return exp_TE / _ordered_sum(exp_TE).clamp(min=1.0)  # the largest adds 1, unless there is none
 
 
 def _ordered_sum(values_TE: Tensor) -> Tensor:
     """Sums from the first expert to the last, so that a 0 anywhere changes no bit: a vectorised sum regroups."""
     return values_TE.cumsum(-1)[:, -1:]
-
-
-def _divide(values_TE: Tensor, total_T1: Tensor) -> Tensor:
-    return values_TE / torch.where(total_T1 == 0, 1.0, total_T1)
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], k: int, token_mask_T: Tensor | None = None) -> Tensor:

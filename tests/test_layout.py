@@ -22,7 +22,7 @@ NOT_TRACKED = {"build", "dist", "flexmoe.egg-info", "runs"}
 MODELING_LAYERS = (
     ("folders", "json", "configuration", "context", "loading"),
     ("tensors", "tensor_writer"),
-    ("routing", "anchors", "parallel"),
+    ("routing", "linear", "anchors", "parallel"),
     ("identity", "selection", "manifest", "dense", "norms"),
     ("packages",),
     ("hub",),
@@ -66,8 +66,10 @@ ALLOWED = {
         "flexmoe.next_token_loss",
         "flexmoe.training",
     },
+    "flexmoe.registration": {"flexmoe.modeling"},
     "flexmoe": {
         "flexmoe.modeling",
+        "flexmoe.registration",
         "flexmoe.conversion",
         "flexmoe.evaluation",
         "flexmoe.inspection",

@@ -9,31 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from flexmoe.modeling import (
-    ExpertPackage,
-    FlexMoeConfig,
-    FlexMoeForCausalLM,
-    FlexMoeModel,
-    UnsupportedAnchorError,
-    track_usage,
-)
+from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.registration import LazyModelClass
 
 if TYPE_CHECKING:
     from flexmoe.conversion.compose import add, compose, remove
     from flexmoe.conversion.graft import graft
     from flexmoe.evaluation import evaluate
     from flexmoe.inspection import inspect
+    from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, track_usage
     from flexmoe.peft import expert_lora_config
     from flexmoe.training import TrainingSettings, train_expert
 
 __version__ = "0.1.0"
 
 AutoConfig.register("flexmoe", FlexMoeConfig, exist_ok=True)
-AutoModel.register(FlexMoeConfig, FlexMoeModel, exist_ok=True)
-AutoModelForCausalLM.register(FlexMoeConfig, FlexMoeForCausalLM, exist_ok=True)
+AutoModel.register(FlexMoeConfig, LazyModelClass("FlexMoeModel"), exist_ok=True)
+AutoModelForCausalLM.register(FlexMoeConfig, LazyModelClass("FlexMoeForCausalLM"), exist_ok=True)
 
-# Imported on first use: loading a model needs neither datasets nor a trainer.
+# Imported on first use: a config needs no model, and loading a model neither datasets nor a trainer.
 _LAZY = {
+    "ExpertPackage": "flexmoe.modeling",
+    "FlexMoeForCausalLM": "flexmoe.modeling",
+    "FlexMoeModel": "flexmoe.modeling",
+    "UnsupportedAnchorError": "flexmoe.modeling",
+    "track_usage": "flexmoe.modeling",
     "add": "flexmoe.conversion.compose",
     "compose": "flexmoe.conversion.compose",
     "remove": "flexmoe.conversion.compose",

@@ -1,0 +1,36 @@
+"""How the Auto classes know FlexMoE before its code is imported.
+
+The library's modelling code takes seconds to import, and `from transformers import AutoModelForCausalLM` leaves it for
+later; so does `import flexmoe`. Does not cover which classes there are (`flexmoe/__init__.py`).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+
+
+class LazyModelClass:
+    """Stands in an Auto class's mapping for the model class called `name`, which is imported when it is used."""
+
+    config_class = FlexMoeConfig
+
+    def __init__(self, name: str) -> None:
+        self.__name__ = name
+
+    def __reduce__(self) -> tuple:
+        return LazyModelClass, (self.__name__,)  # the mappings can be pickled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model_class()(*args, **kwargs)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._model_class(), attribute)
+
+    def _model_class(self) -> type:
+        return getattr(import_module("flexmoe.modeling"), self.__name__)
+
+
+__all__ = ["LazyModelClass"]

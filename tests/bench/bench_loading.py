@@ -1,0 +1,162 @@
+"""Loading a 1 GB checkpoint with 7 experts against transformers' own FlexOlmo of the same shapes and bytes.
+
+Both are written by `save_pretrained` in bf16 (shards of 300 MB) with the same tensors, FlexOlmo's also as it has them
+in memory (`save_original_format=False`: stacks of all experts, nothing to convert while loading). The better of the
+two, figure by figure, is what we are held to. Each load is a fresh process, in turns, page cache warm; the imports
+come before the clock starts. Two rows: `load` is `AutoModelForCausalLM.from_pretrained` alone, which maps the files;
+`load and forward` goes on to one token's forward pass through all experts (k = 7), so that every page is read.
+
+Asserts for both rows at most 1.1 times FlexOlmo's median time and median peaks, of resident memory (VmHWM: mapped
+files included) and of private memory (RssAnon, sampled from within). Needs 4 GB of disk. Linux only.
+
+Run: python tests/bench/bench_loading.py [--out JSON].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from bench_forward import EXPERTS, NAMES, SIZES, with_its_tensors
+from machine import machine
+from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
+
+RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "loading.json"
+RUNS = 5
+BAR = 1.1  # times FlexOlmo's seconds and bytes
+FIGURES = ("seconds", "peak_resident_bytes", "peak_private_bytes")
+
+LOAD = """
+import json, sys, threading, time
+from pathlib import Path
+import flexmoe, torch, transformers
+from flexmoe.modeling import FlexMoeForCausalLM
+from transformers import AutoModelForCausalLM, FlexOlmoForCausalLM
+
+def status(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+torch.set_num_threads(2)
+transformers.utils.logging.disable_progress_bar()
+folder, forward = sys.argv[1], sys.argv[2] == "forward"
+peak, done = status("RssAnon:"), threading.Event()
+def sample():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, status("RssAnon:"))
+private_before = peak
+sampler = threading.Thread(target=sample)
+sampler.start()
+Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+resident_before = status("VmRSS:")
+start = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(folder)
+if forward:
+    with torch.no_grad():
+        logits = model(torch.tensor([[7]])).logits
+seconds = time.perf_counter() - start
+done.set()
+sampler.join()
+print(json.dumps({
+    "seconds": seconds,
+    "peak_resident_bytes": status("VmHWM:"),
+    "peak_private_bytes": max(peak, status("RssAnon:")),
+    "before": {"resident_bytes": resident_before, "private_bytes": private_before},
+    "logits": logits.float().flatten()[:8].tolist() if forward else None,
+}))
+"""
+
+
+def write_checkpoints(folder: Path) -> dict[str, Path]:
+    """The same model three times: ours, FlexOlmo as `save_pretrained` writes it, and as it has it in memory."""
+    torch.manual_seed(0)
+    config = FlexOlmoConfig(**SIZES, num_experts=EXPERTS, num_experts_per_tok=EXPERTS, norm_topk_prob=True)
+    theirs = FlexOlmoForCausalLM(config).to(torch.bfloat16)
+    ours = with_its_tensors(theirs)
+    ours.config.num_experts_per_tok = EXPERTS
+    folders = {name: folder / name for name in ("flexmoe", "flex_olmo", "flex_olmo, stacked")}
+    ours.save_pretrained(folders["flexmoe"], max_shard_size="300MB")
+    theirs.save_pretrained(folders["flex_olmo"], max_shard_size="300MB")
+    theirs.save_pretrained(folders["flex_olmo, stacked"], max_shard_size="300MB", save_original_format=False)
+    return folders
+
+
+def load(folder: Path, what: str) -> dict[str, object]:
+    """What one fresh process measured."""
+    command = [sys.executable, "-c", LOAD, str(folder), what]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def measure(folders: dict[str, Path]) -> dict[str, object]:
+    rows: dict[str, object] = {}
+    for what in ("load", "forward"):
+        runs: dict[str, list[dict]] = {name: [] for name in folders}
+        for run in range(RUNS + 1):
+            for name, folder in folders.items():
+                measured = load(folder, what)
+                if run:  # the first round fills the page cache
+                    runs[name].append(measured)
+        if what == "forward":
+            check_logits({name: measured[0]["logits"] for name, measured in runs.items()})
+        rows["load" if what == "load" else "load and forward"] = row(runs)
+    return rows
+
+
+def check_logits(logits: dict[str, list[float]]) -> None:
+    """All three hold the same model."""
+    first, *others = (torch.tensor(values) for values in logits.values())
+    for other in others:
+        torch.testing.assert_close(first, other, rtol=5e-2, atol=5e-2)
+
+
+def row(runs: dict[str, list[dict]]) -> dict[str, object]:
+    """Medians of each, and ours over the better of FlexOlmo's."""
+    medians = {
+        figure: {name: statistics.median(run[figure] for run in measured) for name, measured in runs.items()}
+        for figure in FIGURES
+    }
+    ratios = {
+        figure: round(values["flexmoe"] / min(value for name, value in values.items() if name != "flexmoe"), 3)
+        for figure, values in medians.items()
+    }
+    before = {name: measured[0]["before"] for name, measured in runs.items()}
+    return {"ratios": ratios, "medians": medians, "before": before, "passed": all(r <= BAR for r in ratios.values())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=None, help="where to put 4 GB for a while")
+    parser.add_argument("--out", type=Path, default=RESULT, help="where the result goes")
+    arguments = parser.parse_args()
+    before = machine()
+    with tempfile.TemporaryDirectory(prefix="flexmoe-bench-", dir=arguments.folder) as folder:
+        folders = write_checkpoints(Path(folder))
+        sizes = {name: sum(f.stat().st_size for f in at.glob("*.safetensors")) for name, at in folders.items()}
+        rows = measure(folders)
+    result = {
+        "rows": rows,
+        "bars": dict.fromkeys(FIGURES, BAR),
+        "bytes": sizes,
+        "runs": RUNS,
+        "dtype": "bfloat16",
+        "shapes": {**SIZES, "experts": len(NAMES)},
+        "path": "AutoModelForCausalLM.from_pretrained, fresh processes in turns, page cache warm, 2 threads",
+        **before,
+    }
+    text = json.dumps(result, indent=2)
+    sys.stdout.write(text + "\n")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(text + "\n")
+    missed = [name for name, values in rows.items() if not values["passed"]]
+    assert not missed, f"loading costs more than {BAR} times FlexOlmo's: {missed}"
+
+
+if __name__ == "__main__":
+    main()
