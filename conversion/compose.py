@@ -16,7 +16,13 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
+from flexmoe.modeling.configuration_flexmoe import (
+    PUBLIC,
+    ExpertPackageConfig,
+    FlexMoeConfig,
+    check_expert_name,
+    expert_record,
+)
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
 from flexmoe.modeling.fitting_flexmoe import check_anchor, open_package
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder, file_inside
@@ -166,6 +172,8 @@ class _StoredModel:
         if not (self.folder / CONFIG_FILE).is_file():
             raise FileNotFoundError(f"{source} is not a model folder: it has no {CONFIG_FILE}.")
         model_type = read_json_object(self.folder / CONFIG_FILE).get("model_type")
+        if model_type == ExpertPackageConfig.model_type:
+            raise ExpertPackageConfig.error(source)
         if model_type != FlexMoeConfig.model_type:
             raise ValueError(
                 f"{source} is a {model_type!r} model, not a FlexMoE. Make one of it with `flexmoe graft`."

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .anchors_flexmoe import NameMap, UnsupportedAnchorError, build_on_meta, find_ffn_sites
-    from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name
+    from .configuration_flexmoe import PUBLIC, ExpertPackageConfig, FlexMoeConfig, check_expert_name
     from .experts_flexmoe import FlexMoeBlock, FlexMoeRouter
     from .modeling_flexmoe import (
         FlexMoeCausalLMOutputWithPast,
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "ExpertManifest": "packages_flexmoe",
     "ExpertPackage": "packages_flexmoe",
+    "ExpertPackageConfig": "configuration_flexmoe",
     "ExpertUsage": "usage_flexmoe",
     "FlexMoeBlock": "experts_flexmoe",
     "FlexMoeCausalLMOutputWithPast": "modeling_flexmoe",
@@ -49,6 +50,7 @@ __all__ = [
     "PUBLIC",
     "ExpertManifest",
     "ExpertPackage",
+    "ExpertPackageConfig",
     "ExpertUsage",
     "FlexMoeBlock",
     "FlexMoeCausalLMOutputWithPast",

@@ -6,13 +6,12 @@ Does not cover where an anchor keeps its feed-forward networks (`anchors_flexmoe
 
 import copy
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
-from transformers.utils import cached_file
 
 PUBLIC = "public"
 """Name of the anchor's own feed-forward network. It can be masked, never removed."""
@@ -23,9 +22,6 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_flexmoe.FlexMoeForCausalLM",
 }
 """What each Auto class loads from the files beside a checkpoint, with `trust_remote_code=True`."""
-
-MANIFEST_FILE = "expert_config.json"
-"""What an expert package has in place of a `config.json`."""
 
 RECORD_KEYS = (
     "name",
@@ -89,6 +85,25 @@ def expert_record(expert: str | dict[str, Any]) -> dict[str, Any]:
     check_expert_name(record.get("name", ""))
     record.setdefault("kind", "full")
     return {key: record[key] for key in RECORD_KEYS if record.get(key) is not None}
+
+
+class ExpertPackageConfig(PreTrainedConfig):
+    """The `config.json` of an expert package: it says to the Auto classes, and to the Hub, that this is no model."""
+
+    model_type = "flexmoe_expert"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> NoReturn:
+        """Raises ValueError, whatever there is."""
+        raise cls.error(kwargs.get("name_or_path", "PACKAGE"))
+
+    @classmethod
+    def error(cls, source: Any) -> ValueError:
+        """What somebody hears who loads the package `source` as a model."""
+        return ValueError(
+            f"{source} is an expert package, not a model. Load the model that it is for, and add it: "
+            f'model.add_expert("{source}"); or write both as one checkpoint with `flexmoe compose`.'
+        )
 
 
 @strict
@@ -162,19 +177,14 @@ class FlexMoeConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As transformers' own, but an expert package is called one.
+        """As transformers' own.
 
         Raises:
             ValueError: it is an expert package, which is no model.
         """
-        asked = dict(kwargs)
-        try:
-            values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except OSError as error:
-            _refuse_package(pretrained_model_name_or_path, asked, error)
-            raise
-        if not values:  # what transformers finds in a folder without a config.json
-            _refuse_package(pretrained_model_name_or_path, asked)
+        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") == ExpertPackageConfig.model_type:
+            raise ExpertPackageConfig.error(pretrained_model_name_or_path)
         return values, unused
 
     @property
@@ -245,21 +255,6 @@ class FlexMoeConfig(PreTrainedConfig):
             super().__setattr__(name, value)
 
 
-def _refuse_package(source: Any, asked: dict[str, Any], cause: OSError | None = None) -> None:
-    """Raises ValueError if the folder or repository has a manifest; `asked` are arguments of `from_pretrained`."""
-    names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-    how = {name: asked[name] for name in names if asked.get(name) is not None}
-    try:
-        manifest = cached_file(source, MANIFEST_FILE, **how)
-    except OSError:  # no such file, or no such repository
-        return
-    if manifest is not None:
-        raise ValueError(
-            f"{source} is an expert package, not a model. Load the model that it is for, and add it: "
-            f'model.add_expert("{source}"); or write both as one checkpoint with `flexmoe compose`.'
-        ) from cause
-
-
 def _anchor_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
     model_type = values.get("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -274,9 +269,9 @@ FlexMoeConfig.register_for_auto_class()
 
 __all__ = [
     "AUTO_MAP",
-    "MANIFEST_FILE",
     "PUBLIC",
     "RECORD_KEYS",
+    "ExpertPackageConfig",
     "FlexMoeConfig",
     "check_expert_name",
     "check_top_k",

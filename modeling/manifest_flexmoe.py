@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .configuration_flexmoe import MANIFEST_FILE, RECORD_KEYS, check_expert_name
+from .configuration_flexmoe import RECORD_KEYS, check_expert_name
 
 FORMAT_VERSION = 1
 KINDS = ("full", "low_rank")
+MANIFEST_FILE = "expert_config.json"
 WEIGHT_FILE = re.compile(r"expert(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")

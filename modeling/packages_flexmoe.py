@@ -4,6 +4,7 @@
     expert.safetensors   `layers.<i>.ffn.<parameter of the anchor's network>`, `layers.<i>.router.weight` [1, H] and
                          `layers.<i>.router.bias` [1]; shards and an index above 5 GB
     README.md            the card
+    config.json          says to the Auto classes that this is no model
 
 A package is a stranger's: every name, shape, dtype, number and hash is checked, and nothing in it is run. Its hashes
 say that the weights belong to the manifest, not who wrote both. `docs/expert-package.md` is the format for readers.
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from .configuration_flexmoe import ExpertPackageConfig
 from .folders_flexmoe import atomic_folder, file_inside
 from .json_flexmoe import json_text, read_json_object
 from .manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, ExpertManifest, PackageError
@@ -29,6 +31,7 @@ from .tensor_writer_flexmoe import source_from_tensor, write_checkpoint
 from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, tensor_from_chunks, tensor_info
 
 CARD_FILE = "README.md"
+CONFIG_FILE = "config.json"
 
 _TENSOR_NAME = re.compile(
     r"layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<part>ffn\.[\w.]+|router\.weight|router\.bias)", re.ASCII
@@ -153,6 +156,7 @@ def write_package(
         written = write_checkpoint(folder, sources, stem="expert", hash_files=True)
         manifest = replace(manifest, sha256={name: digest or "" for name, digest in written.files.items()})
         (folder / MANIFEST_FILE).write_text(json_text(manifest.to_dict()), encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(json_text({"model_type": ExpertPackageConfig.model_type}), encoding="utf-8")
         (folder / CARD_FILE).write_text(default_card(manifest) if card is None else card, encoding="utf-8")
     return Path(out)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.modeling.configuration_flexmoe import ExpertPackageConfig, FlexMoeConfig
 from flexmoe.registration import LazyModelClass
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 AutoConfig.register("flexmoe", FlexMoeConfig, exist_ok=True)
+AutoConfig.register("flexmoe_expert", ExpertPackageConfig, exist_ok=True)  # it says what an expert package is for
 AutoModel.register(FlexMoeConfig, LazyModelClass("FlexMoeModel"), exist_ok=True)
 AutoModelForCausalLM.register(FlexMoeConfig, LazyModelClass("FlexMoeForCausalLM"), exist_ok=True)
 

@@ -79,7 +79,7 @@ def tiny_flexmoe(family: str, experts: Sequence[str] = (), seed: int = 0, **conf
 
 
 def grown_flexmoe(
-    anchor: PreTrainedModel, experts: Sequence[str] = (), seed: int = 0, **config: object
+    anchor: PreTrainedModel, /, experts: Sequence[str] = (), seed: int = 0, **config: object
 ) -> FlexMoeForCausalLM:
     """`anchor` as a FlexMoE, with `experts` as in `tiny_flexmoe`."""
     model = FlexMoeForCausalLM(FlexMoeConfig(anchor_config=anchor.config, experts=[PUBLIC, *experts], **config)).eval()

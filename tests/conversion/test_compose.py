@@ -225,7 +225,7 @@ class TestRefusals:
     def test_wrong_things_in_the_wrong_place(self, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="flexmoe graft"):
             compose(llama / "anchor", packages(llama, "math"), tmp_path / "out")
-        with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        with pytest.raises(ValueError, match="is an expert package, not a model"):
             compose(llama / "math", packages(llama, "math"), tmp_path / "out")
         with pytest.raises(FileNotFoundError, match=r"expert_config\.json"):
             compose(llama / "grafted", [llama / "grafted"], tmp_path / "out")
