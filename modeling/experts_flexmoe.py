@@ -154,7 +154,7 @@ class FlexMoeBlock(nn.Module):
             if not count and not is_awaited(self.experts[name]):
                 continue
             if count == len(x_TH):  # all of them, as when decoding one sequence: nothing to gather
-                mixed_TH.addcmul_(self._call(name, x_TH, zeros), weight_T1)
+                mixed_TH += self._call(name, x_TH, zeros) * weight_T1  # the products are rounded as in `_mix_all`
                 continue
             tokens = weight_T1.squeeze(-1).nonzero().squeeze(-1)
             mixed_TH.index_add_(0, tokens, self._call(name, x_TH[tokens], zeros) * weight_T1[tokens])

@@ -93,6 +93,17 @@ def test_masked_is_removed(family, k):
 
 
 @families
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_beside_sequences_that_are_not_is_removed(family, dtype):
+    """With k = all, every expert sees as many tokens either way, so the products and their sum have the same bits."""
+    model = tiny_flexmoe(family, OWNERS).to(dtype)
+    rest = ("public", "math", "legal")
+    beside = logits(model, expert_mask=mask(model, rest, tuple(model.expert_names)))
+    model.remove_expert("code")
+    assert torch.equal(beside[0], logits(model)[0])
+
+
+@families
 def test_masked_expert_may_hold_nan(family):
     model = tiny_flexmoe(family, OWNERS, num_experts_per_tok=2)
     clean = logits(model, expert_mask=mask(model, ("public", "code", "legal"), ("public", "legal")))
