@@ -139,7 +139,7 @@ def test_the_dtype_of_a_mixed_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "options", "reason"),
     [
-        ("bert", {"intermediate_size": 48}, "no feed-forward network"),
+        ("bert", {"intermediate_size": 48}, "with a feed-forward network in each"),
         ("t5", {"d_model": 32}, "T5Config|encoder-decoder"),
         ("mixtral", {"intermediate_size": 48, "num_local_experts": 2}, "mixture of experts already"),
         ("flexmoe", {}, "FlexMoE already"),
