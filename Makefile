@@ -5,10 +5,14 @@ WORKERS ?= 2
 OUT     ?= runs/demo
 ARGS    ?=
 
-VENV  := .venv
-BIN   := $(VENV)/bin
-STAMP := $(VENV)/.installed
-TREES := modeling conversion model_cards src tests
+# What `make test-oldest` runs with; which build of it (CPU or CUDA), this machine's pip decides.
+TORCH_OLDEST ?= torch==2.10.0
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+OLDEST := .venv-oldest
+TREES  := modeling conversion model_cards src tests
 
 # The exact versions are those of Python 3.11 and later; an older Python resolves from pyproject's lower bounds.
 PINNED := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
@@ -18,15 +22,15 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test demo results bench soak families conformance check format format-check lint types layout clean
+.PHONY: help install test test-oldest demo results bench soak families conformance check format format-check lint types layout clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP) ## Set up .venv with everything needed to run, test and develop
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+$(BIN)/python $(OLDEST)/bin/python: %/bin/python:
+	$(PYTHON) -m venv $* || { $(PYTHON) -m venv --without-pip $* && $(PYTHON) -m pip --python $@ install pip; }
 
 # torch comes first and alone, so that the build this machine's pip is set up for (CPU or CUDA) is the one that stays.
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
@@ -34,8 +38,16 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet $(PINNED) --editable '.[dev]'
 	@touch $@
 
+$(OLDEST)/.installed: pyproject.toml constraints-oldest.txt | $(OLDEST)/bin/python
+	$(OLDEST)/bin/python -m pip install --quiet $(TORCH_OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet -c constraints-oldest.txt --editable '.[test]'
+	@touch $@
+
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest supported versions, in a .venv-oldest of their own
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 demo: $(STAMP) ## Run the main job end to end on real text (about 10 minutes on 2 cores): OUT=runs/demo
 	$(BIN)/flexmoe demo --out $(OUT) $(ARGS)
@@ -83,4 +95,4 @@ layout: $(STAMP)
 	$(BIN)/python -m pytest --quiet tests/test_layout.py
 
 clean: ## Remove caches and the environment, never your runs
-	rm -rf $(VENV) .types .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) $(OLDEST) .types .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

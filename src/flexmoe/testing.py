@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM
+from flexmoe.modeling.compat_flexmoe import enable_activation_checkpointing
 
 VOCABULARY = 99
 
@@ -107,9 +108,8 @@ def perturb_expert(model: FlexMoeForCausalLM, name: str, seed: int = 0) -> None:
 
 
 def enable_checkpointing(model: PreTrainedModel, **kwargs: Any) -> None:
-    """Turns activation checkpointing on, by the name that the installed transformers has for it, and trains."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(kwargs or None)
+    """Turns activation checkpointing on, and trains."""
+    enable_activation_checkpointing(model, **kwargs)
     model.train()
 
 

@@ -331,7 +331,8 @@ def test_as_a_process() -> None:
     )
     assert process.returncode == 1
     assert process.stdout == ""
-    assert re.fullmatch(r"Error: /nowhere/at/all: no such folder\..*\n", process.stderr)
+    # lines before it are other libraries': torchao tells of each of its kernels that this torch cannot load
+    assert re.match(r"Error: /nowhere/at/all: no such folder\.", process.stderr.splitlines()[-1])
 
 
 def test_the_main_job(tmp_path: Path, monkeypatch, capsys) -> None:
