@@ -30,6 +30,7 @@ from flexmoe.modeling.hub_flexmoe import resolve_folder
 from flexmoe.modeling.json_flexmoe import read_json_object
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError
+from flexmoe.modeling.quantization_flexmoe import check_unquantized
 from flexmoe.modeling.tensor_writer_flexmoe import (
     MAX_SHARD_SIZE,
     TensorSource,
@@ -184,6 +185,7 @@ class _StoredModel:
                 f"{source} is a composition, which names its parts and holds no weights: write them out first, with "
                 "AutoModelForCausalLM.from_pretrained(composition).save_pretrained(folder)."
             )
+        check_unquantized(self.config, source, "changed on disk")
         self.tensors = CheckpointFolder(self.folder)
 
 

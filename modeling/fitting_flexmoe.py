@@ -1,7 +1,8 @@
 """An expert's modules from a package or from the public network, and a package's tensors from an expert's modules.
 
-New modules are always plain ones of the anchor's class, built anew: the live ones may carry hooks, adapters or
-quantised weights. Nothing here changes a model. Does not cover making them part of one (`lifecycle_flexmoe`).
+New modules are plain ones of the anchor's class, built anew, because the live ones may carry hooks, adapters or
+quantised weights; a copy of a quantised public network alone is quantised, too. Nothing here changes a model. Does not
+cover making them part of one (`lifecycle_flexmoe`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from .hub_flexmoe import resolve_folder
 from .manifest_flexmoe import ExpertManifest
 from .packages_flexmoe import ExpertPackage
 from .parallel_flexmoe import whole
+from .quantization_flexmoe import copied_quantized, has_quantized_weights
 
 ExpertPart = tuple[nn.Module, nn.Linear]
 """An expert in one layer: its network and its router row."""
@@ -39,8 +41,12 @@ def parts_from_public(
     """Copies of the public networks, with rows of zeros."""
     parts = []
     for block, network in zip(blocks, networks, strict=True):
-        state = {key: _plain(block.experts[PUBLIC], key).clone() for key in network.state_dict()}
-        network.load_state_dict(state, assign=True)
+        public = block.experts[PUBLIC]
+        if has_quantized_weights(public):
+            network = copied_quantized(public, network)
+        else:
+            state = {key: _plain(public, key).clone() for key in network.state_dict()}
+            network.load_state_dict(state, assign=True)
         parts.append((make_expert(network, record), _fresh_row(block)))
     return parts
 
@@ -113,17 +119,21 @@ def expert_tensors(
     """The tensors of the expert `name`, called as in a package, whole and on the CPU; rows in float32.
 
     Raises:
-        ValueError: the expert holds other tensors than its plain network and row: an adapter, a parametrisation or a
-            quantised layer is in it.
+        ValueError: the expert holds other tensors than its plain network and row (an adapter or a parametrisation is
+            in it), or quantised ones.
     """
     for block, network in zip(blocks, networks, strict=True):
         at = f"layers.{block.layer_index}"
+        if has_quantized_weights(block.experts[name]):
+            raise ValueError(
+                f"Expert {name!r} is quantised: what it holds is no longer what its owner made, and a package would "
+                "pass it off as that. Load the model without quantization_config, and save the expert from there."
+            )
         for part, plain in ((block.experts[name], network), (block.router[name], _fresh_row(block))):
             if strange := sorted(set(part.state_dict()) ^ set(plain.state_dict())):
                 raise ValueError(
-                    f"Expert {name!r} differs from its plain modules in {strange[:3]} ...: an adapter, a "
-                    "parametrisation or a quantised layer is in it. Merge it in or take it off before saving "
-                    "(PEFT: merge_and_unload)."
+                    f"Expert {name!r} differs from its plain modules in {strange[:3]} ...: an adapter or a "
+                    "parametrisation is in it. Merge it in or take it off before saving (PEFT: merge_and_unload)."
                 )
         for key in network.state_dict():
             yield f"{at}.ffn.{key}", _plain(block.experts[name], key).cpu().contiguous()

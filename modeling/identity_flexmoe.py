@@ -1,8 +1,9 @@
 """Which anchor a live model stands on: its fingerprint, computed anew from its tensors.
 
 An anchor's fingerprint is a function of files, made while grafting; this one says whether a model that is about to be
-saved still holds those bytes. A model that was cast at load, or that lacks an untied head, cannot be told from one
-that was not changed, so it is left alone. Does not cover the streaming computation (`flexmoe.conversion.graft`).
+saved still holds those bytes. A model that was cast or quantised at load, or that lacks an untied head, cannot be told
+from one that was not changed, so it is left alone: its anchor, and its experts', is the one that it was made from.
+Does not cover the streaming computation (`flexmoe.conversion.graft`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from .anchors_flexmoe import NameMap
 from .configuration_flexmoe import PUBLIC
 from .parallel_flexmoe import whole
+from .quantization_flexmoe import has_quantized_weights
 from .tensors_flexmoe import fingerprint, tensor_bytes, tensor_info
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ def refresh_fingerprint(model: Any, state_dict: Mapping[str, Tensor] | None) -> 
     """Gives `model.config.anchor` a new fingerprint, with a warning, if the anchor's tensors were changed."""
     anchor = model.config.anchor
     headless = model.get_output_embeddings() is None and not model.config.get_text_config().tie_word_embeddings
-    if not anchor or not anchor.get("fingerprint") or headless:
+    if not anchor or not anchor.get("fingerprint") or headless or has_quantized_weights(model):
         return
     state = model.state_dict() if state_dict is None else state_dict
     live = live_fingerprint(state, model.anchor_names, set(model.all_tied_weights_keys))

@@ -41,6 +41,7 @@ from .parallel_flexmoe import (
     shard_like_public,
     tensor_parallel_mesh,
 )
+from .quantization_flexmoe import quantized_alike
 from .selection_flexmoe import CacheStamp, Selection, check_names
 
 # For type checkers alone: at run time the model classes bring PreTrainedModel in themselves.
@@ -145,6 +146,7 @@ class ExpertLifecycle(_Model):
 
         An active set that is in force stays as it is: the newcomer takes part once `set_active_experts` names it.
         It is frozen if the public network is, and comes without the adapters that are around other experts.
+        A model that was loaded with a `quantization_config` quantises it alike.
 
         Args:
             source: where the package is.
@@ -153,7 +155,7 @@ class ExpertLifecycle(_Model):
 
         Raises:
             ValueError: the name is taken, the expert was made for another anchor, its kind is unknown, or its files
-                are not what its manifest says.
+                are not what its manifest says; or the model's quantiser needs calibration data.
             RuntimeError: a `generate` of this model is running, or FSDP2 has sharded it.
         """
         self._refuse_while_generating("add_expert")
@@ -248,7 +250,8 @@ class ExpertLifecycle(_Model):
                 expert's record does.
 
         Raises:
-            ValueError: the name is unknown or "public", or an adapter is still wrapped around the expert.
+            ValueError: the name is unknown or "public", the expert is quantised, or an adapter is still wrapped
+                around it.
             FileExistsError: `folder` exists and `overwrite` is False.
         """
         self._check_owned(name, "saved as a package", "it is the anchor itself")
@@ -266,7 +269,13 @@ class ExpertLifecycle(_Model):
         check_anchor(self.config, package.manifest)
         check_layers(self.flexmoe_blocks(), package.manifest)
         record = {**package.manifest.record(), "name": name, "source": origin}
-        self._put(record, parts_from_package(self.flexmoe_blocks(), fresh_networks(self.config), package, record))
+        parts = parts_from_package(self.flexmoe_blocks(), fresh_networks(self.config), package, record)
+        self._put(record, self._quantized_alike(name, parts))
+
+    def _quantized_alike(self, name: str, parts: list[ExpertPart]) -> list[ExpertPart]:
+        places = [f"{at}.experts.{name}" for at in self._named_blocks()]
+        networks = quantized_alike(self, dict(zip(places, (network for network, _ in parts), strict=True)))
+        return [(networks[place], row) for place, (_, row) in zip(places, parts, strict=True)]
 
     def _put(self, record: dict[str, Any], parts: list[ExpertPart]) -> None:
         """Makes the expert part of the model, in place of one of that name or at the end."""

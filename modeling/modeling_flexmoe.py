@@ -32,6 +32,7 @@ from .lifecycle_flexmoe import ExpertLifecycle
 from .loading_flexmoe import check_everyone_is_there
 from .norms_flexmoe import norm_follows_each_ffn
 from .parallel_flexmoe import PLANS, class_without_fsdp, is_sharded, plan_of_public
+from .quantization_flexmoe import warn_if_nothing_was_quantized
 from .routing_flexmoe import load_balancing_loss, router_z_loss
 from .selection_flexmoe import select_experts, stamp_cache
 
@@ -109,6 +110,7 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         if pulled:
             check_whole(source, info)
             model.name_or_path = model.config.name_or_path = str(source)
+        warn_if_nothing_was_quantized(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -34,8 +34,10 @@ from flexmoe.data import data_paths, pack, read_documents, read_public_sample, s
 from flexmoe.expert_trainer import EXPERTS_PER_TOKEN, ExpertTrainer, Mixture, Sequences, last_checkpoint
 from flexmoe.hidden_states import RowText, fit_rows
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM, check_expert_name
+from flexmoe.modeling.compat_flexmoe import enable_activation_checkpointing
 from flexmoe.modeling.folders_flexmoe import check_apart, check_new_folder
 from flexmoe.modeling.hub_flexmoe import resolve_folder
+from flexmoe.modeling.quantization_flexmoe import check_unquantized
 from flexmoe.router_rows import RowMethod, row_method
 
 ROWS_FILE = "router_rows.safetensors"
@@ -182,6 +184,7 @@ def _checked_config(folder: Path, name: str) -> FlexMoeConfig:
     config = FlexMoeConfig.from_pretrained(folder)
     if config.model_type != "flexmoe" or not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a FlexMoE model. Make one from a dense model with `flexmoe graft`.")
+    check_unquantized(config, folder, "trained on")
     if name in config.expert_names:
         raise ValueError(f"The name {name!r} is taken: {folder} has {', '.join(config.expert_names)}. Choose another.")
     if config.expert_names != [PUBLIC]:
@@ -377,8 +380,7 @@ def _two_expert_model(
     with arguments.main_process_first(local=False, desc="fitting router rows"):
         rows = _rows(Path(arguments.output_dir) / ROWS_FILE, model, method, text, settings)
     if settings.gradient_checkpointing:
-        # its name since transformers 5.23, and the one before
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        enable_activation_checkpointing(model)
     model.add_expert_copy(name)
     model.freeze_except(name, rows=method.trained_by_loss)
     with torch.no_grad():
