@@ -29,6 +29,21 @@ class LazyModelClass:
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._model_class(), attribute)
 
+    def __mro_entries__(self, bases: tuple) -> tuple[type]:
+        return (self._model_class(),)  # what derives from this derives from the class
+
+    def __instancecheck__(self, instance: Any) -> bool:
+        return isinstance(instance, self._model_class())
+
+    def __subclasscheck__(self, cls: type) -> bool:
+        return issubclass(cls, self._model_class())
+
+    def __eq__(self, other: object) -> bool:
+        return other is self or other is self._model_class()
+
+    def __hash__(self) -> int:
+        return hash(self._model_class())
+
     def _model_class(self) -> type:
         return getattr(import_module("flexmoe.modeling"), self.__name__)
 
