@@ -58,7 +58,7 @@ def _softmax(logits_TE: Tensor) -> Tensor:
 
 def _ordered_sum(values_TE: Tensor) -> Tensor:
     """Sums from the first expert to the last, so that a 0 anywhere changes no bit: a vectorised sum regroups."""
-    return values_TE.cumsum(-1)[:, -1:]
+    return values_TE.cumsum(-1).narrow(-1, -1, 1)
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], k: int, token_mask_T: Tensor | None = None) -> Tensor:

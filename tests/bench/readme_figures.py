@@ -50,18 +50,34 @@ def _in_words(result: dict[str, Any]) -> str:
 
 
 def _benchmarks(folder: Path) -> str:
-    graft, training = (json.loads((folder / name).read_text()) for name in ("graft.json", "training.json"))
-    step, state, bars = (training["step_time_ratio"], training["gradient_and_optimiser_bytes_ratio"], training["bars"])
-    private, limit = graft["peak_private_bytes"] / 1e9, graft["private_bytes_limit"] / 1e9
+    results = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
     rows = [
         ("", "measured", "bar"),
         ("---", "---:", "---:"),
+        *_graft_rows(results["graft"]),
+        *_training_rows(results["training"]),
+        *_loading_rows(results["loading"]),
+        *_import_rows(results["import"]),
+        *_forward_rows(results["forward"]),
+    ]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _graft_rows(graft: dict[str, Any]) -> list[tuple[str, str, str]]:
+    private, limit = graft["peak_private_bytes"] / 1e9, graft["private_bytes_limit"] / 1e9
+    return [
         (
             f"graft of {graft['parameters'] / 1e9:.1f} B parameters in bf16 with its fingerprint: speed of `cp -r`",
             f"{graft['speed_over_copy']:.2f}x",
             f"≥ {graft['speed_floor']}x",
         ),
         ("its peak private memory", f"{private:.2f} GB", f"< {limit:.0f} GB"),
+    ]
+
+
+def _training_rows(training: dict[str, Any]) -> list[tuple[str, str, str]]:
+    step, state, bars = (training["step_time_ratio"], training["gradient_and_optimiser_bytes_ratio"], training["bars"])
+    return [
         (
             "a training step, against computing every gradient and zeroing half",
             f"{step:.2f}x",
@@ -69,7 +85,31 @@ def _benchmarks(folder: Path) -> str:
         ),
         ("its gradient and optimiser bytes", f"{state:.2f}x", f"≤ {bars['gradient_and_optimiser_bytes_ratio']}x"),
     ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _loading_rows(loading: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Ratios to FlexOlmo's checkpoint as `save_pretrained` writes it."""
+    size, bar = loading["bytes"]["flexmoe"] / 1e9, f"≤ {loading['bars']['seconds']}x"
+    load, used = (loading["rows"][name]["ratios"]["flex_olmo"] for name in ("load", "load and forward"))
+    return [
+        (f"loading {size:.1f} GB with 7 experts, against transformers' FlexOlmo", f"{load['seconds']:.2f}x", bar),
+        ("its peak resident memory", f"{load['peak_resident_bytes']:.2f}x", bar),
+        ("loading, and a forward pass that reads every page", f"{used['seconds']:.2f}x", bar),
+        ("its peak resident memory", f"{used['peak_resident_bytes']:.2f}x", bar),
+    ]
+
+
+def _import_rows(imported: dict[str, Any]) -> list[tuple[str, str, str]]:
+    seconds, bar = imported["added_seconds"], imported["bars"]["added_seconds"]
+    return [("what `import flexmoe` adds to that of `AutoModelForCausalLM`", f"{seconds:.2f} s", f"≤ {bar} s")]
+
+
+def _forward_rows(forward: dict[str, Any]) -> list[tuple[str, str, str]]:
+    bar = f"≥ {forward['bars']['speed_over_flex_olmo']:.0f}x"
+    return [
+        (f"forward pass on the CPU, {name}: speed of FlexOlmo's fastest", f"{row['speed_over_flex_olmo']:.2f}x", bar)
+        for name, row in forward["rows"].items()
+    ]
 
 
 def put(readme: str, marker: str, text: str) -> str:
