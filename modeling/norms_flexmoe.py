@@ -35,6 +35,7 @@ def norm_follows_each_ffn(anchor_config: PreTrainedConfig) -> bool:
 
 def _see(anchor_config: PreTrainedConfig) -> bool:
     dense, sites = build_on_meta(anchor_config)
+    dense.eval()  # in training, OPT drops layers by chance, and chance is a value
     # masks are made without a look at values where tensors are fake, as in a trace
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _watching(dense, sites) as taken_by_norm:
         try:
