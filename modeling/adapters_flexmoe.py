@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .configuration_flexmoe import FlexMoeConfig
 from .experts_flexmoe import FlexMoeBlock
@@ -73,6 +73,13 @@ def _adapters_within(module: nn.Module) -> set[str]:
             if isinstance(by_adapter, nn.ModuleDict | nn.ParameterDict):
                 found |= set(by_adapter.keys())
     return found
+
+
+def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The biases of a model's layers, called as if nothing was around them; not what is stored elsewhere."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias") and not parameter.is_meta:
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter.detach()
 
 
 def refuse_wrapped(model: nn.Module, state_dict: dict[str, Any] | None) -> None:
@@ -153,10 +160,14 @@ class AdapterWatch(_Model):
                 looks for: it finds no magnitudes of DoRA, for example.
         """
         adapter = adapter_name or "default"
+        # an adapter may bring biases of the layers themselves, which would stay when it goes
+        biases = {name: bias.clone() for name, bias in _biases(self)}
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         missing = [key for key in getattr(info, "missing_keys", ()) if adapter in key.split(".")]
         if missing:
             self.delete_adapter(adapter)
+            for name, bias in _biases(self):
+                bias.copy_(biases[name])
             raise ValueError(
                 f"load_adapter found {len(missing)} tensors of the adapter {adapter!r} missing, for example "
                 f"{min(missing)!r}: it is not loaded. peft.PeftModel.from_pretrained reads what PEFT saved whole."

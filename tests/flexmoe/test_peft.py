@@ -124,7 +124,7 @@ class TestWhatTheConfigTakes:
 ADAPTERS: dict[str, dict[str, Any]] = {
     "LoRA": {},
     "with rows and biases": {"router_row": True, "bias": "lora_only"},
-    "DoRA": {"use_dora": True},
+    "DoRA": {"use_dora": True, "bias": "lora_only"},
 }
 
 # What transformers' own `load_adapter` does not find in what PEFT saved; it is then refused, and PEFT's reader has it.
