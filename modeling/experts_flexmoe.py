@@ -161,7 +161,7 @@ class FlexMoeBlock(nn.Module):
         return mixed_TH
 
     def _call(self, name: str, x_TH: Tensor, zeros: Sequence[Tensor]) -> Tensor:
-        if not len(x_TH):  # a kernel may die of no tokens: bitsandbytes' 4-bit one on CPUs with AVX-512 does
+        if not x_TH.shape[0]:  # a kernel may die of no tokens: bitsandbytes' 4-bit one on CPUs with AVX-512 does
             return self._call(name, nn.functional.pad(x_TH, (0, 0, 0, 1)), zeros)[:0]
         return self.experts[name](x_TH.unsqueeze(0), *(x_TH.new_zeros(()) for _ in zeros)).squeeze(0)
 

@@ -5,6 +5,7 @@ It runs in a process of its own, because the library says many things only once.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -55,10 +56,18 @@ model.save_pretrained(folder / "again")
 """
 
 
+# What other libraries say when they are imported, whatever the model: a pattern, and who says it.
+OF_OTHERS = {
+    r"^Failed to load \S*torchao": "torchao, of kernels for GPUs that are not there",
+    r"KernelPreference": "torch, of an enumeration in torchao",
+}
+
+
 def test_a_plain_session_is_silent(tmp_path: Path) -> None:
     quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     session = subprocess.run(
         [sys.executable, "-c", SESSION, str(tmp_path)], env=quiet, capture_output=True, text=True, timeout=300
     )
     assert session.returncode == 0, session.stderr
-    assert session.stderr.strip() == ""
+    ours = [line for line in session.stderr.splitlines() if not any(re.search(said, line) for said in OF_OTHERS)]
+    assert ours == []
