@@ -59,7 +59,7 @@ model.save_pretrained(folder / "again")
 # What other libraries say when they are imported, whatever the model: a pattern, and who says it.
 OF_OTHERS = {
     r"^Failed to load \S*torchao": "torchao, of kernels for GPUs that are not there",
-    r"KernelPreference": "torch, of an enumeration in torchao",
+    r"torch/utils/_pytree\.py.* is an Enum subclass": "torch, of enumerations in torchao",
 }
 
 
