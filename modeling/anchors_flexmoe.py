@@ -97,8 +97,9 @@ def find_ffn_sites(dense: PreTrainedModel) -> list[FfnSite]:
         )
     layers_name, layers = _decoder_layers(dense, family)
     sites = [_site(index, f"{layers_name}.{index}", layer, family) for index, layer in enumerate(layers)]
-    _check_each_stands_alone(dense, sites, family)
-    for network in {type(site.ffn(dense)): site.ffn(dense) for site in sites}.values():
+    networks = [site.ffn(dense) for site in sites]
+    _check_each_stands_alone(networks, family)
+    for network in {type(network): network for network in networks}.values():
         _check_is_a_function_of_tokens(network, dense.config.get_text_config().hidden_size, family)
     return sites
 
@@ -180,8 +181,7 @@ def _routed_module(layer: nn.Module) -> str | None:
     return None
 
 
-def _check_each_stands_alone(dense: nn.Module, sites: list[FfnSite], family: str) -> None:
-    networks = [site.ffn(dense) for site in sites]
+def _check_each_stands_alone(networks: list[nn.Module], family: str) -> None:
     parameters = [id(parameter) for network in networks for parameter in network.parameters()]
     if len(set(parameters)) != len(parameters):
         raise UnsupportedAnchorError(

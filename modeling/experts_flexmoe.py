@@ -8,6 +8,7 @@ or changing experts (`lifecycle_flexmoe`).
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,9 +19,10 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .context_flexmoe import forward_values
-from .linear_flexmoe import faster_linears
+from .forms_flexmoe import form_of, is_plain_linear
+from .linear_flexmoe import faster_linears, may_be_faster
 from .parallel_flexmoe import is_awaited
-from .routing_flexmoe import route
+from .routing_flexmoe import route, route_one
 
 ExpertKind = Callable[[nn.Module, dict[str, Any]], nn.Module]
 
@@ -86,9 +88,21 @@ class FlexMoeRouter(nn.ModuleDict):
         rows = [self[name] for name in names]
         dtypes = [floating_dtype(row) or torch.float32 for row in rows]
         with maybe_autocast(x_TH.device.type, enabled=False):
-            x_as = {dtype: x_TH.to(dtype) for dtype in dtypes}
+            x_as = {dtype: x_TH.to(dtype) for dtype in set(dtypes)}
             logits = [row(x_as[dtype]).float() for row, dtype in zip(rows, dtypes, strict=True)]
         return torch.cat(logits, -1)
+
+    def of_one(self, x_H: Tensor, names: Sequence[str]) -> Tensor:
+        """`forward` of one token without autocast, [A]: rows that nobody has wrapped are not called as modules."""
+        x32_H = x_H.float()
+        logits = []
+        for name in names:
+            row = self[name]
+            if is_plain_linear(row) and row._parameters["weight"].dtype == torch.float32:
+                logits.append(torch.addmv(row._parameters["bias"], row._parameters["weight"], x32_H))
+            else:
+                logits.append(self(x_H[None], [name])[0])
+        return torch.cat(logits)
 
 
 class FlexMoeBlock(nn.Module):
@@ -116,30 +130,38 @@ class FlexMoeBlock(nn.Module):
         values = forward_values()
         names = values.get("allowed") or tuple(self.experts)
         k = values.get("top_k") or self.top_k
+        renormalize = values.get("renormalize", self.norm_topk_prob)
+        row_mask_BA = values.get("row_mask")
+        is_one_token = hidden_states.numel() == self.hidden_size and row_mask_BA is None
+        if is_one_token and len(names) > 1 and may_be_faster(hidden_states):
+            mixed_H = self._mix_one(hidden_states.reshape(-1), names, k, renormalize, values, residual)
+            return sum(residual, mixed_H.view(hidden_states.shape))
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        allowed_TA = _allowed(row_mask_BA, x_TH.shape[0], x_TH.device)
         logits_TA = self.router(x_TH, names)
-        if (allowed_TA := _allowed(values.get("row_mask"), x_TH.shape[0], x_TH.device)) is not None:
+        if allowed_TA is not None:
             logits_TA = logits_TA.masked_fill(~allowed_TA, float("-inf"))  # also where a row holds NaN
-        weights_TA = route(logits_TA, k, values.get("renormalize", self.norm_topk_prob))
-        self._report(values, names, logits_TA, weights_TA)
+        weights_TA = route(logits_TA, k, renormalize)
+        self._report_logits(values, names, logits_TA)
+        self._report_weights(values, names, weights_TA.detach())
         weights_TA = weights_TA.to(x_TH.dtype)
         if torch.compiler.is_compiling():
             mixed_TH = self._mix_masked(x_TH, names, weights_TA, residual)
         elif len(names) == 1:  # torch's own products: the dense anchor's bits
+            mixed_TH = self._call(names[0], residual, x_TH) * weights_TA
+        elif k >= len(names) and allowed_TA is None:
             mixed_TH = self._mix_all(x_TH, names, weights_TA, residual)
         else:
-            mix = self._mix_all if k >= len(names) and allowed_TA is None else self._mix_chosen
-            with faster_linears(x_TH):
-                mixed_TH = mix(x_TH, names, weights_TA, residual)
+            mixed_TH = self._mix_chosen(x_TH, names, weights_TA, residual)
         return sum(residual, mixed_TH.view(hidden_states.shape))
 
     def _mix_all(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
         """Every token goes to every expert: nothing to gather."""
-        return _add_up(self._call(name, x_TH, zeros) * weights_TA[:, i, None] for i, name in enumerate(names))
+        return _add_up(self._expert(name, x_TH, zeros)(x_TH) * weights_TA[:, i, None] for i, name in enumerate(names))
 
     def _mix_masked(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
         """Every expert sees every token, because compiled code has no shapes that depend on data."""
-        outputs = (self._call(name, x_TH, zeros) for name in names)
+        outputs = (self._call(name, zeros, x_TH) for name in names)
         # where, not a product with 0 alone: an expert that is masked may hold NaN
         chosen = (
             torch.where(w_T1 != 0, y, 0.0) * w_T1 for y, w_T1 in zip(outputs, weights_TA.split(1, -1), strict=True)
@@ -153,29 +175,65 @@ class FlexMoeBlock(nn.Module):
         for name, count, weight_T1 in zip(names, counts, weights_TA.split(1, -1), strict=True):
             if not count and not is_awaited(self.experts[name]):
                 continue
-            if count == len(x_TH):  # all of them, as when decoding one sequence: nothing to gather
-                mixed_TH += self._call(name, x_TH, zeros) * weight_T1  # the products are rounded as in `_mix_all`
+            if count == len(x_TH):
+                mixed_TH += self._expert(name, x_TH, zeros)(x_TH) * weight_T1
                 continue
             tokens = weight_T1.squeeze(-1).nonzero().squeeze(-1)
-            mixed_TH.index_add_(0, tokens, self._call(name, x_TH[tokens], zeros) * weight_T1[tokens])
+            x_NH = x_TH[tokens]
+            mixed_TH.index_add_(0, tokens, self._expert(name, x_NH, zeros)(x_NH) * weight_T1[tokens])
         return mixed_TH
 
-    def _call(self, name: str, x_TH: Tensor, zeros: Sequence[Tensor]) -> Tensor:
+    def _mix_one(
+        self,
+        x_H: Tensor,
+        names: Sequence[str],
+        k: int,
+        renormalize: bool,
+        values: dict[str, Any],
+        zeros: Sequence[Tensor],
+    ) -> Tensor:
+        """All of `forward` for one token on a CPU, as when decoding: there, starting a kernel is what takes long."""
+        logits_A = self.router.of_one(x_H, names)
+        weights = route_one(logits_A.tolist(), k, renormalize)
+        if "router_logits" in values:
+            self._report_logits(values, names, logits_A[None])
+        if "usage" in values:
+            self._report_weights(values, names, torch.tensor([weights]))
+        chosen = []  # all parts are looked up before any weights are read, which flush the caches
+        for name, weight in zip(names, weights, strict=True):
+            if weight:
+                chosen.append((weight, self._expert(name, x_H, zeros)))
+            elif is_awaited(self.experts[name]):
+                self._call(name, zeros, x_H[None][:0])
+        mixed_H = torch.zeros_like(x_H) if not chosen else None
+        for weight, expert in chosen:
+            said_H = expert(x_H)
+            mixed_H = said_H * weight if mixed_H is None else mixed_H.add_(said_H, alpha=weight)
+        return mixed_H
+
+    def _expert(self, name: str, like: Tensor, zeros: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """The expert for inputs like `like`, [T, H] or [H], in the fastest way that there is for its network here."""
+        expert = self.experts[name]
+        if not zeros and like.numel() and may_be_faster(like) and (form := form_of(expert)):
+            return form.bind(expert, like)
+        return functools.partial(self._call_faster, name, zeros)
+
+    def _call_faster(self, name: str, zeros: Sequence[Tensor], x: Tensor) -> Tensor:
+        with faster_linears(x):
+            return self._call(name, zeros, x.reshape(-1, self.hidden_size)).view(x.shape)
+
+    def _call(self, name: str, zeros: Sequence[Tensor], x_TH: Tensor) -> Tensor:
         if not x_TH.shape[0]:  # a kernel may die of no tokens: bitsandbytes' 4-bit one on CPUs with AVX-512 does
-            return self._call(name, nn.functional.pad(x_TH, (0, 0, 0, 1)), zeros)[:0]
+            return self._call(name, zeros, nn.functional.pad(x_TH, (0, 0, 0, 1)))[:0]
         return self.experts[name](x_TH.unsqueeze(0), *(x_TH.new_zeros(()) for _ in zeros)).squeeze(0)
 
-    def _report(
-        self,
-        values: dict[str, Any],
-        names: Sequence[str],
-        logits_TA: Tensor,
-        weights_TA: Tensor,
-    ) -> None:
+    def _report_logits(self, values: dict[str, Any], names: Sequence[str], logits_TA: Tensor) -> None:
         if (collected := values.get("router_logits")) is not None:
             collected.append(_among_all(logits_TA, names, tuple(self.experts)))
+
+    def _report_weights(self, values: dict[str, Any], names: Sequence[str], weights_TA: Tensor) -> None:
         for usage in values.get("usage", ()):
-            usage.record(self.layer_index, names, weights_TA.detach(), values.get("token_mask"))
+            usage.record(self.layer_index, names, weights_TA, values.get("token_mask"))
 
 
 def _allowed(row_mask_BA: Tensor | None, tokens: int, device: torch.device) -> Tensor | None:

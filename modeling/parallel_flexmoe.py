@@ -120,7 +120,7 @@ def is_awaited(*modules: nn.Module) -> bool:
     """
     if torch.is_grad_enabled() and any(p.requires_grad for module in modules for p in module.parameters()):
         return True
-    return any(map(is_fully_sharded, modules))
+    return has_company() and any(map(is_fully_sharded, modules))
 
 
 def has_company() -> bool:

@@ -15,12 +15,13 @@ Does not cover the logits themselves (each row is a module of its own, `experts_
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-LOWEST, SMALLEST = torch.finfo(torch.float32).min, torch.finfo(torch.float32).tiny
+LOWEST = torch.finfo(torch.float32).min
 
 
 def route(logits_TE: Tensor, k: int, renormalize: bool, offset_TE: Tensor | None = None) -> Tensor:
@@ -41,19 +42,44 @@ def route(logits_TE: Tensor, k: int, renormalize: bool, offset_TE: Tensor | None
     logits_TE = logits_TE.float()
     if offset_TE is not None:
         logits_TE = logits_TE + offset_TE
-    weights_TE = _softmax(logits_TE)
-    if k < weights_TE.shape[-1]:
-        order_TE = weights_TE.sort(dim=-1, descending=True, stable=True).indices
-        weights_TE = weights_TE.scatter(1, order_TE[:, k:], 0.0)
-    # what is kept sums to more than the smallest number, or to 0
-    return weights_TE / _ordered_sum(weights_TE).clamp(min=SMALLEST) if renormalize else weights_TE
+    exp_TE = kept_TE = _exp(logits_TE)
+    if k < exp_TE.shape[-1]:
+        order_TE = exp_TE.sort(dim=-1, descending=True, stable=True).indices
+        kept_TE = exp_TE.scatter(1, order_TE[:, k:], 0.0)
+    return _shares(kept_TE, of_TE=kept_TE if renormalize else exp_TE)
+
+
+def route_one(logits: Sequence[float], k: int, renormalize: bool) -> list[float]:
+    """`route` of one token in Python's numbers: for so few, they are there before a kernel would have started."""
+    largest = max(logits)
+    if largest == math.inf or any(map(math.isnan, logits)):
+        return [math.nan] * len(logits)
+    if largest == -math.inf:
+        return [0.0] * len(logits)
+    exp = [math.exp(logit - largest) for logit in logits]
+    surplus = sorted(range(len(exp)), key=exp.__getitem__, reverse=True)[k:]  # stable: equal ones stay in order
+    total = sum(exp)
+    for i in surplus:
+        exp[i] = 0.0
+    if renormalize:
+        total = sum(exp)
+    return [value / total for value in exp]
 
 
 def _softmax(logits_TE: Tensor) -> Tensor:
-    """Softmax whose bits don't change when columns of -inf come or go, as `torch.softmax` would."""
+    exp_TE = _exp(logits_TE)
+    return _shares(exp_TE, of_TE=exp_TE)
+
+
+def _exp(logits_TE: Tensor) -> Tensor:
+    """The exponentials of logits from which the row's largest is taken, so that its own is 1."""
     largest_T1 = logits_TE.detach().amax(-1, keepdim=True).clamp(min=LOWEST)  # -inf - -inf is not a number
-    exp_TE = (logits_TE - largest_T1).exp()
-    return exp_TE / _ordered_sum(exp_TE).clamp(min=1.0)  # the largest adds 1, unless there is none
+    return (logits_TE - largest_T1).exp()
+
+
+def _shares(exp_TE: Tensor, of_TE: Tensor) -> Tensor:
+    """Softmax whose bits don't change when columns of -inf come or go, as `torch.softmax` would."""
+    return exp_TE / _ordered_sum(of_TE).clamp(min=1.0)  # the largest adds 1, unless there is none
 
 
 def _ordered_sum(values_TE: Tensor) -> Tensor:
@@ -94,4 +120,4 @@ def _counted(router_logits: Sequence[Tensor], token_mask_T: Tensor | None) -> Te
     return logits_LTE.flatten(0, 1)
 
 
-__all__ = ["load_balancing_loss", "route", "router_z_loss"]
+__all__ = ["load_balancing_loss", "route", "route_one", "router_z_loss"]

@@ -22,7 +22,7 @@ NOT_TRACKED = {"build", "dist", "flexmoe.egg-info", "runs"}
 MODELING_LAYERS = (
     ("folders", "json", "configuration", "context", "loading", "quantization", "compat"),
     ("tensors", "tensor_writer"),
-    ("routing", "linear", "anchors", "parallel"),
+    ("routing", "linear", "forms", "anchors", "parallel"),
     ("identity", "selection", "manifest", "dense", "norms"),
     ("packages",),
     ("hub",),

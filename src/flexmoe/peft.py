@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from flexmoe.modeling import PUBLIC, FlexMoePreTrainedModel
-from flexmoe.modeling.adapters_flexmoe import row_suffix, target_pattern
+from flexmoe.modeling.adapters_flexmoe import beneath_adapter, row_suffix, target_pattern
 from flexmoe.modeling.selection_flexmoe import check_names
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _matrices(model: FlexMoePreTrainedModel, names: Sequence[str]) -> dict[str, 
 
 
 def _linears(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    module = getattr(module, "base_layer", module)  # what an adapter that is there already is wrapped around
+    module = beneath_adapter(module)
     if isinstance(module, nn.Linear | Conv1D):
         yield path, module
         return

@@ -47,7 +47,7 @@ SIZES = {
 }
 PREFILL, CONTEXT, CHECKED = 512, 32, 64  # tokens
 ROUNDS = {("prefill", torch.float32): 5, ("prefill", torch.bfloat16): 2}
-STEPS = 32  # rounds of a decode row
+STEPS = 96  # rounds of a decode row: what else runs here moves single ones by tens of percents
 HOPELESS = 4  # times the fastest when warming up: measured no further
 # float32: sums in another order. bfloat16: the median token's distance from its float32 logits, as a multiple of
 # theirs; roundings send a few tokens to other experts in either model, and those decide any mean

@@ -62,8 +62,11 @@ def assert_close(got: Tensors, expected: Tensors, what: str) -> None:
 
 
 def little_used() -> FlexMoeForCausalLM:
-    """A model that trains "math", which sees few tokens: k = 1, and a row that says "mine" seldom."""
-    model = tiny_flexmoe("llama", ["math", "code"], num_experts_per_tok=1)
+    """A model that trains "math", which sees few tokens: k = 1, and a row that says "mine" seldom.
+
+    Without renormalisation, which gives the one expert that is kept the weight 1 whatever the rows say.
+    """
+    model = tiny_flexmoe("llama", ["math", "code"], num_experts_per_tok=1, norm_topk_prob=False)
     for block in model.flexmoe_blocks():
         block.router["math"].bias.data.fill_(-6.0)
     model.freeze_except("math")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from flexmoe.modeling.routing_flexmoe import load_balancing_loss, route, router_z_loss
+from flexmoe.modeling.routing_flexmoe import load_balancing_loss, route, route_one, router_z_loss
 
 INF = float("inf")
 
@@ -25,6 +25,26 @@ def test_route_is_softmax_then_top_k(experts, k, renormalize):
     torch.testing.assert_close(weights.double(), witness(logits, k, renormalize), rtol=1e-5, atol=1e-7)
     assert weights.dtype == torch.float32
     assert ((weights > 0).sum(-1) == min(k, experts)).all()
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (2, 1), (3, 2), (7, 5), (12, 12), (63, 4), (64, 8), (3, 9)])
+def test_one_token_is_routed_as_many_are(experts, k, renormalize):
+    logits = torch.randn(129, experts, generator=torch.Generator().manual_seed(experts)) * 3
+    logits[::3] = logits[::3].round()  # ties
+    logits[::5, experts // 2 :] = -INF
+    together = route(logits, k, renormalize)
+    alone = torch.tensor([route_one(row, k, renormalize) for row in logits.tolist()])
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-7)
+    assert torch.equal(alone != 0, together != 0)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize("row", [[-INF] * 3, [0.0, float("nan"), -INF], [INF, 0.0, 1.0], [INF, -INF, INF]])
+def test_one_token_with_numbers_that_are_none(row, renormalize):
+    together = route(torch.tensor([row]), 2, renormalize)[0]
+    assert together.isnan().all() or not together.any()
+    torch.testing.assert_close(torch.tensor(route_one(row, 2, renormalize)), together, equal_nan=True)
 
 
 def test_half_precision_logits_are_routed_in_float32():
