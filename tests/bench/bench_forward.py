@@ -48,7 +48,7 @@ SIZES = {
 PREFILL, CONTEXT, CHECKED = 512, 32, 64  # tokens
 ROUNDS = {("prefill", torch.float32): 5, ("prefill", torch.bfloat16): 2}
 STEPS = 96  # rounds of a decode row: what else runs here moves single ones by tens of percents
-HOPELESS = 4  # times the fastest when warming up: measured no further
+HOPELESS = 4  # times the fastest of FlexOlmo's when warming up: measured no further
 # float32: sums in another order. bfloat16: the median token's distance from its float32 logits, as a multiple of
 # theirs; roundings send a few tokens to other experts in either model, and those decide any mean
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1.25}
@@ -126,7 +126,8 @@ def some_tokens(batch: int, length: int) -> Tensor:
 def race(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
     """Seconds of every contender in every round; one that is hopeless when warming up has that one time only."""
     warm = {name: run() for name, run in contenders.items()}
-    names = [name for name in contenders if name == "flexmoe" or warm[name] < HOPELESS * min(warm.values())]
+    fastest = min(seconds for name, seconds in warm.items() if name != "flexmoe")
+    names = [name for name in contenders if name == "flexmoe" or warm[name] < HOPELESS * fastest]
     seconds = {name: [] if name in names else [warm[name]] for name in contenders}
     for number in range(rounds):
         for i in range(len(names)):
