@@ -98,8 +98,11 @@ class FlexMoeRouter(nn.ModuleDict):
         logits = []
         for name in names:
             row = self[name]
-            if is_plain_linear(row) and row._parameters["weight"].dtype == torch.float32:
-                logits.append(torch.addmv(row._parameters["bias"], row._parameters["weight"], x32_H))
+            parameters: dict[str, Any] = row._parameters
+            if is_plain_linear(row) and all(
+                type(p) is nn.Parameter and p.dtype == x32_H.dtype for p in parameters.values()
+            ):
+                logits.append(torch.addmv(parameters["bias"], parameters["weight"], x32_H))
             else:
                 logits.append(self(x_H[None], [name])[0])
         return torch.cat(logits)
@@ -205,10 +208,10 @@ class FlexMoeBlock(nn.Module):
                 chosen.append((weight, self._expert(name, x_H, zeros)))
             elif is_awaited(self.experts[name]):
                 self._call(name, zeros, x_H[None][:0])
-        mixed_H = torch.zeros_like(x_H) if not chosen else None
-        for weight, expert in chosen:
-            said_H = expert(x_H)
-            mixed_H = said_H * weight if mixed_H is None else mixed_H.add_(said_H, alpha=weight)
+        (weight, expert), *others = chosen or [(0.0, torch.zeros_like)]
+        mixed_H = expert(x_H) * weight
+        for weight, expert in others:
+            mixed_H.add_(expert(x_H), alpha=weight)
         return mixed_H
 
     def _expert(self, name: str, like: Tensor, zeros: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:

@@ -33,9 +33,9 @@ class FfnForm:
 
     def bind(self, network: nn.Module, like: Tensor) -> Callable[[Tensor], Tensor]:
         """What calling `network` does to inputs with the rows and the dtype of `like`, its parts looked up once."""
-        parts = network._modules
+        parts: dict[str, Any] = network._modules
         up, down = product_of(parts[self.up], like), product_of(parts[self.down], like)
-        activation: Callable[[Tensor], Tensor] = parts[self.activation]
+        activation = parts[self.activation]
         if is_untouched(activation):
             activation = activation.forward
         if self.gate is None:
@@ -47,7 +47,8 @@ class FfnForm:
 def product_of(layer: nn.Module, like: Tensor) -> Callable[[Tensor], Tensor]:
     """What calling `layer` does to inputs with the rows and the dtype of `like`; a plain `nn.Linear` is not called."""
     if is_plain_linear(layer):
-        return fastest_product(like, layer._parameters["weight"], layer._parameters["bias"])
+        parameters: dict[str, Any] = layer._parameters
+        return fastest_product(like, parameters["weight"], parameters["bias"])
     return functools.partial(_call_faster, layer)
 
 
