@@ -70,7 +70,7 @@ class DenseCheckpoint:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.config = _read_config(self.folder)
+        self.config = read_dense_config(self.folder)
         self.model: PreTrainedModel
         self.sites: list[FfnSite]
         self.model, self.sites = build_on_meta(self.config)
@@ -213,7 +213,13 @@ def _check_equal(files: CheckpointFolder, one: str, other: str) -> None:
     )
 
 
-def _read_config(folder: Path) -> PreTrainedConfig:
+def read_dense_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of the dense model in `folder`.
+
+    Raises:
+        FileNotFoundError: no config.json.
+        UnsupportedAnchorError: it is a FlexMoE or quantised, or transformers does not know its model type.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is no checkpoint of transformers.")
@@ -247,4 +253,4 @@ def _listed(names: Sequence[str], count: int = 12) -> str:
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
-__all__ = ["CheckpointNamesError", "DenseCheckpoint", "NameMatch", "match_names"]
+__all__ = ["CheckpointNamesError", "DenseCheckpoint", "NameMatch", "match_names", "read_dense_config"]

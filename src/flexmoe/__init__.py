@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flexmoe.inspection import inspect
     from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, track_usage
     from flexmoe.peft import expert_lora_config
+    from flexmoe.planning import Plan, plan
     from flexmoe.training import TrainingSettings, train_expert
 
 __version__ = "0.1.0"
@@ -42,6 +43,8 @@ _LAZY = {
     "evaluate": "flexmoe.evaluation",
     "inspect": "flexmoe.inspection",
     "expert_lora_config": "flexmoe.peft",
+    "Plan": "flexmoe.planning",
+    "plan": "flexmoe.planning",
     "TrainingSettings": "flexmoe.training",
     "train_expert": "flexmoe.training",
 }
@@ -58,6 +61,7 @@ __all__ = [
     "FlexMoeConfig",
     "FlexMoeForCausalLM",
     "FlexMoeModel",
+    "Plan",
     "TrainingSettings",
     "UnsupportedAnchorError",
     "add",
@@ -66,6 +70,7 @@ __all__ = [
     "expert_lora_config",
     "graft",
     "inspect",
+    "plan",
     "remove",
     "track_usage",
     "train_expert",

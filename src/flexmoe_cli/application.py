@@ -1,7 +1,7 @@
 """The application: its commands, its version, and what happens when one of them fails.
 
 Exit codes: 0 done, 1 the command failed (one paragraph on stderr says why), 2 the command line is not a valid one,
-130 interrupted. Not here: what the commands do (`commands`, `training`, `demo`).
+130 interrupted. Not here: what the commands do (`commands`, `planning`, `training`, `demo`).
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe_cli import commands, demo, training
+from flexmoe_cli import commands, demo, planning, training
 from flexmoe_cli.arguments import FilesCommand, NamedFilesCommand
 from flexmoe_cli.output import quiet_libraries, report_error, show_warning
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 
 for function in (
+    planning.plan,
     commands.graft,
     training.train,
     commands.compose,

@@ -1,7 +1,7 @@
 """The commands on models and packages: graft, compose, add, remove, inspect, evaluate.
 
 The library is imported inside the functions: `--help` and a mistyped option should not wait for torch.
-Not here: `train` (`training`) and `demo` (`demo`).
+Not here: `plan` (`planning`), `train` (`training`) and `demo` (`demo`).
 """
 
 from pathlib import Path

@@ -103,17 +103,17 @@ def human_bytes(count: int) -> str:
     return _human(count, ("B", "kB", "MB", "GB", "TB"))
 
 
-def human_count(count: int) -> str:
-    """`1234567` as `1.2 M`."""
-    return _human(count, ("", "K", "M", "B", "T"))
+def human_count(count: int, digits: int = 3) -> str:
+    """`1234567` as `1.23 M`, to so many digits."""
+    return _human(count, ("", "K", "M", "B", "T"), digits)
 
 
-def _human(count: float, units: Sequence[str]) -> str:
+def _human(count: float, units: Sequence[str], digits: int = 3) -> str:
     for unit in units[:-1]:
-        if count < 999.5:
-            return f"{count:.3g} {unit}".rstrip()
+        if count < 1000 - 10.0 ** (3 - digits) / 2:
+            return f"{count:.{digits}g} {unit}".rstrip()
         count /= 1000
-    return f"{count:.3g} {units[-1]}"
+    return f"{count:.{digits}g} {units[-1]}"
 
 
 def _print_message(label: str, style: str, text: str) -> None:

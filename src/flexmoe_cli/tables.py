@@ -1,4 +1,4 @@
-"""How results look to a person: what is in a folder, what was made, how a model scored.
+"""How results look to a person: what is in a folder, what was made, how a model scored, what a plan says.
 
 Not here: the demo's tables (`flexmoe.demo.report`), colours and JSON (`output`).
 """
@@ -15,6 +15,7 @@ from flexmoe_cli.output import human_bytes, human_count, print_json, print_line,
 
 if TYPE_CHECKING:
     from flexmoe.evaluation import DomainScore
+    from flexmoe.planning import Plan, Training
 
 
 def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
@@ -55,6 +56,71 @@ def show_scores(model: str, scores: Mapping[str, DomainScore]) -> None:
     if len(scores) > 1:
         rows.append(["mean", f"{sum(score.loss for score in scores.values()) / len(scores):.4f}", "", "", ""])
     print_table(str(model), ("domain", "loss", "perplexity", "tokens", "documents"), rows)
+
+
+def show_plan(plan: Plan) -> None:
+    """What a FlexMoE will cost: three tables, for the model, one owner and those who serve it."""
+    kind = "full experts" if plan.rank is None else f"low-rank experts of rank {plan.rank}"
+    gpu = plan.gpu
+    facts = {
+        "anchor": f"{plan.anchor} ({plan.model_type}, {plan.layers} layers)",
+        "experts": f"{plan.experts} with public, {plan.k} per token; {kind}",
+        "GPU": f"{gpu.name}: {gpu.tflops:g} TFLOP/s bfloat16, {gpu.memory_gb:g} GB, {gpu.bandwidth_tb:g} TB/s",
+    }
+    for label, value in facts.items():
+        print_line(f"[bold]{label:<18}[/] {escape(value)}")
+    parameters = plan.parameters
+    counted = (
+        ("anchor", parameters.anchor, "the dense model, which holds public's networks"),
+        ("one expert", parameters.per_expert, "its networks, router rows and biases in every layer"),
+        ("total", parameters.total, "the anchor, public's rows and the owners' experts"),
+        ("active per token", parameters.active, "all that is shared, embeddings and head included, and k experts"),
+    )
+    print_table(
+        "Parameters", ("", "parameters", "what"), [(name, human_count(n, 4), what) for name, n, what in counted]
+    )
+    print_table("One owner", ("", "amount", "how"), _owner_rows(plan, plan.training))
+    serving = [
+        (
+            dtype,
+            human_bytes(cost.model_bytes),
+            str(cost.gpus),
+            human_bytes(cost.bytes_per_token),
+            f"{cost.seconds_per_token * 1000:.3g} ms",
+            f"{cost.tokens_per_second:.3g}",
+        )
+        for dtype, cost in plan.serving.items()
+    ]
+    columns = ("dtype", "weights", "GPUs", "read per token", "decode floor", "tokens/s at most")
+    print_table("Serving, one sequence at a time", columns, serving)
+
+
+def _owner_rows(plan: Plan, training: Training) -> list[tuple[str, str, str]]:
+    forward, activations, weights = (
+        f"{flops / 1e9:.3g}"
+        for flops in (
+            training.forward_flops,
+            training.activation_gradient_flops,
+            training.weight_gradient_flops,
+        )
+    )
+    per_token = training.forward_flops + training.activation_gradient_flops + training.weight_gradient_flops
+    ratio = training.tokens / training.trained_parameters
+    optimal = f"{human_count(training.compute_optimal_tokens)} (20 each) would be compute-optimal"
+    return [
+        ("package", human_bytes(plan.package_bytes), f"{plan.dtype}; router rows float32"),
+        ("tokens", human_count(training.tokens), f"{ratio:.3g} per trained parameter; {optimal}"),
+        ("per token", f"{per_token / 1e9:.3g} GFLOP", f"forward {forward}, backward {activations} + {weights}"),
+        ("training", f"{training.flops:.3g} FLOP", "tokens times that"),
+        ("GPU hours", f"{training.gpu_hours:.4g} h", f"at {training.mfu:.0%} of the peak, an assumption"),
+        (
+            "memory",
+            human_bytes(training.memory_bytes),
+            f"frozen {human_bytes(training.frozen_bytes)} + trained {human_bytes(training.trained_bytes)} with gradient "
+            "and Adam; activations on top",
+        ),
+        ("GPUs for that", str(training.gpus), "with 90% of each one's memory"),
+    ]
 
 
 def _facts(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flexmoe.evaluation import DomainScore
+from flexmoe.planning import plan
 from flexmoe.testing import perturb_expert, tiny_anchor
 from flexmoe.training import TrainingSettings
 from flexmoe_cli import app, main
@@ -23,7 +24,7 @@ from flexmoe_cli.arguments import parse_domains, parse_renames, parse_size, spre
 from flexmoe_cli.output import human_bytes, human_count, print_json
 from tests.letters import letter_tokenizer
 
-COMMANDS = ("graft", "train", "compose", "add", "remove", "inspect", "evaluate", "demo")
+COMMANDS = ("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate", "demo")
 
 
 @pytest.fixture
@@ -99,6 +100,29 @@ class TestCalls:
         assert asked["max_shard_size"] == 2_000_000_000
         assert (asked["norm_topk_prob"], asked["fingerprint"], asked["seed"]) == (False, False, 7)
         assert (asked["overwrite"], "revision" in asked) == (False, False)
+
+    def test_plan(self, call, capsys: pytest.CaptureFixture[str]) -> None:
+        planned = plan(tiny_anchor("llama").config)
+        calls = call("flexmoe.planning.plan", planned)
+        line = ["plan", "owner/anchor", "--experts", "8", "--k", "4", "--rank", "64", "--tokens-per-expert", "50e9"]
+        own_gpu = ["--gpu", "mine", "--gpu-tflops", "100", "--gpu-memory-gb", "24", "--gpu-bandwidth-tb", "0.5"]
+        assert main([*line, *own_gpu, "--mfu", "0.3", "--dtype", "float32", "--json"]) == 0
+        assert calls.pop() == {
+            "anchor": "owner/anchor",
+            "experts": 8,
+            "k": 4,
+            "rank": 64,
+            "tokens_per_expert": 50e9,
+            "gpu": "mine",
+            "gpu_tflops": 100,
+            "gpu_memory_gb": 24,
+            "gpu_bandwidth_tb": 0.5,
+            "mfu": 0.3,
+            "dtype": "float32",
+        }
+        assert json.loads(capsys.readouterr().out) == planned.to_dict()
+        assert main(["plan", "a"]) == 0
+        assert calls.pop() == {"anchor": "a"}, "defaults are the library's"
 
     def test_train(self, call, tmp_path: Path) -> None:
         for name in ("a.jsonl", "b.jsonl"):
@@ -313,6 +337,7 @@ class TestArguments:
             "8.66 GB",
         ]
         assert [human_count(count) for count in (7, 4_330_000_000, 999_999)] == ["7", "4.33 B", "1 M"]
+        assert [human_count(count, 4) for count in (33_270_665_440, 999_940, 999_960)] == ["33.27 B", "999.9 K", "1 M"]
 
     def test_json_is_standard(self, capsys) -> None:
         print_json({"a": float("nan"), "b": [float("-inf"), 1.5], "c": Path("x"), "d": True, "é": None})
