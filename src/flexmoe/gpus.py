@@ -1,13 +1,14 @@
 """What GPUs are made to do, by their vendors' words: arithmetic, memory, bandwidth.
 
-Peak figures, so what is computed from them is a floor or needs a utilisation. Does NOT cover what a GPU was measured to
-do, nor links between several.
+Peak figures, so what is computed from them is a floor or needs a utilisation. Does NOT cover what a GPU was measured
+to do, nor links between several.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def find_gpu(
     Raises:
         ValueError: the name is not in the table and a figure is missing, or a figure is not above zero.
     """
-    figures = {"tflops": tflops, "memory_gb": memory_gb, "bandwidth_tb": bandwidth_tb}
+    figures: dict[str, Any] = {"tflops": tflops, "memory_gb": memory_gb, "bandwidth_tb": bandwidth_tb}
     own = {key: value for key, value in figures.items() if value is not None}
     for key, value in own.items():
         if not (math.isfinite(value) and value > 0):

@@ -1,4 +1,4 @@
-"""What a FlexMoE will cost before anything is downloaded or trained: parameters, memory, FLOPs, GPU hours, decode speed.
+"""What a FlexMoE will cost, before anything is trained: parameters, memory, FLOPs, GPU hours, decode speed.
 
 Reads the anchor's configuration and builds the model on the meta device; the formulas stand in `docs/planning.md`. Two
 kinds of experts: full (the anchor's own feed-forward network again) and low-rank (a product B A of rank R beside each
@@ -201,7 +201,7 @@ def plan(
         experts = len(config.expert_names) if experts is None else experts
         k = min(config.num_experts_per_tok, experts) if k is None else k
         rank = _recorded_rank(config) if rank is None else rank
-        config = config.anchor_config  # type: ignore[assignment] # a configuration, once its owner is made
+        config = config.anchor_config
     experts = _count("experts", EXPERTS if experts is None else experts)
     k = _count("k", min(ACTIVE_EXPERTS, experts) if k is None else k)
     if k > experts:

@@ -96,29 +96,19 @@ def show_plan(plan: Plan) -> None:
 
 
 def _owner_rows(plan: Plan, training: Training) -> list[tuple[str, str, str]]:
-    forward, activations, weights = (
-        f"{flops / 1e9:.3g}"
-        for flops in (
-            training.forward_flops,
-            training.activation_gradient_flops,
-            training.weight_gradient_flops,
-        )
-    )
-    per_token = training.forward_flops + training.activation_gradient_flops + training.weight_gradient_flops
-    ratio = training.tokens / training.trained_parameters
-    optimal = f"{human_count(training.compute_optimal_tokens)} (20 each) would be compute-optimal"
+    parts = (training.forward_flops, training.activation_gradient_flops, training.weight_gradient_flops)
+    forward, activations, weights = (f"{flops / 1e9:.3g}" for flops in parts)
+    frozen, trained = human_bytes(training.frozen_bytes), human_bytes(training.trained_bytes)
+    tokens = f"{training.tokens / training.trained_parameters:.3g} per trained parameter"
+    if training.tokens != training.compute_optimal_tokens:
+        tokens += f"; compute-optimal: {human_count(training.compute_optimal_tokens)}"
     return [
         ("package", human_bytes(plan.package_bytes), f"{plan.dtype}; router rows float32"),
-        ("tokens", human_count(training.tokens), f"{ratio:.3g} per trained parameter; {optimal}"),
-        ("per token", f"{per_token / 1e9:.3g} GFLOP", f"forward {forward}, backward {activations} + {weights}"),
+        ("tokens", human_count(training.tokens), tokens),
+        ("per token", f"{sum(parts) / 1e9:.3g} GFLOP", f"forward {forward}, backward {activations} + {weights}"),
         ("training", f"{training.flops:.3g} FLOP", "tokens times that"),
         ("GPU hours", f"{training.gpu_hours:.4g} h", f"at {training.mfu:.0%} of the peak, an assumption"),
-        (
-            "memory",
-            human_bytes(training.memory_bytes),
-            f"frozen {human_bytes(training.frozen_bytes)} + trained {human_bytes(training.trained_bytes)} with gradient "
-            "and Adam; activations on top",
-        ),
+        ("memory", human_bytes(training.memory_bytes), f"frozen {frozen}, trained {trained}; activations on top"),
         ("GPUs for that", str(training.gpus), "with 90% of each one's memory"),
     ]
 

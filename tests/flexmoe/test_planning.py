@@ -234,7 +234,7 @@ class TestErrors:
 
     def test_a_mixture_is_no_anchor(self) -> None:
         with pytest.raises(UnsupportedAnchorError, match="mixture of experts already"):
-            plan(FlexOlmoConfig(**TINY, num_experts=4))
+            plan(FlexOlmoConfig(**TINY, num_experts=4, pad_token_id=0, bos_token_id=1, eos_token_id=2))
 
     def test_a_folder_without_a_config(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"no config\.json"):
