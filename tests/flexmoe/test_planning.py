@@ -14,6 +14,7 @@ from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM, Unsuppor
 from flexmoe.planning import plan
 from flexmoe.testing import ANCHOR_CONFIGS, random_tokens, tiny_anchor, tiny_flexmoe
 from flexmoe_cli import main
+from tests.families import tiny_config
 
 OWNERS = ["math", "code", "law"]
 FAMILIES = ["llama", "gpt2", "phi3", "gpt_neox"]
@@ -109,6 +110,18 @@ class TestAgainstAModel:
 
 def _is_last(name: str) -> bool:
     return name.split(".")[0] in ("down_proj", "c_proj", "dense_4h_to_h")
+
+
+@pytest.mark.parametrize("family", ["bloom", "cohere", "falcon", "gemma3n_text", "mpt", "opt", "stablelm", "xglm"])
+def test_networks_of_other_shapes(family: str) -> None:
+    """Spans without a module, biases, norms within, tied heads, layers of uneven width."""
+    config = tiny_config(family)
+    with torch.device("meta"):
+        model = FlexMoeForCausalLM(FlexMoeConfig(anchor_config=config, experts=[PUBLIC, *OWNERS]))
+    math = sum(p.numel() for name, p in model.named_parameters() if ".math." in name)
+    found = plan(config, experts=4).parameters
+    assert (found.total, found.per_expert) == (model.num_parameters(), math)
+    assert plan(config, experts=4, rank=2).parameters.per_expert < math
 
 
 class TestTraining:
