@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmoe.gpus import Gpu, find_gpu
 from flexmoe.modeling.anchors_flexmoe import FfnSite, build_on_meta
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
+from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.modeling.dense_flexmoe import read_dense_config
 from flexmoe.modeling.hub_flexmoe import resolve_folder
 from flexmoe.modeling.json_flexmoe import read_json_object
@@ -365,11 +365,14 @@ def _read_config(anchor: str | Path, revision: str | None, token: str | bool | N
 
 def _recorded_rank(config: FlexMoeConfig) -> int | None:
     """The rank that all owners' experts of a FlexMoE have; None for full ones, or if there are none."""
-    ranks = {None if r["kind"] == "full" else r.get("rank") for r in config.expert_records if r["name"] != PUBLIC}
-    if len(ranks) > 1 or not all(rank is None or isinstance(rank, int) for rank in ranks):
+    ranks: set[Any] = set()
+    for record in config.expert_records[1:]:  # the first is public
+        rank = None if record["kind"] == "full" else record.get("rank", "unknown")
+        ranks.update(rank if isinstance(rank, list) else [rank])  # a list says it layer by layer
+    if len(ranks) > 1 or "unknown" in ranks:
         raise ValueError(
-            "The experts of this FlexMoE are of several sizes, and a plan is for experts of one: give the rank that "
-            "the next ones will have, or plan full ones from its dense anchor."
+            "The experts of this FlexMoE are of several sizes, or don't say theirs, and a plan is for experts of one: "
+            "give the rank that the next ones will have, or plan full ones from its dense anchor."
         )
     return next(iter(ranks), None)
 
