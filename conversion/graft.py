@@ -1,9 +1,11 @@
-"""Graft: a dense checkpoint becomes a FlexMoE with one expert, "public", file to file.
+"""Graft: a dense checkpoint becomes a FlexMoE, file to file. Its own networks are "public", fine-tunes are experts.
 
-No weight is held in memory beyond a few chunks, and no byte of one changes: the names come from the two models on the
-meta device, the bytes from the anchor's files. New are the public expert's router rows, which are zero.
+No weight is held in memory beyond a few chunks, and no byte of one changes (unless what fine-tunes share is averaged):
+the names come from the two models on the meta device, the bytes from the files. New are the router rows, which are
+zero.
 
-Not here: which checkpoints can be read (`dense_flexmoe`) and how files are written (`tensor_writer_flexmoe`).
+Not here: which checkpoints can be read (`dense_flexmoe`), what a fine-tune may differ in (`fine_tunes`), and how files
+are written (`tensor_writer_flexmoe`).
 """
 
 from __future__ import annotations
@@ -11,15 +13,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexmoe.conversion.fine_tunes import SHARED, FineTune, Shared, averaged_source, check_shared, open_fine_tunes
 from flexmoe.data import END_OF_DOCUMENT, data_paths, read_documents
 from flexmoe.modeling.anchors_flexmoe import NameMap
-from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
 from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
 from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
@@ -58,7 +61,9 @@ COMPANIONS = (  # what comes along beside the weights: tokenizer, chat template,
 def graft(
     anchor: str | Path,
     out: str | Path,
+    experts: Mapping[str, str | Path] | None = None,
     *,
+    shared: Shared | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     public_data: Sequence[str | Path] | None = None,
@@ -72,12 +77,17 @@ def graft(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes the dense causal LM `anchor` as a FlexMoE whose only expert is its own feed-forward networks.
+    """Writes the dense causal LM `anchor` as a FlexMoE: its feed-forward networks are the expert "public".
 
-    The result computes exactly what the anchor computes. It appears whole or not at all. Returns its folder.
+    Without `experts` the result computes exactly what the anchor computes. It appears whole or not at all. Returns its
+    folder.
 
     Args:
         anchor: a folder with a safetensors checkpoint, or a Hub id.
+        experts: dense fine-tunes of the anchor, {name: folder or Hub id}, whose networks become experts of these
+            names. Their router rows are zero, so every token weighs all experts alike until rows are trained.
+        shared: what is taken where fine-tunes differ from the anchor outside of their networks: "anchor", its own;
+            "average", the mean of the anchor and all fine-tunes. None: they must not differ.
         revision, token: of the Hub repository.
         public_data: files of public text; a sample of whole documents, at most `public_sample_bytes` in all, is kept
             beside the model (`public_sample.jsonl`), as what every owner means by "not mine".
@@ -91,26 +101,36 @@ def graft(
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or no safetensors.
-        ValueError: the anchor cannot be one (see `DenseCheckpoint`), the public data has no text that fits, or `out`
+        ValueError: the anchor cannot be one (see `DenseCheckpoint`), a fine-tune is none of this anchor or differs
+            where it must not (see `open_fine_tunes`, `check_shared`), the public data has no text that fits, or `out`
             is or holds what is read.
     """
+    if shared is not None and shared not in SHARED:
+        raise ValueError(f"shared={shared!r}: must be one of {', '.join(SHARED)}, or None.")
     target = check_new_folder(out, overwrite)
     source = resolve_folder(anchor, revision=revision, token=token)
     check_apart(target, source.path, *([] if public_data is None else data_paths(public_data)))
     sample = None if public_data is None else _sample(public_data, public_sample_bytes, text_column, seed)
     dense = DenseCheckpoint(source.path)
+    names = NameMap(dense.sites)
+    fine_tunes = open_fine_tunes(experts or {}, dense, token=token)
+    check_apart(target, *(fine_tune.source.path for fine_tune in fine_tunes))
+    if shared is None:
+        check_shared(dense, fine_tunes, names)
+    averaged = [dense, *(fine_tune.dense for fine_tune in fine_tunes)] if shared == "average" else []
     settings = {"norm_topk_prob": norm_topk_prob, "num_experts_per_tok": num_experts_per_tok}
     config = FlexMoeConfig(
-        anchor_config=dense.config, **{key: value for key, value in settings.items() if value is not None}
+        anchor_config=dense.config,
+        experts=[PUBLIC, *(fine_tune.record() for fine_tune in fine_tunes)],
+        **{key: value for key, value in settings.items() if value is not None},
     )
     with torch.device("meta"):
         model = FlexMoeForCausalLM(config)
-    names = NameMap(dense.sites)
     durable = overwrite  # a new folder can be made again; one that replaces another must not be lost with it
     with atomic_folder(target, overwrite, durable=durable) as folder:
         written = write_checkpoint(
             folder,
-            _sources(model, dense, names),
+            _sources(model, dense, names, fine_tunes, averaged),
             max_shard_size=max_shard_size,
             hash_tensors=fingerprint,
             flush=durable,
@@ -119,7 +139,9 @@ def graft(
         digests = None
         if fingerprint:
             digests = {name: written.tensor_sha256[names.to_flexmoe(name)] for name in dense.infos}
-        model.config.anchor = _anchor_record(source, dense, digests)
+        # an average is a dense model that is stored nowhere: it has its own fingerprint, and no repository
+        origin = ResolvedFolder(source.path) if averaged else source
+        model.config.anchor = _anchor_record(origin, dense, digests)
         if sample is not None:
             model.config.public_sample = _write_sample(folder, sample)
         _copy_companions(source.path, folder)
@@ -127,19 +149,37 @@ def graft(
     return target
 
 
-def _sources(model: FlexMoeForCausalLM, dense: DenseCheckpoint, names: NameMap) -> list[TensorSource]:
-    """What to write, in the order of the model's state dict: the anchor's tensors under their new names, zero rows.
+def _sources(
+    model: FlexMoeForCausalLM,
+    dense: DenseCheckpoint,
+    names: NameMap,
+    fine_tunes: Sequence[FineTune],
+    averaged: Sequence[DenseCheckpoint],
+) -> list[TensorSource]:
+    """What to write, in the order of the model's state dict: tensors under their new names, zero rows.
 
     Names in the state dict without a stored tensor are tied to another, or buffers that the model computes.
     """
     sources = []
     stored = dict(dense.stored)
+    owned = {
+        name.replace(f".experts.{PUBLIC}.", f".experts.{fine_tune.name}."): (fine_tune, dense_name)
+        for dense_name in dense.infos
+        if f".experts.{PUBLIC}." in (name := names.to_flexmoe(dense_name))
+        for fine_tune in fine_tunes
+    }
     for name, tensor in model.state_dict().items():
         dense_name = names.to_dense(name)
-        if dense_name is None:
+        if name in owned:
+            fine_tune, dense_name = owned[name]
+            sources.append(fine_tune.ffn_source(name, dense_name))
+        elif dense_name is None:
             sources.append(source_from_tensor(name, torch.zeros(tensor.shape, dtype=torch.float32)))
         elif dense_name in stored:
-            sources.append(source_from_file(dense.files, stored.pop(dense_name), name))
+            theirs = stored.pop(dense_name)
+            is_shared = f".experts.{PUBLIC}." not in name
+            average = averaged_source(name, dense_name, averaged) if averaged and is_shared else None
+            sources.append(average or source_from_file(dense.files, theirs, name))
     assert not stored, f"the FlexMoE has no place for {sorted(stored)}"
     return sources
 

@@ -110,6 +110,19 @@ def parse_renames(values: Sequence[str]) -> dict[str, str]:
     return renames
 
 
+def parse_experts(values: Sequence[str]) -> dict[str, str]:
+    """Checkpoints by expert, from `name=folder`. ValueError: not written so, or a name twice."""
+    experts: dict[str, str] = {}
+    for value in values:
+        name, _, checkpoint = value.partition("=")
+        if not name or not checkpoint:
+            raise ValueError(f"--expert {value}: write name=folder, for example --expert math=./math-fine-tune.")
+        if name in experts:
+            raise ValueError(f"--expert {value}: {name!r} already is {experts[name]}. Give each its own name.")
+        experts[name] = checkpoint
+    return experts
+
+
 def given(**options: Any) -> dict[str, Any]:
     """The options that were given: the library's own defaults stand for the others, so they are written only once."""
     return {name: value for name, value in options.items() if value is not None and value != []}

@@ -17,6 +17,7 @@ from flexmoe_cli.arguments import (
     TextColumn,
     given,
     parse_domains,
+    parse_experts,
     parse_renames,
     parse_size,
 )
@@ -30,6 +31,20 @@ Model = Annotated[str, typer.Argument(help="FlexMoE model: a folder or a Hub id.
 def graft(
     anchor: Annotated[str, typer.Argument(help="Dense model: a folder or a Hub id.", show_default=False)],
     out: Out,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FOLDER", help="A dense fine-tune of the anchor, whose networks become an expert; repeat it."
+        ),
+    ] = None,
+    shared: Annotated[
+        str | None,
+        typer.Option(
+            metavar="anchor|average",
+            help="What is taken where fine-tunes differ outside of their feed-forward networks. By default they must "
+            "not.",
+        ),
+    ] = None,
     public_data: Annotated[
         list[Path] | None,
         typer.Option(help="Public text to keep a sample of beside the model: what every owner calls 'not mine'."),
@@ -55,13 +70,15 @@ def graft(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make a FlexMoE model of a dense one: the same weights, ready for experts."""
+    """Make a FlexMoE model of a dense one: the same weights, ready for experts; dense fine-tunes of it are some."""
     from flexmoe.conversion.graft import graft as library_graft
 
     with library_call(as_json), byte_progress("Grafting", anchor) as progress:
         folder = library_graft(
             anchor,
             out,
+            parse_experts(expert or []),
+            shared=shared,  # type: ignore[arg-type] # the library says what is allowed
             **given(public_data=public_data, revision=revision, num_experts_per_tok=num_experts_per_tok),
             public_sample_bytes=public_sample_bytes,
             text_column=text_column,
@@ -72,7 +89,10 @@ def graft(
             overwrite=overwrite,
             progress=progress,
         )
-    show_result(folder, as_json, f"Next, at each owner: flexmoe train {folder} --name NAME --data FILES --out PACKAGE")
+    hint = f"Next, at each owner: flexmoe train {folder} --name NAME --data FILES --out PACKAGE"
+    if expert:
+        hint = "All router rows are zero: every token weighs all experts alike until rows are trained."
+    show_result(folder, as_json, hint)
 
 
 def compose(

@@ -20,7 +20,7 @@ from flexmoe.planning import plan
 from flexmoe.testing import perturb_expert, tiny_anchor
 from flexmoe.training import TrainingSettings
 from flexmoe_cli import app, main
-from flexmoe_cli.arguments import parse_domains, parse_renames, parse_size, spread_files
+from flexmoe_cli.arguments import parse_domains, parse_experts, parse_renames, parse_size, spread_files
 from flexmoe_cli.output import human_bytes, human_count, print_json
 from tests.letters import letter_tokenizer
 
@@ -123,6 +123,13 @@ class TestCalls:
         assert json.loads(capsys.readouterr().out) == planned.to_dict()
         assert main(["plan", "a"]) == 0
         assert calls.pop() == {"anchor": "a"}, "defaults are the library's"
+
+    def test_graft_with_fine_tunes(self, call) -> None:
+        calls = call("flexmoe.conversion.graft.graft")
+        experts = ["--expert", "math=owner/math", "--expert", "code=runs/k=2/code"]
+        assert main(["graft", "owner/anchor", "--out", "o", *experts, "--shared", "average"]) == 0
+        assert calls[0]["experts"] == {"math": "owner/math", "code": "runs/k=2/code"}
+        assert calls[0]["shared"] == "average"
 
     def test_train(self, call, tmp_path: Path) -> None:
         for name in ("a.jsonl", "b.jsonl"):
@@ -320,6 +327,14 @@ class TestArguments:
             parse_domains(["math="])
         with pytest.raises(ValueError, match="write name=file"):
             parse_domains(["=a.txt"])
+
+    def test_experts(self) -> None:
+        assert parse_experts(["math=a/b", "code=k=2/c"]) == {"math": "a/b", "code": "k=2/c"}
+        for wrong in (["math"], ["=folder"], ["math="]):
+            with pytest.raises(ValueError, match="write name=folder"):
+                parse_experts(wrong)
+        with pytest.raises(ValueError, match="'math' already is a"):
+            parse_experts(["math=a", "math=b"])
 
     def test_renames(self) -> None:
         assert parse_renames(["p=math", "runs/k=2/p=code"]) == {"p": "math", "runs/k=2/p": "code"}

@@ -1,0 +1,170 @@
+"""Dense fine-tunes of an anchor as its experts: what they may differ in, and what becomes of what all share.
+
+A fine-tune is a checkpoint of the anchor's own architecture. Its feed-forward networks become an expert; everything
+else (attention, norms, embeddings) is there once in a FlexMoE, so it must be the anchor's, byte for byte, or somebody
+decides: the anchor's is kept, or the average of all is taken, as Branch-Train-MiX does (arXiv 2403.07816).
+
+Not here: the graft itself (`graft`), adapters, router rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, NameMap
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, check_expert_name, expert_record
+from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
+from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
+from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, source_from_file
+from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk, TensorInfo, tensor_bytes
+
+Shared = Literal["anchor", "average"]
+SHARED = ("anchor", "average")
+
+# Fields of a configuration that say where a checkpoint was made and how it is used, not what it computes.
+NOT_COMPUTED = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "pad_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """A dense fine-tune of the anchor that becomes the expert `name`."""
+
+    name: str
+    source: ResolvedFolder
+    dense: DenseCheckpoint
+
+    def record(self) -> dict[str, Any]:
+        """The expert's record in the model's config; where it came from is no package, so it is no `source`."""
+        repo = {"repo": self.source.repo, "revision": self.source.revision}
+        return expert_record({"name": self.name, "training": {"dense_fine_tune": repo} if self.source.repo else None})
+
+    def ffn_source(self, name: str, dense_name: str) -> TensorSource:
+        """Its tensor `dense_name`, to be called `name`."""
+        return source_from_file(self.dense.files, self.dense.stored[dense_name], name)
+
+
+def open_fine_tunes(
+    experts: Mapping[str, str | Path], anchor: DenseCheckpoint, *, token: str | bool | None = None
+) -> list[FineTune]:
+    """Opens the fine-tunes {name: folder or Hub id} of `anchor`; headers and configurations are compared.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: no such checkpoint (see `resolve_folder`).
+        ValueError: a name is none, or a checkpoint is not a fine-tune of this anchor: another architecture, tensors
+            of other names, shapes or dtypes; lists what differs.
+    """
+    fine_tunes = []
+    for name, checkpoint in experts.items():
+        if check_expert_name(name) == PUBLIC:
+            raise ValueError(f"{PUBLIC!r} is the anchor's own network: call the expert of {checkpoint} otherwise.")
+        source = resolve_folder(checkpoint, token=token)
+        dense = DenseCheckpoint(source.path)
+        _check_same_architecture(anchor, dense, f"{name}={checkpoint}")
+        fine_tunes.append(FineTune(name, source, dense))
+    return fine_tunes
+
+
+def check_shared(anchor: DenseCheckpoint, fine_tunes: Sequence[FineTune], names: NameMap) -> None:
+    """Compares all bytes outside of the feed-forward networks.
+
+    Raises:
+        ValueError: some differ; lists the tensors and says who can decide.
+    """
+    for fine_tune in fine_tunes:
+        shared = [name for name in anchor.infos if not _is_ffn(name, names)]
+        different = [name for name in shared if not _equal(_chunks(anchor, name), _chunks(fine_tune.dense, name))]
+        if different:
+            raise ValueError(
+                f"{fine_tune.dense.folder} ({fine_tune.name}) differs from the anchor outside of its feed-forward "
+                f"networks, in {len(different)} of {len(shared)} tensors: {_listed(different)}. A FlexMoE has these "
+                "once: choose --shared anchor (shared='anchor') to keep the anchor's, or --shared average for the "
+                "mean of the anchor and all fine-tunes."
+            )
+
+
+def averaged_source(name: str, dense_name: str, checkpoints: Sequence[DenseCheckpoint]) -> TensorSource:
+    """The mean of the tensor `dense_name` over `checkpoints`, in float32 and rounded once, to be called `name`.
+
+    Integers and booleans cannot be averaged: the first checkpoint's are taken.
+    """
+    first = checkpoints[0].infos[dense_name]
+    if not TORCH_DTYPES[first.dtype].is_floating_point:
+        return source_from_file(checkpoints[0].files, checkpoints[0].stored[dense_name], name)
+    info = TensorInfo(name, first.dtype, first.shape, first.nbytes)
+
+    def chunks() -> Iterator[Chunk]:
+        dtype = TORCH_DTYPES[first.dtype]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        streams = [_chunks(checkpoint, dense_name) for checkpoint in checkpoints]
+        for parts in zip(*streams, strict=True):  # files of one length are cut at the same places
+            values = [torch.frombuffer(bytearray(part), dtype=dtype).to(wide) for part in parts]
+            yield tensor_bytes(torch.stack(values).mean(0).to(dtype))
+
+    return TensorSource(info, chunks)
+
+
+def _check_same_architecture(anchor: DenseCheckpoint, dense: DenseCheckpoint, what: str) -> None:
+    ours, theirs = _computed(anchor), _computed(dense)
+    fields = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if fields:
+        listed = _listed([f"{key} ({theirs.get(key)!r}, the anchor's is {ours.get(key)!r})" for key in fields])
+        raise ValueError(
+            f"{what} is not a fine-tune of {anchor.folder}: their configurations differ in {listed}. An expert stands "
+            "beside the anchor's attention and norms, so it is trained with them."
+        )
+    different = [
+        f"{name} ({_described(dense.infos.get(name))}, the anchor's is {_described(anchor.infos.get(name))})"
+        for name in dict.fromkeys([*anchor.infos, *dense.infos])
+        if _described(dense.infos.get(name)) != _described(anchor.infos.get(name))
+    ]
+    if different:
+        raise ValueError(
+            f"{what} is not stored as {anchor.folder} is, in {len(different)} tensors: {_listed(different)}. Save "
+            "both in one dtype, AutoModelForCausalLM.from_pretrained(folder, dtype=...).save_pretrained(new_folder), "
+            "and with one vocabulary."
+        )
+
+
+def _computed(dense: DenseCheckpoint) -> dict[str, Any]:
+    return {key: value for key, value in dense.config.to_dict().items() if key not in NOT_COMPUTED}
+
+
+def _is_ffn(dense_name: str, names: NameMap) -> bool:
+    return names.to_flexmoe(dense_name) != ANCHOR_PREFIX + dense_name
+
+
+def _chunks(dense: DenseCheckpoint, name: str) -> Iterator[memoryview]:
+    return dense.files.chunks(dense.stored[name])
+
+
+def _equal(ours: Iterable[memoryview], theirs: Iterable[memoryview]) -> bool:
+    return all(a == b for a, b in zip(ours, theirs, strict=True))
+
+
+def _described(info: TensorInfo | None) -> str:
+    return "missing" if info is None else f"{info.dtype} {list(info.shape)}, {math.prod(info.shape):,} numbers"
+
+
+def _listed(names: Sequence[str], count: int = 6) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+__all__ = ["SHARED", "FineTune", "Shared", "averaged_source", "check_shared", "open_fine_tunes"]

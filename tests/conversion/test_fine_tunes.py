@@ -1,0 +1,165 @@
+"""Dense fine-tunes as experts: their bytes in their places, and nothing that is shared changes without being asked."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from flexmoe.conversion.graft import graft
+from flexmoe.modeling.anchors_flexmoe import find_ffn_sites
+from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
+from flexmoe.testing import ANCHOR_CONFIGS, TOLERANCES, random_tokens, realigned, tiny_anchor
+
+Change = Callable[[PreTrainedModel], None]
+TOKENS = random_tokens(2, 9)
+
+
+@torch.no_grad()
+def other_networks(model: PreTrainedModel, seed: int) -> None:
+    torch.manual_seed(seed)
+    for site in find_ffn_sites(model):
+        for parameter in site.ffn(model).parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+@torch.no_grad()
+def other_embeddings(model: PreTrainedModel) -> None:
+    model.get_input_embeddings().weight.add_(1.0)
+
+
+def saved(folder: Path, family: str = "llama", *changes: Change, dtype: torch.dtype = torch.float32) -> Path:
+    model = tiny_anchor(family)
+    for change in changes:
+        change(model)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def anchor(tmp_path: Path) -> Path:
+    return saved(tmp_path / "anchor")
+
+
+def tune(folder: Path, *changes: Change, seed: int = 1, family: str = "llama") -> Path:
+    return saved(folder, family, lambda model: other_networks(model, seed), *changes)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    with CheckpointFolder(folder) as files:
+        return {name: files.read(name) for name in files.infos}
+
+
+@pytest.mark.parametrize("family", ANCHOR_CONFIGS)
+@torch.no_grad()
+def test_each_fine_tune_is_an_expert_that_says_what_it_said(family: str, tmp_path: Path) -> None:
+    experts = {name: tune(tmp_path / name, seed=seed, family=family) for seed, name in enumerate(("math", "code"), 1)}
+    out = graft(saved(tmp_path / "anchor", family), tmp_path / "out", experts)
+    model = realigned(FlexMoeForCausalLM.from_pretrained(out))
+    assert model.expert_names == ["public", "math", "code"]
+    for name, folder in {"public": tmp_path / "anchor", **experts}.items():
+        dense = realigned(AutoModelForCausalLM.from_pretrained(folder))
+        with model.only_experts(name):
+            assert torch.equal(model(TOKENS, num_experts_per_tok=1).logits, dense(TOKENS).logits), name
+    rows = [tensor for name, tensor in model.state_dict().items() if ".router." in name]
+    assert len(rows) == 2 * 3 * len(model.flexmoe_blocks())
+    assert not any(row.any() for row in rows)
+
+
+def test_without_fine_tunes_nothing_changes(anchor: Path, tmp_path: Path) -> None:
+    plain, empty = graft(anchor, tmp_path / "plain"), graft(anchor, tmp_path / "empty", {})
+    for file in plain.iterdir():
+        assert file.read_bytes() == (empty / file.name).read_bytes(), file.name
+
+
+def test_what_is_shared_must_be_the_anchors(anchor: Path, tmp_path: Path) -> None:
+    math = tune(tmp_path / "math", other_embeddings)
+    with pytest.raises(ValueError, match=r"outside of its feed-forward networks, in 1 of \d+ tensors: model\.embed_t"):
+        graft(anchor, tmp_path / "out", {"math": math})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_anchors_shared_tensors_are_kept_on_request(anchor: Path, tmp_path: Path) -> None:
+    math = tune(tmp_path / "math", other_embeddings)
+    out = stored(graft(anchor, tmp_path / "out", {"math": math}, shared="anchor"))
+    assert torch.equal(out["anchor.model.embed_tokens.weight"], stored(anchor)["model.embed_tokens.weight"])
+    theirs = stored(math)["model.layers.0.mlp.up_proj.weight"]
+    assert torch.equal(out["anchor.model.layers.0.mlp.experts.math.up_proj.weight"], theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_tensors_are_averaged_on_request(tmp_path: Path, dtype: torch.dtype) -> None:
+    def wilder(model: PreTrainedModel) -> None:
+        for name, parameter in model.named_parameters():
+            if ".mlp." not in name:
+                parameter.data.add_(torch.randn_like(parameter))
+
+    folders = [
+        saved(tmp_path / "anchor", dtype=dtype),
+        saved(tmp_path / "math", "llama", wilder, dtype=dtype),
+        saved(tmp_path / "code", "llama", wilder, dtype=dtype),
+    ]
+    out = graft(folders[0], tmp_path / "out", {"math": folders[1], "code": folders[2]}, shared="average")
+    tensors, (anchor, *tunes) = stored(out), map(stored, folders)
+    for name, value in anchor.items():
+        if ".mlp." in name:
+            assert torch.equal(tensors["anchor." + name.replace(".mlp.", ".mlp.experts.public.")], value)
+        else:
+            mean = torch.stack([value, *(tune[name] for tune in tunes)]).double().mean(0)
+            torch.testing.assert_close(tensors["anchor." + name].double(), mean, **TOLERANCES[dtype])
+    records = [
+        json.loads((folder / "config.json").read_text())["anchor"]
+        for folder in (out, graft(folders[0], tmp_path / "plain"))
+    ]
+    assert records[0]["fingerprint"] != records[1]["fingerprint"]
+
+
+def test_another_architecture_is_no_fine_tune(anchor: Path, tmp_path: Path) -> None:
+    other = saved(tmp_path / "other", "qwen3")
+    with pytest.raises(
+        ValueError, match=r"math=.*is not a fine-tune.*model_type \('qwen3', the anchor's is 'llama'\)"
+    ):
+        graft(anchor, tmp_path / "out", {"math": other})
+
+
+def test_another_norm_is_no_fine_tune(anchor: Path, tmp_path: Path) -> None:
+    other = tune(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["rms_norm_eps"] = 1e-3
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"configurations differ in rms_norm_eps \(0\.001, the anchor's is 1e-06\)"):
+        graft(anchor, tmp_path / "out", {"math": other})
+
+
+def test_another_dtype_names_the_way_out(anchor: Path, tmp_path: Path) -> None:
+    other = saved(tmp_path / "other", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=re.escape("from_pretrained(folder, dtype=...)")):
+        graft(anchor, tmp_path / "out", {"math": other})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"experts": {"public": "x"}}, "is the anchor's own network"),
+        ({"experts": {"Math!": "x"}}, "Math!"),
+        ({"experts": {"math": Path("/nowhere")}}, "nowhere"),
+        ({"shared": "mean"}, "shared='mean': must be one of anchor, average"),
+    ],
+)
+def test_what_is_asked_for_must_make_sense(
+    anchor: Path, tmp_path: Path, arguments: dict[str, object], error: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=error):
+        graft(anchor, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_may_not_hold_a_fine_tune(anchor: Path, tmp_path: Path) -> None:
+    math = tune(tmp_path / "math")
+    with pytest.raises(ValueError, match="math"):
+        graft(anchor, math, {"math": math}, overwrite=True)
+    assert stored(math)
