@@ -16,21 +16,13 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.modeling.configuration_flexmoe import (
-    PUBLIC,
-    ExpertPackageConfig,
-    FlexMoeConfig,
-    check_expert_name,
-    expert_record,
-)
+from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
 from flexmoe.modeling.fitting_flexmoe import check_anchor, open_package
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder, file_inside
-from flexmoe.modeling.hub_flexmoe import resolve_folder
-from flexmoe.modeling.json_flexmoe import read_json_object
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError
-from flexmoe.modeling.quantization_flexmoe import check_unquantized
 from flexmoe.modeling.tensor_writer_flexmoe import (
     MAX_SHARD_SIZE,
     TensorSource,
@@ -38,15 +30,8 @@ from flexmoe.modeling.tensor_writer_flexmoe import (
     source_from_tensor,
     write_checkpoint,
 )
-from flexmoe.modeling.tensors_flexmoe import (
-    TORCH_DTYPES,
-    CheckpointFolder,
-    Chunk,
-    TensorInfo,
-    expected_bytes,
-)
+from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk, TensorInfo, expected_bytes
 
-CONFIG_FILE = "config.json"
 CODE = "_flexmoe.py"  # what files of FlexMoE's own code end with; an older copy's may have others than ours
 PRIOR_WITH_BIASES = 0.5
 """Public's log prior odds where owners' rows have biases. Source: 3 owners, 40 % replay; docs/results.md."""
@@ -75,7 +60,8 @@ def compose(
         packages: folders, Hub ids or opened packages.
         names: what to call experts here: {package as given in `packages`, or its own name: name in the model}.
         public_prior: log prior odds of "public", its bias in every layer. By default 0 if all rows are bias-free and
-            0.5 if none is; a default that depended on who is there would make removal inexact.
+            0.5 if none is; a default that depended on who is there would make removal inexact. A model whose public
+            row is not zero (an imported one) brings its own prior, which is then the default.
         num_experts_per_tok: k of the top-k; the graft's by default.
         max_shard_size: bytes per weight file.
         progress: called with the number of bytes just written.
@@ -89,7 +75,7 @@ def compose(
     """
     if isinstance(packages, str | Path | ExpertPackage):
         raise TypeError(f"packages: one package ({packages!r}), want a list of them. Write [{packages!r}].")
-    model = _StoredModel(grafted)
+    model = StoredModel(grafted)
     if len(model.config.expert_names) > 1:
         raise ValueError(
             f"{grafted} has the experts {model.config.expert_names} already: add to it with `flexmoe add`, or compose "
@@ -99,8 +85,8 @@ def compose(
         raise ValueError("There is no package to compose with: give at least one.")
     newcomers = [_Newcomer.open(package) for package in packages]
     _rename(newcomers, packages, names or {})
-    prior = _default_prior(newcomers) if public_prior is None else public_prior
-    if not isfinite(prior):
+    prior = _default_prior(model, newcomers) if public_prior is None else public_prior
+    if prior is not None and not isfinite(prior):
         raise ValueError(f"public_prior must be a finite number; it is {prior}.")
     config = _with_experts(model.config, newcomers)
     if num_experts_per_tok is not None:
@@ -126,7 +112,7 @@ def add(
 
     Raises: as `compose`.
     """
-    stored, newcomer = _StoredModel(model), _Newcomer.open(package)
+    stored, newcomer = StoredModel(model), _Newcomer.open(package)
     newcomer.name = name or newcomer.name
     config = _with_experts(stored.config, [newcomer])
     return _write(stored, config, [newcomer], out, overwrite, max_shard_size, progress)
@@ -149,7 +135,7 @@ def remove(
         FileExistsError: `out` exists and `overwrite` is False.
         ValueError: there is no such expert, it is "public", or it is the only active one.
     """
-    stored = _StoredModel(model)
+    stored = StoredModel(model)
     config = copy.deepcopy(stored.config)
     if name == PUBLIC:
         raise ValueError(f"{PUBLIC!r} is the anchor's own network and cannot be removed, only masked.")
@@ -163,30 +149,6 @@ def remove(
         config.active_experts = [other for other in config.active_experts if other != name]
     config.experts = [record for record in config.experts if record["name"] != name]
     return _write(stored, config, [], out, overwrite, max_shard_size, progress)
-
-
-class _StoredModel:
-    """A FlexMoE checkpoint: its folder, config and tensors."""
-
-    def __init__(self, source: str | Path):
-        self.folder = resolve_folder(source).path
-        if not (self.folder / CONFIG_FILE).is_file():
-            raise FileNotFoundError(f"{source} is not a model folder: it has no {CONFIG_FILE}.")
-        model_type = read_json_object(self.folder / CONFIG_FILE).get("model_type")
-        if model_type == ExpertPackageConfig.model_type:
-            raise ExpertPackageConfig.error(source)
-        if model_type != FlexMoeConfig.model_type:
-            raise ValueError(
-                f"{source} is a {model_type!r} model, not a FlexMoE. Make one of it with `flexmoe graft`."
-            )
-        self.config = FlexMoeConfig.from_pretrained(self.folder)
-        if self.config.composition is not None:
-            raise ValueError(
-                f"{source} is a composition, which names its parts and holds no weights: write them out first, with "
-                "AutoModelForCausalLM.from_pretrained(composition).save_pretrained(folder)."
-            )
-        check_unquantized(self.config, source, "changed on disk")
-        self.tensors = CheckpointFolder(self.folder)
 
 
 @dataclass
@@ -259,7 +221,10 @@ def _rename(newcomers: Sequence[_Newcomer], packages: Sequence[PackageLike], nam
         raise ValueError(f"There is no package {min(unused)!r} to give another name; the packages are {own}.")
 
 
-def _default_prior(newcomers: Sequence[_Newcomer]) -> float:
+def _default_prior(model: StoredModel, newcomers: Sequence[_Newcomer]) -> float | None:
+    """The prior where none is given; None is the one that is stored."""
+    if _has_fitted_public_row(model):
+        return None
     biased = [newcomer.name for newcomer in newcomers if newcomer.has_bias()]
     if not biased:
         return 0.0
@@ -270,6 +235,11 @@ def _default_prior(newcomers: Sequence[_Newcomer]) -> float:
         f"The rows of {', '.join(biased)} have biases, those of {', '.join(free)} have none, so there is no default "
         f"for the public prior: give --public-prior (public_prior=), for example {PRIOR_WITH_BIASES}."
     )
+
+
+def _has_fitted_public_row(model: StoredModel) -> bool:
+    rows = [name for name in model.tensors.infos if name.endswith(f".router.{PUBLIC}.weight")]
+    return any(bool(model.tensors.read(name).any()) for name in rows)
 
 
 def _with_experts(config: FlexMoeConfig, newcomers: Sequence[_Newcomer]) -> FlexMoeConfig:
@@ -287,7 +257,7 @@ def _with_experts(config: FlexMoeConfig, newcomers: Sequence[_Newcomer]) -> Flex
 
 
 def _write(
-    stored: _StoredModel,
+    stored: StoredModel,
     config: FlexMoeConfig,
     newcomers: Sequence[_Newcomer],
     out: str | Path,
@@ -316,7 +286,7 @@ def _write(
 
 
 def _sources(
-    stored: _StoredModel,
+    stored: StoredModel,
     model: FlexMoeForCausalLM,
     newcomers: Mapping[str, _Newcomer],
     streams: Mapping[str, _PackageStream],
@@ -340,7 +310,7 @@ def _sources(
 
 
 def _newcomer_source(
-    stored: _StoredModel, newcomer: _Newcomer, stream: _PackageStream, key: str, inside: str, shape: Sequence[int]
+    stored: StoredModel, newcomer: _Newcomer, stream: _PackageStream, key: str, inside: str, shape: Sequence[int]
 ) -> TensorSource:
     """A tensor of a package under its name in the model, in the dtype of public's own; rows are float32."""
     if inside in newcomer.rows:
@@ -387,7 +357,7 @@ def _check_newcomers(
 
 
 def _check_stored(
-    stored: _StoredModel,
+    stored: StoredModel,
     state: Mapping[str, torch.Tensor],
     places: Mapping[str, tuple[str, str]],
     newcomers: Mapping[str, _Newcomer],
@@ -410,7 +380,7 @@ def _check_stored(
         )
 
 
-def _removed(stored: _StoredModel, places: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
+def _removed(stored: StoredModel, places: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
     """What the names of tensors begin with that are stored, but belong to an expert who leaves."""
     leaving = set(stored.config.expert_names) - {owner for owner, _ in places.values()}
     public = {key.rpartition(f".{PUBLIC}.")[0] for key in places if f".router.{PUBLIC}." in key}

@@ -144,7 +144,7 @@ def graft(
         model.config.anchor = _anchor_record(origin, dense, digests)
         if sample is not None:
             model.config.public_sample = _write_sample(folder, sample)
-        _copy_companions(source.path, folder)
+        copy_companions(source.path, folder)
         _write_config(folder, model, dense)  # last: a folder without it does not load
     return target
 
@@ -205,7 +205,8 @@ def _write_config(folder: Path, model: FlexMoeForCausalLM, dense: DenseCheckpoin
     config.save_pretrained(folder)
 
 
-def _copy_companions(source: Path, folder: Path) -> None:
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copies what of `COMPANIONS` lies in `source` and is not in `folder` yet."""
     for pattern in COMPANIONS:
         for path in sorted(source.glob(pattern)):
             copy = folder / path.relative_to(source)
@@ -252,4 +253,4 @@ def _write_sample(folder: Path, lines: Iterable[str]) -> dict[str, Any]:
     }
 
 
-__all__ = ["COMPANIONS", "PUBLIC_SAMPLE", "graft"]
+__all__ = ["COMPANIONS", "PUBLIC_SAMPLE", "copy_companions", "graft"]

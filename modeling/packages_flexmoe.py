@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +27,8 @@ from .configuration_flexmoe import ExpertPackageConfig
 from .folders_flexmoe import atomic_folder, file_inside
 from .json_flexmoe import json_text, read_json_object
 from .manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, ExpertManifest, PackageError
-from .tensor_writer_flexmoe import source_from_tensor, write_checkpoint
-from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, tensor_from_chunks, tensor_info
+from .tensor_writer_flexmoe import TensorSource, source_from_tensor, write_checkpoint
+from .tensors_flexmoe import TORCH_DTYPES, Chunk, TensorFile, TensorInfo, tensor_from_chunks
 
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
@@ -143,17 +143,33 @@ def write_package(
         FileExistsError: `out` exists and `overwrite` is False.
         PackageError: manifest and tensors disagree, or a number is not finite.
     """
-    given = list(tensors)
-    infos = {name: tensor_info(name, tensor) for name, tensor in given}
-    if len(infos) != len(given):
+    sources = [source_from_tensor(name, tensor) for name, tensor in tensors]
+    return stream_package(out, manifest, sources, card=card, overwrite=overwrite)
+
+
+def stream_package(
+    out: str | Path,
+    manifest: ExpertManifest,
+    sources: Sequence[TensorSource],
+    *,
+    card: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """`write_package` of tensors that lie elsewhere: one of them is in memory at a time.
+
+    Args:
+        progress: called with the number of bytes just written.
+
+    Raises: as `write_package`.
+    """
+    infos = {source.info.name: source.info for source in sources}
+    if len(infos) != len(sources):
         raise PackageError(f"{out}: a tensor name is given twice.")
     _check_infos(str(out), manifest, infos)
-    for name, tensor in given:
-        if not _all_finite(tensor):
-            raise PackageError(f"{out}: tensor {name!r} holds NaN or an infinity.")
+    checked = [_finite(source, str(out)) for source in sources]
     with atomic_folder(out, overwrite) as folder:
-        sources = [source_from_tensor(name, tensor) for name, tensor in given]
-        written = write_checkpoint(folder, sources, stem="expert", hash_files=True)
+        written = write_checkpoint(folder, checked, stem="expert", hash_files=True, progress=progress)
         manifest = replace(manifest, sha256={name: digest or "" for name, digest in written.files.items()})
         (folder / MANIFEST_FILE).write_text(json_text(manifest.to_dict()), encoding="utf-8")
         (folder / CONFIG_FILE).write_text(json_text({"model_type": ExpertPackageConfig.model_type}), encoding="utf-8")
@@ -246,6 +262,18 @@ def _hashed(chunks: Iterable[memoryview], digest: "hashlib._Hash") -> Iterator[m
         yield chunk
 
 
+def _finite(source: TensorSource, where: str) -> TensorSource:
+    """The same tensor, refused where it is read if a number in it is not finite."""
+
+    def chunks() -> Iterator[Chunk]:
+        tensor = tensor_from_chunks(source.info, source.chunks())
+        if not _all_finite(tensor):
+            raise PackageError(f"{where}: tensor {source.info.name!r} holds NaN or an infinity.")
+        yield from source_from_tensor(source.info.name, tensor).chunks()
+
+    return TensorSource(source.info, chunks)
+
+
 def _all_finite(tensor: torch.Tensor) -> bool:
     if tensor.element_size() == 1:  # torch has no isfinite for the eight-bit floats
         return all(bool(part.float().isfinite().all()) for part in tensor.detach().reshape(-1).split(1 << 24))
@@ -263,4 +291,12 @@ def _package_errors() -> Iterator[None]:
         raise PackageError(str(error)) from error
 
 
-__all__ = ["CARD_FILE", "ExpertManifest", "ExpertPackage", "PackageError", "default_card", "write_package"]
+__all__ = [
+    "CARD_FILE",
+    "ExpertManifest",
+    "ExpertPackage",
+    "PackageError",
+    "default_card",
+    "stream_package",
+    "write_package",
+]

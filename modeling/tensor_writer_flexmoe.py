@@ -76,6 +76,24 @@ def source_from_file(
     return TensorSource(info, lambda: file.chunks(name))
 
 
+def source_from_part(
+    checkpoint: CheckpointFolder, name: str, new_name: str, shape: Sequence[int], index: int
+) -> TensorSource:
+    """A source over the part number `index` of a stored tensor that is made of parts of this shape, one after another.
+
+    Raises:
+        KeyError: no such tensor.
+        ValueError: the tensor has no such part.
+    """
+    file = checkpoint.file_of(name)
+    stored = file.info(name)
+    info = TensorInfo(new_name, stored.dtype, tuple(shape), expected_bytes(stored.dtype, shape))
+    start, stop = index * info.nbytes, (index + 1) * info.nbytes
+    if not 0 <= start < stop <= stored.nbytes:
+        raise ValueError(f"{file.path}: {name!r} of shape {list(stored.shape)} has no part {index} of {list(shape)}.")
+    return TensorSource(info, lambda: file.chunks(name, start=start, stop=stop))
+
+
 def write_checkpoint(
     folder: str | Path,
     sources: Sequence[TensorSource],
@@ -317,6 +335,7 @@ __all__ = [
     "TensorSource",
     "WrittenCheckpoint",
     "source_from_file",
+    "source_from_part",
     "source_from_tensor",
     "write_checkpoint",
 ]

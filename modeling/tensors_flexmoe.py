@@ -88,10 +88,20 @@ class TensorFile:
             self.close()
             raise
 
-    def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-        """Yields copies of the tensor's bytes in order, at most `size` at a time. KeyError: no such tensor."""
+    def chunks(
+        self, name: str, size: int = CHUNK_BYTES, *, start: int = 0, stop: int | None = None
+    ) -> Iterator[memoryview]:
+        """Yields copies of the tensor's bytes in order, at most `size` at a time, or of those from `start` to `stop`.
+
+        Raises:
+            KeyError: no such tensor.
+            ValueError: it has no such bytes.
+        """
         info = self.info(name)
-        position, end = self._begins[name], self._begins[name] + info.nbytes
+        stop = info.nbytes if stop is None else stop
+        if not 0 <= start <= stop <= info.nbytes:
+            raise ValueError(f"{self.path}: {name!r} has {info.nbytes:,} bytes, not bytes {start:,} to {stop:,}.")
+        position, end = self._begins[name] + start, self._begins[name] + stop
         while position < end:
             chunk = os.pread(self._descriptor, min(size, end - position), len(self.header) + position)
             if not chunk:
