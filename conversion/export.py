@@ -1,0 +1,313 @@
+"""Export: a FlexMoE becomes a checkpoint that stock transformers, and engines that read its formats, load as their own.
+
+Either one expert in the anchor's own dense class, or all of them in a mixture-of-experts class (`native_formats`). The
+weights are copied byte for byte, a chunk at a time; the router rows alone are put together anew. What a format cannot
+say is an error. Not here: compositions by reference, quantised models, what dropping biases costs (measure it with
+`flexmoe evaluate`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from flexmoe.conversion.graft import copy_companions
+from flexmoe.conversion.native_formats import FORMATS, WAY_OUT, NativeFormat, native_config
+from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
+from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
+from flexmoe.modeling.configuration_flexmoe import PUBLIC
+from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
+from flexmoe.modeling.json_flexmoe import json_text
+from flexmoe.modeling.norms_flexmoe import norm_follows_each_ffn
+from flexmoe.modeling.tensor_writer_flexmoe import (
+    MAX_SHARD_SIZE,
+    TensorSource,
+    source_from_file,
+    source_from_tensor,
+    write_checkpoint,
+)
+from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What is to be written: the config, what its file says besides, and the tensors in their order."""
+
+    config: PreTrainedConfig
+    sources: list[TensorSource]
+    aliases: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Exporter(Protocol):
+    """Prepares the export to one format."""
+
+    def __call__(self, stored: StoredModel, *, expert: str | None, drop_bias: bool) -> Exported:
+        """What to write. ValueError: the format cannot say what this model is."""
+
+
+def export(
+    model: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    expert: str | None = None,
+    drop_bias: bool = False,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Writes the stored FlexMoE `model` as a checkpoint of another class of transformers. Returns its folder.
+
+    The result computes the same: equal logits in float32, but for the order of sums. In half precision the router's
+    rows are rounded to the dtype of the weights beside them, in which the other classes hold them; a warning says
+    how many numbers that changes.
+
+    Args:
+        model: folder or Hub id of a merged checkpoint.
+        to: one of `TARGETS`: "dense" (one expert, in the anchor's class), "flex_olmo" (OLMo-2 anchors), "mixtral"
+            (Llama and Mistral anchors) or "qwen3_moe" (Qwen3 anchors).
+        expert: for "dense", whose network stands in the model; "public" is the anchor itself.
+        drop_bias: leave out biases of router rows and the public prior, which no format has. It changes the model.
+        max_shard_size: bytes per weight file.
+        progress: called with the number of bytes just written.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is False.
+        FileNotFoundError: no such model.
+        ValueError: no such format or expert, or the format cannot say what this model is: biases, masked or low-rank
+            experts, weights that are not divided by their sum, another family, fields that it lacks.
+    """
+    target = check_new_folder(out, overwrite)
+    if to not in TARGETS:
+        raise ValueError(f"There is no format {to!r} to export to; there are {', '.join(TARGETS)}.")
+    stored = StoredModel(model, "exported")
+    check_apart(target, stored.folder)
+    exported = TARGETS[to](stored, expert=expert, drop_bias=drop_bias)
+    durable = overwrite  # a new folder can be made again; one that replaces another must not be lost with it
+    with atomic_folder(target, overwrite, durable=durable) as folder:
+        write_checkpoint(folder, exported.sources, max_shard_size=max_shard_size, flush=durable, progress=progress)
+        copy_companions(stored.folder, folder)
+        values = {**json.loads(exported.config.to_json_string()), **exported.aliases}
+        (folder / CONFIG_FILE).write_text(json_text(values), encoding="utf-8")  # last: without it nothing loads
+    return target
+
+
+def as_dense(stored: StoredModel, *, expert: str | None, drop_bias: bool) -> Exported:
+    """One expert in the anchor's own class, its router row left behind."""
+    names = stored.config.expert_names
+    if expert not in names:
+        asked = "no expert is given" if expert is None else f"{expert!r} is none of its experts"
+        raise ValueError(f"{DENSE} writes one expert of {stored.folder}, and {asked}: --expert {' | '.join(names)}.")
+    _check_is_full(stored, str(expert))
+    dense, sites = build_on_meta(_anchor_config(stored))
+    paths = NameMap(sites)
+    blocks = tuple(f"{ANCHOR_PREFIX}{site.block}.experts.{PUBLIC}." for site in sites)
+
+    def place(name: str) -> str:
+        path = paths.to_flexmoe(name)
+        is_the_experts = path.startswith(blocks)
+        return path.replace(f".experts.{PUBLIC}.", f".experts.{expert}.", 1) if is_the_experts else path
+
+    sources = _copies(stored, dense, {name: place(name) for name in dense.state_dict()})
+    return Exported(_of_class(dense, stored), sources)
+
+
+def as_native(native: NativeFormat, stored: StoredModel, *, expert: str | None, drop_bias: bool) -> Exported:
+    """All experts in a mixture-of-experts class, in the order of the config."""
+    if expert is not None:
+        raise ValueError(f"{native.model_type} holds all experts: --expert {expert} is for --to {DENSE} only.")
+    if stored.config.norm_topk_prob is None:
+        stored.config.norm_topk_prob = not norm_follows_each_ffn(_anchor_config(stored))
+    config = native_config(native, stored.config)
+    if not drop_bias:
+        _check_bias_free(native, stored)
+    dense, sites = build_on_meta(_anchor_config(stored))
+    with torch.device("meta"):
+        target = AutoModelForCausalLM.from_config(config)
+    _check_same_besides_blocks(native, dense, target, sites)
+    gates = _gates(native, stored, sites)
+    sources: list[TensorSource] = []
+    for site, names in _by_site(dense, sites):
+        if site is None:
+            sources += _copies(stored, dense, {name: ANCHOR_PREFIX + name for name in names})
+        else:
+            sources += _block_sources(native, stored, dense, site, gates[site])
+    counts = dict.fromkeys(native.count_fields, len(stored.config.expert_names))
+    return Exported(_of_class(target, stored), sources, counts)
+
+
+TARGETS: Mapping[str, Exporter] = {
+    DENSE: as_dense,
+    **{name: functools.partial(as_native, native) for name, native in FORMATS.items()},
+}
+"""What a FlexMoE can be written as."""
+
+
+def _anchor_config(stored: StoredModel) -> PreTrainedConfig:
+    config: Any = stored.config.anchor_config
+    return config
+
+
+def _of_class(model: PreTrainedModel, stored: StoredModel) -> PreTrainedConfig:
+    """The model's config, for a file: it says whose it is, and in which dtype it wants to be loaded."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = stored.config.dtype or config.dtype
+    return config
+
+
+def _by_site(dense: PreTrainedModel, sites: Sequence[FfnSite]) -> Iterator[tuple[FfnSite | None, list[str]]]:
+    """The state dict's names in their order, in groups: a network's with its site, what lies between with None."""
+    blocks = {f"{site.block}.": site for site in sites}
+
+    def site_of(name: str) -> FfnSite | None:
+        return next((site for prefix, site in blocks.items() if name.startswith(prefix)), None)
+
+    for site, names in itertools.groupby(dense.state_dict(), site_of):
+        yield site, list(names)
+
+
+def _copies(stored: StoredModel, dense: PreTrainedModel, paths: Mapping[str, str]) -> list[TensorSource]:
+    """Stored tensors under the dense model's names; `paths` says what they are called in the FlexMoE.
+
+    Names without a stored tensor are tied to another, or buffers that the model computes.
+    """
+    state, parameters = dense.state_dict(), dict(dense.named_parameters(remove_duplicate=False))
+    sources = []
+    for name, path in paths.items():
+        if path in stored.tensors.infos:
+            _check_stored(stored, path, state[name].shape)
+            sources.append(source_from_file(stored.tensors, path, name))
+        elif name in parameters and name not in dense.all_tied_weights_keys:
+            raise _missing(stored, path)
+    return sources
+
+
+def _block_sources(
+    native: NativeFormat, stored: StoredModel, dense: PreTrainedModel, site: FfnSite, gate_EH: Tensor
+) -> Iterator[TensorSource]:
+    """A layer's rows as one matrix, then each expert's matrices."""
+    shapes = {name: tensor.shape for name, tensor in site.ffn(dense).state_dict().items()}
+    block = f"{ANCHOR_PREFIX}{site.block}"
+    if shapes.keys() != native.matrices.keys():
+        raise ValueError(
+            f"{native.model_type} has {', '.join(native.matrices)} in each network; this anchor has "
+            f"{', '.join(shapes)}. {WAY_OUT}"
+        )
+    yield source_from_tensor(native.gate_name(site), gate_EH)
+    for number, expert in enumerate(stored.config.expert_names):
+        for name, shape in shapes.items():
+            path = f"{block}.experts.{expert}.{name}"
+            _check_stored(stored, path, shape)
+            yield source_from_file(stored.tensors, path, native.matrix_name(site, number, name))
+
+
+def _gates(native: NativeFormat, stored: StoredModel, sites: Sequence[FfnSite]) -> dict[FfnSite, Tensor]:
+    """The rows of all experts [E, H], layer by layer, in the dtype of the weights beside them, as the class holds them."""
+    rows = {site: _rows(stored, site) for site in sites}
+    gates = {site: rows_EH.to(_dtype_beside(stored, site)) for site, rows_EH in rows.items()}
+    for site, gate_EH in gates.items():
+        if not bool(gate_EH.isfinite().all()):
+            raise ValueError(
+                f"{site.block}: a router row holds numbers that are not finite in {gate_EH.dtype}, the dtype of the "
+                f"weights beside it, in which {native.model_type} holds its gate."
+            )
+    if changed := sum(int((gates[site].float() != rows_EH).sum()) for site, rows_EH in rows.items()):
+        warnings.warn(
+            f"{native.model_type} holds its gate in the dtype of its weights: of the "
+            f"{sum(rows_EH.numel() for rows_EH in rows.values()):,} numbers of the router rows, {changed:,} are "
+            f"rounded from float32 to {next(iter(gates.values())).dtype}. Where two experts are nearly as likely, "
+            "another may be chosen than in the FlexMoE model.",
+            stacklevel=2,
+        )
+    return gates
+
+
+def _rows(stored: StoredModel, site: FfnSite) -> Tensor:
+    """The rows of all experts of a layer, float32 [E, H]."""
+    hidden_size = _anchor_config(stored).get_text_config().hidden_size
+    rows = []
+    for name in stored.config.expert_names:
+        path = f"{ANCHOR_PREFIX}{site.block}.router.{name}.weight"
+        _check_stored(stored, path, (1, hidden_size))
+        rows.append(stored.tensors.read(path).float())
+    return torch.cat(rows)
+
+
+def _dtype_beside(stored: StoredModel, site: FfnSite) -> torch.dtype:
+    start = f"{ANCHOR_PREFIX}{site.block}.experts.{PUBLIC}."
+    return next(TORCH_DTYPES[info.dtype] for path, info in stored.tensors.infos.items() if path.startswith(start))
+
+
+def _check_is_full(stored: StoredModel, expert: str) -> None:
+    kind = next(record["kind"] for record in stored.config.expert_records if record["name"] == expert)
+    if kind != "full":
+        raise ValueError(
+            f"Expert {expert!r} is of kind {kind!r}; {DENSE} has whole networks. Make it a full one first."
+        )
+
+
+def _check_bias_free(native: NativeFormat, stored: StoredModel) -> None:
+    names = stored.config.expert_names
+    ends = {f".router.{name}.bias": name for name in names}
+    biased = {
+        owner
+        for path in stored.tensors.infos
+        for end, owner in ends.items()
+        if path.endswith(end) and bool(stored.tensors.read(path).any())
+    }
+    if not biased or len(names) == 1:  # the only expert takes part whatever its bias
+        return
+    raise ValueError(
+        f"{native.model_type} has no router biases; not zero are those of {', '.join(n for n in names if n in biased)}"
+        f" ({PUBLIC}'s is the public prior). --drop-bias (drop_bias=True) leaves them out and changes the model: see "
+        "by how much with `flexmoe evaluate`. Experts trained with --no-router-bias and composed with a prior of 0 "
+        "export as they are."
+    )
+
+
+def _check_same_besides_blocks(
+    native: NativeFormat, dense: PreTrainedModel, target: PreTrainedModel, sites: Sequence[FfnSite]
+) -> None:
+    """Whatever the configs say, the two classes must hold the same tensors outside of the blocks."""
+    blocks = tuple(f"{site.block}." for site in sites)
+
+    def besides(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
+        return {(n, tuple(t.shape)) for n, t in model.state_dict().items() if not n.startswith(blocks)}
+
+    if differing := sorted(besides(dense) ^ besides(target)):
+        raise ValueError(
+            f"{type(target).__name__} and {type(dense).__name__} differ in {len(differing)} tensors outside of their "
+            f"feed-forward networks, such as {differing[0][0]}. {WAY_OUT}"
+        )
+
+
+def _check_stored(stored: StoredModel, path: str, shape: Sequence[int]) -> None:
+    info = stored.tensors.infos.get(path)
+    if info is None:
+        raise _missing(stored, path)
+    if info.shape != tuple(shape):
+        raise ValueError(
+            f"{stored.folder}: tensor {path!r} has shape {list(info.shape)}, and this format has {list(shape)} there: "
+            "one width for all experts and layers."
+        )
+
+
+def _missing(stored: StoredModel, path: str) -> ValueError:
+    return ValueError(f"{stored.folder} lacks the tensor {path!r}, which its config names. Fetch or write it again.")
+
+
+__all__ = ["DENSE", "TARGETS", "export"]
