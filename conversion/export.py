@@ -1,4 +1,4 @@
-"""Export: a FlexMoE becomes a checkpoint that stock transformers, and engines that read its formats, load as their own.
+"""Export: a FlexMoE becomes a checkpoint that stock transformers, and engines reading its formats, load as their own.
 
 Either one expert in the anchor's own dense class, or all of them in a mixture-of-experts class (`native_formats`). The
 weights are copied byte for byte, a chunk at a time; the router rows alone are put together anew. What a format cannot
@@ -216,7 +216,7 @@ def _block_sources(
 
 
 def _gates(native: NativeFormat, stored: StoredModel, sites: Sequence[FfnSite]) -> dict[FfnSite, Tensor]:
-    """The rows of all experts [E, H], layer by layer, in the dtype of the weights beside them, as the class holds them."""
+    """The rows of all experts [E, H], layer by layer, in the dtype of the weights beside them."""
     rows = {site: _rows(stored, site) for site in sites}
     gates = {site: rows_EH.to(_dtype_beside(stored, site)) for site, rows_EH in rows.items()}
     for site, gate_EH in gates.items():

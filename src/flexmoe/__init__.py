@@ -14,7 +14,9 @@ from flexmoe.registration import LazyModelClass
 
 if TYPE_CHECKING:
     from flexmoe.conversion.compose import add, compose, remove
+    from flexmoe.conversion.export import export
     from flexmoe.conversion.graft import graft
+    from flexmoe.conversion.import_flex_olmo import import_flex_olmo
     from flexmoe.evaluation import evaluate
     from flexmoe.inspection import inspect
     from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, track_usage
@@ -39,7 +41,9 @@ _LAZY = {
     "add": "flexmoe.conversion.compose",
     "compose": "flexmoe.conversion.compose",
     "remove": "flexmoe.conversion.compose",
+    "export": "flexmoe.conversion.export",
     "graft": "flexmoe.conversion.graft",
+    "import_flex_olmo": "flexmoe.conversion.import_flex_olmo",
     "evaluate": "flexmoe.evaluation",
     "inspect": "flexmoe.inspection",
     "expert_lora_config": "flexmoe.peft",
@@ -68,7 +72,9 @@ __all__ = [
     "compose",
     "evaluate",
     "expert_lora_config",
+    "export",
     "graft",
+    "import_flex_olmo",
     "inspect",
     "plan",
     "remove",

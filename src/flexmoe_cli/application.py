@@ -35,9 +35,12 @@ for function in (
     commands.remove,
     commands.inspect,
     commands.evaluate,
+    commands.export,
+    commands.import_,
     demo.demo,
 ):
-    app.command(cls=NamedFilesCommand if function is commands.evaluate else FilesCommand)(function)
+    kind = NamedFilesCommand if function is commands.evaluate else FilesCommand
+    app.command(function.__name__.removesuffix("_"), cls=kind)(function)
 
 
 def print_version(asked: bool) -> None:

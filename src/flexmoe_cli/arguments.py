@@ -97,6 +97,11 @@ def parse_domains(values: Sequence[str]) -> dict[str, list[Path]]:
     return domains
 
 
+def parse_names(text: str) -> list[str]:
+    """`["public", "math"]` from `public,math`; spaces around a name do not count."""
+    return [name.strip() for name in text.split(",")]
+
+
 def parse_renames(values: Sequence[str]) -> dict[str, str]:
     """Names in the model by package, from `package=name`. ValueError: not written so, or a package twice."""
     renames: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The commands on models and packages: graft, compose, add, remove, inspect, evaluate.
+"""The commands on models and packages: graft, compose, add, remove, inspect, evaluate, export, import.
 
 The library is imported inside the functions: `--help` and a mistyped option should not wait for torch.
 Not here: `plan` (`planning`), `train` (`training`) and `demo` (`demo`).
@@ -18,11 +18,12 @@ from flexmoe_cli.arguments import (
     given,
     parse_domains,
     parse_experts,
+    parse_names,
     parse_renames,
     parse_size,
 )
 from flexmoe_cli.output import byte_progress, library_call, print_json
-from flexmoe_cli.tables import show_inspection, show_result, show_scores
+from flexmoe_cli.tables import show_export, show_import, show_inspection, show_result, show_scores
 
 ShardSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest weight file, as in 5GB.")]
 Model = Annotated[str, typer.Argument(help="FlexMoE model: a folder or a Hub id.", show_default=False)]
@@ -220,3 +221,61 @@ def evaluate(
         print_json({"model": model, "domains": {domain: score.to_dict() for domain, score in scores.items()}})
     else:
         show_scores(model, scores)
+
+
+def export(
+    model: Model,
+    to: Annotated[
+        str,
+        typer.Option(metavar="FORMAT", help="dense, flex_olmo, mixtral or qwen3_moe; the anchor decides which fit."),
+    ],
+    out: Out,
+    expert: Annotated[
+        str | None, typer.Option(metavar="NAME", help="For dense: whose network; 'public' is the anchor itself.")
+    ] = None,
+    drop_bias: Annotated[
+        bool, typer.Option("--drop-bias", help="Leave out router biases and the public prior. Changes the model.")
+    ] = False,
+    max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a model for stock transformers, and for engines that read its formats: equal logits, no FlexMoE needed."""
+    from flexmoe.conversion.export import export as library_export
+
+    with library_call(as_json), byte_progress("Exporting", model) as progress:
+        folder = library_export(
+            model,
+            out,
+            to=to,
+            expert=expert,
+            drop_bias=drop_bias,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    show_export(folder, as_json)
+
+
+def import_(
+    checkpoint: Annotated[str, typer.Argument(help="FlexOlmo model: a folder or a Hub id.", show_default=False)],
+    names: Annotated[
+        str,
+        typer.Option(metavar="public,NAME,...", help="What its experts are called, in its order; 'public' first."),
+    ],
+    out: Out,
+    max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Split a FlexOlmo model into a grafted anchor, OUT/model, and a package per expert, OUT/NAME."""
+    owners = parse_names(names)
+    from flexmoe.conversion.import_flex_olmo import import_flex_olmo
+
+    with library_call(as_json), byte_progress("Importing", checkpoint) as progress:
+        folder = import_flex_olmo(
+            checkpoint, out, names=owners, max_shard_size=max_shard_size, overwrite=overwrite, progress=progress
+        )
+    show_import(folder, owners, as_json)

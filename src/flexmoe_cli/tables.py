@@ -5,6 +5,7 @@ Not here: the demo's tables (`flexmoe.demo.report`), colours and JSON (`output`)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,38 @@ def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
         )
     if hint:
         print_line(escape(hint))
+
+
+def show_export(folder: Path, as_json: bool) -> None:
+    """What an export has written, and how it is loaded."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = {
+        "path": str(folder),
+        "model_type": config["model_type"],
+        "architecture": config["architectures"][0],
+        "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    }
+    if as_json:
+        print_json(found)
+        return
+    size = human_bytes(found["bytes"])
+    print_line(f"[bold]{escape(str(folder))}[/] holds a {found['architecture']} ({size}).")
+    print_line(escape(f'It loads without FlexMoE: AutoModelForCausalLM.from_pretrained("{folder}")'))
+
+
+def show_import(folder: Path, names: Sequence[str], as_json: bool) -> None:
+    """What an import has written, model first, and how its parts are put together."""
+    from flexmoe.inspection import inspect
+
+    parts = [folder / "model", *(folder / name for name in names[1:])]
+    if as_json:
+        model, *packages = map(inspect, parts)
+        print_json({"path": str(folder), "model": model, "packages": packages})
+        return
+    for part in parts:
+        show_result(part, as_json=False)
+    if len(parts) > 1:
+        print_line(escape(f"Put together again with: flexmoe compose {' '.join(map(str, parts))} --out FOLDER"))
 
 
 def show_inspection(found: Mapping[str, Any]) -> None:

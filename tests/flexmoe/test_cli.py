@@ -24,7 +24,7 @@ from flexmoe_cli.arguments import parse_domains, parse_experts, parse_renames, p
 from flexmoe_cli.output import human_bytes, human_count, print_json
 from tests.letters import letter_tokenizer
 
-COMMANDS = ("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate", "demo")
+COMMANDS = ("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate", "export", "import", "demo")
 
 
 @pytest.fixture
