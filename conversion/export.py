@@ -231,7 +231,7 @@ def _gates(native: NativeFormat, stored: StoredModel, sites: Sequence[FfnSite]) 
             f"{sum(rows_EH.numel() for rows_EH in rows.values()):,} numbers of the router rows, {changed:,} are "
             f"rounded from float32 to {next(iter(gates.values())).dtype}. Where two experts are nearly as likely, "
             "another may be chosen than in the FlexMoE model.",
-            stacklevel=2,
+            stacklevel=4,  # whoever called `export`
         )
     return gates
 
