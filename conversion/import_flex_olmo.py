@@ -293,22 +293,18 @@ def _write_model(
 
 def _model_sources(model: FlexMoeForCausalLM, stored: FlexOlmoCheckpoint, names: NameMap) -> Iterator[TensorSource]:
     """What to write, in the order of the model's state dict; what is tied to another tensor is not stored."""
-    expert_0 = {}
+    expert_0: dict[str, Callable[[str], TensorSource]] = {}
     for layer, site in enumerate(stored.sites):
         block = f"{ANCHOR_PREFIX}{site.block}"
         for name in stored.shapes:
             expert_0[f"{block}.experts.{PUBLIC}.{name}"] = functools.partial(stored.matrix, layer, 0, name)
         for name, value in stored.row(layer, 0).items():
-            expert_0[f"{block}.router.{PUBLIC}.{name}"] = functools.partial(_from_tensor, value)
+            expert_0[f"{block}.router.{PUBLIC}.{name}"] = functools.partial(source_from_tensor, tensor=value)
     for path in model.state_dict():
         if path in expert_0:
             yield expert_0[path](path)
-        elif (name := names.to_dense(path)) in stored.files.infos:
-            yield source_from_file(stored.files, str(name), path)
-
-
-def _from_tensor(tensor: Tensor, name: str) -> TensorSource:
-    return source_from_tensor(name, tensor)
+        elif (dense_name := names.to_dense(path)) and dense_name in stored.files.infos:
+            yield source_from_file(stored.files, dense_name, path)
 
 
 def _package_sources(stored: FlexOlmoCheckpoint, expert: int) -> Iterator[TensorSource]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flexmoe.conversion.compose import add, compose, remove
 from flexmoe.conversion.graft import graft
@@ -186,6 +186,16 @@ class TestPrior:
         with pytest.raises(ValueError, match="--public-prior"):
             compose(llama / "grafted", mixed, tmp_path / "mixed")
         assert self.priors(compose(llama / "grafted", mixed, tmp_path / "mixed", public_prior=1.5)) == {1.5}
+
+    def test_a_public_row_that_is_not_zero_brings_its_own(self, llama: Path, tmp_path: Path) -> None:
+        shutil.copytree(llama / "grafted", tmp_path / "grafted")
+        tensors = load_file(tmp_path / "grafted" / "model.safetensors")
+        tensors["anchor.model.layers.1.mlp.router.public.weight"][0, 3] = 2.0
+        tensors["anchor.model.layers.0.mlp.router.public.bias"].fill_(-0.25)
+        save_file(tensors, tmp_path / "grafted" / "model.safetensors", metadata={"format": "pt"})
+        math = packages(llama, "math")
+        assert self.priors(compose(tmp_path / "grafted", math, tmp_path / "kept")) == {-0.25, 0.0}
+        assert self.priors(compose(tmp_path / "grafted", math, tmp_path / "said", public_prior=1.5)) == {1.5}
 
     def test_must_be_finite(self, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="finite"):

@@ -41,8 +41,8 @@ def call(monkeypatch: pytest.MonkeyPatch):
             return result
 
         monkeypatch.setattr(function, recorder)
-        for shown in ("commands", "training"):
-            monkeypatch.setattr(f"flexmoe_cli.{shown}.show_result", lambda *_: None)
+        for shown in ("commands.show_result", "commands.show_export", "commands.show_import", "training.show_result"):
+            monkeypatch.setattr(f"flexmoe_cli.{shown}", lambda *_: None)
         return kept
 
     return replace
@@ -186,6 +186,22 @@ class TestCalls:
         assert asked["experts"] == ["public", "math"]
         printed = json.loads(capsys.readouterr().out)
         assert printed["domains"]["math"] == {"loss": 1.5, "perplexity": None, "tokens": 3, "documents": 2}
+
+    def test_export(self, call) -> None:
+        calls = call("flexmoe.conversion.export.export")
+        assert main(["export", "m", "--to", "dense", "--expert", "math", "--out", "o", "--max-shard-size", "2GB"]) == 0
+        (asked,) = calls
+        assert (asked["model"], asked["out"], asked["to"], asked["expert"]) == ("m", Path("o"), "dense", "math")
+        assert (asked["drop_bias"], asked["overwrite"], asked["max_shard_size"]) == (False, False, 2_000_000_000)
+        assert main(["export", "m", "--to", "mixtral", "--drop-bias", "--overwrite", "--out", "o"]) == 0
+        assert (calls[1]["drop_bias"], calls[1]["overwrite"], calls[1]["expert"]) == (True, True, None)
+
+    def test_import(self, call) -> None:
+        calls = call("flexmoe.conversion.import_flex_olmo.import_flex_olmo")
+        assert main(["import", "owner/flex", "--names", "public, math,code", "--out", "o"]) == 0
+        (asked,) = calls
+        assert (asked["checkpoint"], asked["out"]) == ("owner/flex", Path("o"))
+        assert (asked["names"], asked["overwrite"]) == (["public", "math", "code"], False)
 
     def test_demo(self, call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         report = {"bars": [{"passed": False}], "opt_out": {"owner": "code", "files_equal": True}}

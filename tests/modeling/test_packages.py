@@ -14,8 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexmoe.modeling import packages_flexmoe
-from flexmoe.modeling.packages_flexmoe import ExpertManifest, ExpertPackage, PackageError, write_package
-from flexmoe.modeling.tensor_writer_flexmoe import write_checkpoint
+from flexmoe.modeling.packages_flexmoe import (
+    ExpertManifest,
+    ExpertPackage,
+    PackageError,
+    stream_package,
+    write_package,
+)
+from flexmoe.modeling.tensor_writer_flexmoe import source_from_tensor, write_checkpoint
 
 MANIFEST = {
     "format_version": 1,
@@ -53,6 +59,16 @@ def tensors() -> dict[str, torch.Tensor]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_package(tmp_path / "math", manifest(), tensors().items())
+
+
+def test_a_streamed_package_is_the_one_that_is_written_from_memory(folder: Path, tmp_path: Path) -> None:
+    told: list[int] = []
+    sources = [source_from_tensor(name, tensor) for name, tensor in tensors().items()]
+    streamed = stream_package(tmp_path / "streamed", manifest(), sources, progress=told.append)
+    assert {path.name: path.read_bytes() for path in streamed.iterdir()} == {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    }
+    assert sum(told) == sum(tensor.nbytes for tensor in tensors().values())
 
 
 def rewrite_weights(folder: Path, values: dict[str, torch.Tensor]) -> None:

@@ -17,6 +17,7 @@ from flexmoe.modeling.json_flexmoe import MAX_JSON_BYTES
 from flexmoe.modeling.tensor_writer_flexmoe import (
     TensorSource,
     source_from_file,
+    source_from_part,
     source_from_tensor,
     write_checkpoint,
 )
@@ -94,6 +95,21 @@ class TestRoundTrip:
             chunks = list(read.chunks("x", 30))
         assert [len(chunk) for chunk in chunks] == [30, 30, 30, 10]
         assert b"".join(chunks) == bytes(range(100))
+
+    def test_a_part_of_a_tensor_is_its_bytes(self, tmp_path: Path) -> None:
+        save_file({"x": torch.arange(100, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+        with CheckpointFolder(tmp_path) as folder:
+            file = folder.file_of("x")
+            assert b"".join(file.chunks("x", 30, start=15, stop=90)) == bytes(range(15, 90))
+            for start, stop in ((-1, 5), (7, 6), (0, 101)):
+                with pytest.raises(ValueError, match="has 100 bytes, not bytes"):
+                    list(file.chunks("x", start=start, stop=stop))
+            part = source_from_part(folder, "x", "third", (2, 10), 3)
+            assert b"".join(part.chunks()) == bytes(range(60, 80))
+            assert part.info == TensorInfo("third", "U8", (2, 10), 20)
+            for index in (-1, 5):
+                with pytest.raises(ValueError, match=rf"no part {index} of \[2, 10\]"):
+                    source_from_part(folder, "x", "third", (2, 10), index)
 
     def test_a_tensor_copied_under_another_name(self, tmp_path: Path) -> None:
         tensor = torch.randn(CHUNK_BYTES // 4 + 7)
