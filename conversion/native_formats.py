@@ -95,7 +95,6 @@ FORMATS = {
             model_type="flex_olmo",
             families={"olmo2": DenseFamily()},
             matrices=_BY_NAME,
-            takes=frozenset({"head_dim"}),
         ),
         NativeFormat(
             model_type="mixtral",
@@ -164,6 +163,8 @@ def carried_fields(
     config: PreTrainedConfig, kind: type[PreTrainedConfig], takes: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
     """The fields that mean the same in `config` and in a config of class `kind`: both declare them, or neither does.
+
+    What neither declares may be read nevertheless: OLMo-2 and FlexOlmo both look for `head_dim`.
 
     Args:
         takes: fields that the models of `kind` read, though their config does not declare them.

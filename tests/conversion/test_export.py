@@ -52,7 +52,9 @@ LLAMA3_ROPE = {
 # Anchors whose configs say something that a target's defaults do not, so that a field left behind shows in the logits.
 NATIVE: dict[str, tuple[PreTrainedConfig, str, str]] = {
     "olmo2": (
-        Olmo2Config(**SIZES, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 20.0}),
+        Olmo2Config(
+            **SIZES, head_dim=16, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 20.0}
+        ),
         "flex_olmo",
         "FlexOlmoForCausalLM",
     ),
@@ -62,6 +64,11 @@ NATIVE: dict[str, tuple[PreTrainedConfig, str, str]] = {
     "mistral": (MistralConfig(**SIZES, sliding_window=5), "mixtral", "MixtralForCausalLM"),
     "mistral, open": (MistralConfig(**SIZES, sliding_window=None), "mixtral", "MixtralForCausalLM"),
     "qwen3": (Qwen3Config(**SIZES, head_dim=16, sliding_window=4), "qwen3_moe", "Qwen3MoeForCausalLM"),
+    "qwen3, window unused": (
+        Qwen3Config(**SIZES, use_sliding_window=True, sliding_window=4, max_window_layers=2),
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+    ),
     "qwen3, biased": (Qwen3Config(**SIZES, head_dim=8, attention_bias=True), "qwen3_moe", "Qwen3MoeForCausalLM"),
 }
 

@@ -36,6 +36,7 @@ def flex_olmo(dtype: torch.dtype = torch.float32, **settings: Any) -> FlexOlmoFo
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=16,
         intermediate_size=WIDTH,
         num_experts=EXPERTS,
         max_position_embeddings=128,
