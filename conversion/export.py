@@ -106,7 +106,7 @@ def export(
 
 
 def as_dense(stored: StoredModel, *, expert: str | None, drop_bias: bool) -> Exported:
-    """One expert in the anchor's own class, its router row left behind."""
+    """One expert in the anchor's own class, its router row left behind, and its bias with it."""
     names = stored.config.expert_names
     if expert not in names:
         asked = "no expert is given" if expert is None else f"{expert!r} is none of its experts"

@@ -119,7 +119,7 @@ FORMATS = {
                 )
             },
             matrices=_BY_NAME,
-            # since transformers 5.x the class writes the second name alone, which older versions do not know
+            # transformers 5 writes the second name alone, and versions before it know the first alone
             count_fields=("num_experts", "num_local_experts"),
             width_field="moe_intermediate_size",
             sets={"decoder_sparse_step": 1, "mlp_only_layers": []},
