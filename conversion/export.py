@@ -273,9 +273,9 @@ def _check_bias_free(native: NativeFormat, stored: StoredModel) -> None:
         return
     raise ValueError(
         f"{native.model_type} has no router biases; not zero are those of {', '.join(n for n in names if n in biased)}"
-        f" ({PUBLIC}'s is the public prior). --drop-bias (drop_bias=True) leaves them out and changes the model: see "
-        "by how much with `flexmoe evaluate`. Experts trained with --no-router-bias and composed with a prior of 0 "
-        "export as they are."
+        f" ({PUBLIC}'s is the public prior). --drop-bias (drop_bias=True) leaves them out and changes the model: give "
+        "text (flexmoe export --data NAME=FILE) to see by how much. Experts that were trained without biases and are "
+        "composed with a prior of 0 export as they are."
     )
 
 

@@ -39,7 +39,7 @@ for function in (
     commands.import_,
     demo.demo,
 ):
-    kind = NamedFilesCommand if function is commands.evaluate else FilesCommand
+    kind = NamedFilesCommand if function in (commands.evaluate, commands.export) else FilesCommand
     app.command(function.__name__.removesuffix("_"), cls=kind)(function)
 
 

@@ -236,12 +236,20 @@ def export(
     drop_bias: Annotated[
         bool, typer.Option("--drop-bias", help="Leave out router biases and the public prior. Changes the model.")
     ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE", help="Text that model and export are scored on: what --drop-bias costs, by domain."
+        ),
+    ] = None,
+    text_column: TextColumn = "text",
     max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write a model for stock transformers, and for engines that read its formats: equal logits, no FlexMoE needed."""
+    domains = parse_domains(data or [])
     from flexmoe.conversion.export import export as library_export
 
     with library_call(as_json), byte_progress("Exporting", model) as progress:
@@ -255,7 +263,14 @@ def export(
             overwrite=overwrite,
             progress=progress,
         )
-    show_export(folder, as_json)
+    losses = None
+    if domains:
+        from flexmoe.evaluation import evaluate as library_evaluate
+
+        with library_call(as_json):
+            before, after = (library_evaluate(which, domains, text_column=text_column) for which in (model, folder))
+        losses = {domain: (before[domain].loss, after[domain].loss) for domain in domains}
+    show_export(folder, as_json, losses)
 
 
 def import_(

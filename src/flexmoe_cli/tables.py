@@ -39,8 +39,8 @@ def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
         print_line(escape(hint))
 
 
-def show_export(folder: Path, as_json: bool) -> None:
-    """What an export has written, and how it is loaded."""
+def show_export(folder: Path, as_json: bool, losses: Mapping[str, tuple[float, float]] | None = None) -> None:
+    """What an export has written, and how it is loaded; `losses` by domain: of the model, of the export."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found: dict[str, Any] = {
         "path": str(folder),
@@ -48,12 +48,17 @@ def show_export(folder: Path, as_json: bool) -> None:
         "architecture": config["architectures"][0],
         "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
     }
+    if losses is not None:
+        found["losses"] = {domain: {"model": one, "export": other} for domain, (one, other) in losses.items()}
     if as_json:
         print_json(found)
         return
     size = human_bytes(found["bytes"])
     print_line(f"[bold]{escape(str(folder))}[/] holds a {found['architecture']} ({size}).")
     print_line(escape(f'It loads without FlexMoE: AutoModelForCausalLM.from_pretrained("{folder}")'))
+    if losses is not None:
+        rows = [[name, f"{a:.4f}", f"{b:.4f}", f"{b - a:+.4f}"] for name, (a, b) in losses.items()]
+        print_table("Loss per token", ("domain", "model", "export", "change"), rows)
 
 
 def show_import(folder: Path, names: Sequence[str], as_json: bool) -> None:

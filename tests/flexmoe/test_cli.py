@@ -196,6 +196,23 @@ class TestCalls:
         assert main(["export", "m", "--to", "mixtral", "--drop-bias", "--overwrite", "--out", "o"]) == 0
         assert (calls[1]["drop_bias"], calls[1]["overwrite"], calls[1]["expert"]) == (True, True, None)
 
+    def test_export_with_text_says_what_it_costs(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "config.json").write_text('{"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}')
+        scores = iter([1.5, 1.75] * 2)
+
+        def evaluate(model: object, data: dict, **_: object) -> dict[str, DomainScore]:
+            return {name: DomainScore(loss=next(scores), perplexity=1.0, tokens=3, documents=2) for name in data}
+
+        monkeypatch.setattr("flexmoe.conversion.export.export", lambda *_, **__: tmp_path)
+        monkeypatch.setattr("flexmoe.evaluation.evaluate", evaluate)
+        line = ["export", "m", "--to", "mixtral", "--drop-bias", "--out", "o", "--data", "math=a.txt"]
+        assert main([*line, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["losses"] == {"math": {"model": 1.5, "export": 1.75}}
+        assert main(line) == 0
+        assert re.search(r"math .*1\.5000.*1\.7500.*\+0\.2500", capsys.readouterr().out)
+
     def test_import(self, call) -> None:
         calls = call("flexmoe.conversion.import_flex_olmo.import_flex_olmo")
         assert main(["import", "owner/flex", "--names", "public, math,code", "--out", "o"]) == 0
