@@ -108,20 +108,13 @@ def export(
 def as_dense(stored: StoredModel, *, expert: str | None, drop_bias: bool) -> Exported:
     """One expert in the anchor's own class, its router row left behind, and its bias with it."""
     names = stored.config.expert_names
-    if expert not in names:
+    if expert is None or expert not in names:
         asked = "no expert is given" if expert is None else f"{expert!r} is none of its experts"
         raise ValueError(f"{DENSE} writes one expert of {stored.folder}, and {asked}: --expert {' | '.join(names)}.")
-    _check_is_full(stored, str(expert))
+    _check_is_full(stored, expert)
     dense, sites = build_on_meta(_anchor_config(stored))
     paths = NameMap(sites)
-    blocks = tuple(f"{ANCHOR_PREFIX}{site.block}.experts.{PUBLIC}." for site in sites)
-
-    def place(name: str) -> str:
-        path = paths.to_flexmoe(name)
-        is_the_experts = path.startswith(blocks)
-        return path.replace(f".experts.{PUBLIC}.", f".experts.{expert}.", 1) if is_the_experts else path
-
-    sources = _copies(stored, dense, {name: place(name) for name in dense.state_dict()})
+    sources = _copies(stored, dense, {name: paths.to_flexmoe(name, expert) for name in dense.state_dict()})
     return Exported(_of_class(dense, stored), sources)
 
 

@@ -10,22 +10,23 @@ Not here: the graft itself (`graft`), adapters, router rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, NameMap
+from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, check_expert_name, expert_record
 from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
 from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, source_from_file
-from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk, TensorInfo, tensor_bytes
+from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk, TensorInfo, listed, same_bytes, tensor_bytes
 
 Shared = Literal["anchor", "average"]
 SHARED = ("anchor", "average")
+LISTED = 6  # of what differs, in a message
 
 # Fields of a configuration that say where a checkpoint was made and how it is used, not what it computes.
 NOT_COMPUTED = frozenset(
@@ -88,15 +89,15 @@ def check_shared(anchor: DenseCheckpoint, fine_tunes: Sequence[FineTune], names:
     Raises:
         ValueError: some differ; lists the tensors and says who can decide.
     """
+    shared = [name for name in anchor.infos if not names.is_ffn(name)]
     for fine_tune in fine_tunes:
-        shared = [name for name in anchor.infos if not _is_ffn(name, names)]
-        different = [name for name in shared if not _equal(_chunks(anchor, name), _chunks(fine_tune.dense, name))]
+        different = [name for name in shared if not same_bytes(_chunks(anchor, name), _chunks(fine_tune.dense, name))]
         if different:
             raise ValueError(
                 f"{fine_tune.dense.folder} ({fine_tune.name}) differs from the anchor outside of its feed-forward "
-                f"networks, in {len(different)} of {len(shared)} tensors: {_listed(different)}. A FlexMoE has these "
-                "once: choose --shared anchor (shared='anchor') to keep the anchor's, or --shared average for the "
-                "mean of the anchor and all fine-tunes."
+                f"networks, in {len(different)} of {len(shared)} tensors: {listed(different, LISTED)}. A FlexMoE "
+                "has these once: choose --shared anchor (shared='anchor') to keep the anchor's, or --shared average "
+                "for the mean of the anchor and all fine-tunes."
             )
 
 
@@ -125,9 +126,9 @@ def _check_same_architecture(anchor: DenseCheckpoint, dense: DenseCheckpoint, wh
     ours, theirs = _computed(anchor), _computed(dense)
     fields = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
     if fields:
-        listed = _listed([f"{key} ({theirs.get(key)!r}, the anchor's is {ours.get(key)!r})" for key in fields])
+        which = listed([f"{key} ({theirs.get(key)!r}, the anchor's is {ours.get(key)!r})" for key in fields], LISTED)
         raise ValueError(
-            f"{what} is not a fine-tune of {anchor.folder}: their configurations differ in {listed}. An expert stands "
+            f"{what} is not a fine-tune of {anchor.folder}: their configurations differ in {which}. An expert stands "
             "beside the anchor's attention and norms, so it is trained with them."
         )
     different = [
@@ -137,9 +138,10 @@ def _check_same_architecture(anchor: DenseCheckpoint, dense: DenseCheckpoint, wh
     ]
     if different:
         raise ValueError(
-            f"{what} is not stored as {anchor.folder} is, in {len(different)} tensors: {_listed(different)}. Save "
-            "both in one dtype, AutoModelForCausalLM.from_pretrained(folder, dtype=...).save_pretrained(new_folder), "
-            "and with one vocabulary."
+            f"{what} is not stored as {anchor.folder} is, in {len(different)} tensors: "
+            f"{listed(different, LISTED)}. Save both in one dtype, "
+            "AutoModelForCausalLM.from_pretrained(folder, dtype=...).save_pretrained(new_folder), and with one "
+            "vocabulary."
         )
 
 
@@ -147,24 +149,12 @@ def _computed(dense: DenseCheckpoint) -> dict[str, Any]:
     return {key: value for key, value in dense.config.to_dict().items() if key not in NOT_COMPUTED}
 
 
-def _is_ffn(dense_name: str, names: NameMap) -> bool:
-    return names.to_flexmoe(dense_name) != ANCHOR_PREFIX + dense_name
-
-
 def _chunks(dense: DenseCheckpoint, name: str) -> Iterator[memoryview]:
     return dense.files.chunks(dense.stored[name])
 
 
-def _equal(ours: Iterable[memoryview], theirs: Iterable[memoryview]) -> bool:
-    return all(a == b for a, b in zip(ours, theirs, strict=True))
-
-
 def _described(info: TensorInfo | None) -> str:
     return "missing" if info is None else f"{info.dtype} {list(info.shape)}, {math.prod(info.shape):,} numbers"
-
-
-def _listed(names: Sequence[str], count: int = 6) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 __all__ = ["SHARED", "FineTune", "Shared", "averaged_source", "check_shared", "open_fine_tunes"]

@@ -145,7 +145,8 @@ def graft(
         if sample is not None:
             model.config.public_sample = _write_sample(folder, sample)
         copy_companions(source.path, folder)
-        _write_config(folder, model, dense)  # last: a folder without it does not load
+        # as the plain anchor is loaded, so that both compute in the same precision
+        write_config(folder, model, dense.load_dtype)  # last: a folder without it does not load
     return target
 
 
@@ -163,9 +164,8 @@ def _sources(
     sources = []
     stored = dict(dense.stored)
     owned = {
-        name.replace(f".experts.{PUBLIC}.", f".experts.{fine_tune.name}."): (fine_tune, dense_name)
-        for dense_name in dense.infos
-        if f".experts.{PUBLIC}." in (name := names.to_flexmoe(dense_name))
+        names.to_flexmoe(dense_name, fine_tune.name): (fine_tune, dense_name)
+        for dense_name in filter(names.is_ffn, dense.infos)
         for fine_tune in fine_tunes
     }
     for name, tensor in model.state_dict().items():
@@ -177,9 +177,10 @@ def _sources(
             sources.append(source_from_tensor(name, torch.zeros(tensor.shape, dtype=torch.float32)))
         elif dense_name in stored:
             theirs = stored.pop(dense_name)
-            is_shared = f".experts.{PUBLIC}." not in name
-            average = averaged_source(name, dense_name, averaged) if averaged and is_shared else None
-            sources.append(average or source_from_file(dense.files, theirs, name))
+            if averaged and not names.is_ffn(dense_name):
+                sources.append(averaged_source(name, dense_name, averaged))
+            else:
+                sources.append(source_from_file(dense.files, theirs, name))
     assert not stored, f"the FlexMoE has no place for {sorted(stored)}"
     return sources
 
@@ -197,10 +198,11 @@ def _anchor_record(
     }
 
 
-def _write_config(folder: Path, model: FlexMoeForCausalLM, dense: DenseCheckpoint) -> None:
+def write_config(folder: Path, model: FlexMoeForCausalLM, dtype: str | torch.dtype | None) -> None:
+    """Writes the model's config and its code; `dtype` is what it wants to be loaded in."""
     config = model.config
     config.architectures = [type(model).__name__]
-    config.dtype = dense.load_dtype  # as the plain anchor is loaded, so that both compute in the same precision
+    config.dtype = dtype
     model.save_code(folder)
     config.save_pretrained(folder)
 
@@ -253,4 +255,4 @@ def _write_sample(folder: Path, lines: Iterable[str]) -> dict[str, Any]:
     }
 
 
-__all__ = ["COMPANIONS", "PUBLIC_SAMPLE", "copy_companions", "graft"]
+__all__ = ["COMPANIONS", "PUBLIC_SAMPLE", "copy_companions", "graft", "write_config"]

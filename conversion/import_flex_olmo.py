@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
-from flexmoe.conversion.graft import copy_companions
+from flexmoe.conversion.graft import copy_companions, write_config
 from flexmoe.conversion.native_formats import FORMATS, carried_fields
 from flexmoe.conversion.stored import CONFIG_FILE
 from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
@@ -284,11 +284,9 @@ def _write_model(
     )
     config = model.config
     config.anchor = _anchor_record(stored, names, [source.info for source in sources], written.tensor_sha256)
-    config.architectures = [type(model).__name__]
-    config.dtype = stored.config.dtype or (config.anchor["dtype"] if config.anchor["dtype"] != "mixed" else "float32")
     copy_companions(stored.folder, folder)
-    model.save_code(folder)
-    config.save_pretrained(folder)  # last: a folder without it does not load
+    dtype = config.anchor["dtype"] if config.anchor["dtype"] != "mixed" else "float32"
+    write_config(folder, model, stored.config.dtype or dtype)  # last: a folder without it does not load
 
 
 def _model_sources(model: FlexMoeForCausalLM, stored: FlexOlmoCheckpoint, names: NameMap) -> Iterator[TensorSource]:

@@ -220,12 +220,17 @@ class NameMap:
         self._to_dense = {theirs: ours for ours, theirs in self._to_flexmoe.items()}
         self._blocks = tuple(f"{ANCHOR_PREFIX}{site.block}." for site in sites)
 
-    def to_flexmoe(self, dense_name: str) -> str:
-        """The FlexMoE's name of the tensor that the dense model calls `dense_name`."""
+    def to_flexmoe(self, dense_name: str, expert: str = PUBLIC) -> str:
+        """The FlexMoE's name of the tensor that the dense model calls `dense_name`; of a network's, in that expert."""
         for ours, theirs in self._to_flexmoe.items():
             if dense_name.startswith(ours):
-                return theirs + dense_name.removeprefix(ours)
+                inside = theirs.replace(f".experts.{PUBLIC}.", f".experts.{expert}.", 1)
+                return inside + dense_name.removeprefix(ours)
         return ANCHOR_PREFIX + dense_name
+
+    def is_ffn(self, dense_name: str) -> bool:
+        """Whether the dense model's tensor `dense_name` is part of a feed-forward network."""
+        return dense_name.startswith(tuple(self._to_flexmoe))
 
     def to_dense(self, flexmoe_name: str) -> str | None:
         """The dense model's name of `flexmoe_name`; None for router rows and the owners' experts."""

@@ -25,7 +25,9 @@ from transformers.core_model_loading import (
 )
 
 from .anchors_flexmoe import FfnSite, UnsupportedAnchorError, build_on_meta
-from .tensors_flexmoe import CheckpointFolder, TensorInfo
+from .tensors_flexmoe import CheckpointFolder, TensorInfo, listed, same_bytes
+
+LISTED = 12  # tensors in a message
 
 WAY_OUT = (
     "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder, save_original_format=False), "
@@ -149,7 +151,7 @@ def _rename(
     if computed:
         raise CheckpointNamesError(
             f"transformers computes {len(computed)} tensor(s) of this checkpoint while it loads them (fuses, splits, "
-            f"turns them), so their bytes cannot be copied: {_listed(computed)}. "
+            f"turns them), so their bytes cannot be copied: {listed(computed, LISTED)}. "
             f"Write it in the model's own format first: {WAY_OUT}."
         )
 
@@ -205,7 +207,7 @@ def _check_equal(files: CheckpointFolder, one: str, other: str) -> None:
     """Bytes of tied tensors are compared chunk by chunk: a tie over two different tensors has no right answer."""
     first, second = files.infos[one], files.infos[other]
     same = (first.dtype, first.shape) == (second.dtype, second.shape)
-    if same and all(a == b for a, b in zip(files.chunks(one), files.chunks(other), strict=True)):
+    if same and same_bytes(files.chunks(one), files.chunks(other)):
         return
     raise CheckpointNamesError(
         f"the configuration ties {one} to {other}, but both are stored and differ. "
@@ -246,11 +248,7 @@ def _renamed(info: TensorInfo, name: str) -> TensorInfo:
 
 def _refuse(fault: str, names: Sequence[str]) -> None:
     if names:
-        raise CheckpointNamesError(f"{len(names)} tensor(s) {fault}: {_listed(names)}.")
-
-
-def _listed(names: Sequence[str], count: int = 12) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+        raise CheckpointNamesError(f"{len(names)} tensor(s) {fault}: {listed(names, LISTED)}.")
 
 
 __all__ = ["CheckpointNamesError", "DenseCheckpoint", "NameMatch", "match_names", "read_dense_config"]

@@ -131,7 +131,7 @@ class TensorFile:
     def info(self, name: str) -> TensorInfo:
         """What the header says of the tensor. KeyError: no such tensor."""
         if name not in self.infos:
-            raise KeyError(f"{self.path} has no tensor {name!r}; it has {_some(self.infos)}.")
+            raise KeyError(f"{self.path} has no tensor {name!r}; it has {listed(self.infos)}.")
         return self.infos[name]
 
     def _read_header(self, file_bytes: int) -> bytes:
@@ -179,7 +179,7 @@ class CheckpointFolder:
     def file_of(self, name: str) -> TensorFile:
         """The file that holds the tensor. KeyError: no such tensor."""
         if name not in self._file_of:
-            raise KeyError(f"{self.folder} has no tensor {name!r}; it has {_some(self.infos)}.")
+            raise KeyError(f"{self.folder} has no tensor {name!r}; it has {listed(self.infos)}.")
         return self._file_of[name]
 
     def chunks(self, name: str, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
@@ -315,7 +315,7 @@ def _check_present(folder: Path, names: Sequence[str], stem: str) -> None:
     if not missing:
         return
     if missing != [f"{stem}.safetensors"]:
-        raise FileNotFoundError(f"{folder}: the index names {_some(missing)}, which is not there. Fetch it again.")
+        raise FileNotFoundError(f"{folder}: the index names {listed(missing)}, which is not there. Fetch it again.")
     text = f"{folder} has neither {stem}.safetensors nor {stem}.safetensors.index.json."
     if any(folder.glob("pytorch_model*.bin")):
         text += (
@@ -346,7 +346,13 @@ def _check_index(index: Path, weight_map: Mapping[str, str], file_of: Mapping[st
         )
 
 
-def _some(names: Iterable[str], count: int = 5) -> str:
+def same_bytes(ours: Iterable[memoryview], theirs: Iterable[memoryview]) -> bool:
+    """Whether two streams of chunks, cut at the same places, hold the same bytes. Stops at the first difference."""
+    return all(a == b for a, b in zip(ours, theirs, strict=True))
+
+
+def listed(names: Iterable[str], count: int = 5) -> str:
+    """The first `count` names for a message, and how many more there are."""
     names = list(names)
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
@@ -361,6 +367,8 @@ __all__ = [
     "TensorInfo",
     "expected_bytes",
     "fingerprint",
+    "listed",
+    "same_bytes",
     "tensor_bytes",
     "tensor_from_chunks",
     "tensor_info",

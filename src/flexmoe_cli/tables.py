@@ -63,9 +63,10 @@ def show_export(folder: Path, as_json: bool, losses: Mapping[str, tuple[float, f
 
 def show_import(folder: Path, names: Sequence[str], as_json: bool) -> None:
     """What an import has written, model first, and how its parts are put together."""
+    from flexmoe.conversion.import_flex_olmo import MODEL_FOLDER
     from flexmoe.inspection import inspect
 
-    parts = [folder / "model", *(folder / name for name in names[1:])]
+    parts = [folder / MODEL_FOLDER, *(folder / name for name in names[1:])]
     if as_json:
         model, *packages = map(inspect, parts)
         print_json({"path": str(folder), "model": model, "packages": packages})
@@ -134,6 +135,8 @@ def show_plan(plan: Plan) -> None:
 
 
 def _owner_rows(plan: Plan, training: Training) -> list[tuple[str, str, str]]:
+    from flexmoe.planning import USABLE_MEMORY
+
     parts = (training.forward_flops, training.activation_gradient_flops, training.weight_gradient_flops)
     forward, activations, weights = (f"{flops / 1e9:.3g}" for flops in parts)
     frozen, trained = human_bytes(training.frozen_bytes), human_bytes(training.trained_bytes)
@@ -147,7 +150,7 @@ def _owner_rows(plan: Plan, training: Training) -> list[tuple[str, str, str]]:
         ("training", f"{training.flops:.3g} FLOP", "tokens times that"),
         ("GPU hours", f"{training.gpu_hours:.4g} h", f"at {training.mfu:.0%} of the peak, an assumption"),
         ("memory", human_bytes(training.memory_bytes), f"frozen {frozen}, trained {trained}; activations on top"),
-        ("GPUs for that", str(training.gpus), "with 90% of each one's memory"),
+        ("GPUs for that", str(training.gpus), f"with {USABLE_MEMORY:.0%} of each one's memory"),
     ]
 
 
