@@ -19,7 +19,13 @@ import torch
 from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
-from flexmoe.modeling.fitting_flexmoe import check_anchor, open_package
+from flexmoe.modeling.fitting_flexmoe import (
+    check_anchor,
+    name_in_package,
+    open_package,
+    package_record,
+    public_widths,
+)
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder, file_inside
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError
@@ -165,8 +171,9 @@ class _Newcomer:
         package, origin = open_package(given)
         return cls(package, package.manifest.name, origin, package.read_rows())
 
-    def record(self) -> dict[str, object]:
-        return expert_record({**self.package.manifest.record(), "name": self.name, "source": self.source})
+    def record(self, widths: Sequence[int]) -> dict[str, object]:
+        record = package_record(self.package.manifest, widths)
+        return expert_record({**record, "name": self.name, "source": self.source})
 
     def has_bias(self) -> bool:
         return any(bool(row.any()) for name, row in self.rows.items() if name.endswith(".router.bias"))
@@ -243,7 +250,7 @@ def _has_fitted_public_row(model: StoredModel) -> bool:
 
 
 def _with_experts(config: FlexMoeConfig, newcomers: Sequence[_Newcomer]) -> FlexMoeConfig:
-    config = copy.deepcopy(config)
+    config, widths = copy.deepcopy(config), public_widths(config)
     for newcomer in newcomers:
         check_expert_name(newcomer.name)
         if newcomer.name in config.expert_names:
@@ -252,7 +259,7 @@ def _with_experts(config: FlexMoeConfig, newcomers: Sequence[_Newcomer]) -> Flex
                 f"{newcomer.package.folder} another name (--name)."
             )
         check_anchor(config, newcomer.package.manifest)
-        config.experts = [*(config.experts or []), newcomer.record()]
+        config.experts = [*(config.experts or []), newcomer.record(widths)]
     return config
 
 
@@ -315,8 +322,7 @@ def _newcomer_source(
     """A tensor of a package under its name in the model, in the dtype of public's own; rows are float32."""
     if inside in newcomer.rows:
         return source_from_tensor(key, newcomer.rows[inside].to(torch.float32))
-    twin = key.replace(f".experts.{newcomer.name}.", f".experts.{PUBLIC}.")
-    code = stored.tensors.infos[twin].dtype
+    code = stored.tensors.infos[_twin(key, newcomer)].dtype
     folder = newcomer.package.folder
 
     def chunks() -> Iterator[Chunk]:
@@ -329,6 +335,15 @@ def _newcomer_source(
     return TensorSource(TensorInfo(key, code, tuple(shape), expected_bytes(code, shape)), chunks)
 
 
+def _twin(key: str, newcomer: _Newcomer) -> str:
+    """The public network's tensor beside a newcomer's; beside a low-rank expert's factors, the matrix they change."""
+    twin = key.replace(f".experts.{newcomer.name}.", f".experts.{PUBLIC}.")
+    if newcomer.package.manifest.kind == "low_rank":
+        matrix, _, parameter = twin.rsplit(".", 2)
+        return f"{matrix}.{parameter}"
+    return twin
+
+
 def _places(model: FlexMoeForCausalLM) -> dict[str, tuple[str, str]]:
     """For each tensor of an expert: whose it is, and what a package calls it."""
     places: dict[str, tuple[str, str]] = {}
@@ -338,7 +353,8 @@ def _places(model: FlexMoeForCausalLM) -> dict[str, tuple[str, str]]:
         for part, modules in (("experts", block.experts), ("router", block.router)):
             inside = f"layers.{block.layer_index}.{'ffn' if part == 'experts' else part}"
             for name, module in modules.items():
-                places |= {f"{path}.{part}.{name}.{key}": (name, f"{inside}.{key}") for key in module.state_dict()}
+                for key in module.state_dict():
+                    places[f"{path}.{part}.{name}.{key}"] = (name, f"{inside}.{name_in_package(module, key)}")
     return places
 
 

@@ -28,6 +28,7 @@ RECORD_KEYS = (
     "kind",
     "rank",
     "alpha",
+    "intermediate",
     "version",
     "license",
     "data_statement",
@@ -77,14 +78,25 @@ def expert_record(expert: str | dict[str, Any]) -> dict[str, Any]:
     """An expert's record: `expert` itself, or one that holds just that name. Keys without a value are left out.
 
     Raises:
-        ValueError: an unknown key, or a name that is none.
+        ValueError: an unknown key, a name that is none, or a rank where there must be none, or none where it must be.
     """
     record = {"name": expert} if isinstance(expert, str) else dict(expert)
     if unknown := sorted(set(record) - set(RECORD_KEYS)):
         raise ValueError(f"Unknown key(s) {unknown} in the expert record {record!r}; known: {list(RECORD_KEYS)}.")
     check_expert_name(record.get("name", ""))
     record.setdefault("kind", "full")
-    return {key: record[key] for key in RECORD_KEYS if record.get(key) is not None}
+    record = {key: record[key] for key in RECORD_KEYS if record.get(key) is not None}
+    ranks = record.get("rank")
+    if (record["kind"] == "low_rank") != (ranks is not None) or not _are_counts(ranks or [1]):
+        raise ValueError(
+            f"Expert {record['name']!r} is of kind {record['kind']!r} with rank {ranks!r}: a low-rank expert has a "
+            "list of positive integers, one per layer; an expert of another kind has none."
+        )
+    return record
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value > 0 for value in values)
 
 
 class ExpertPackageConfig(PreTrainedConfig):

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,29 +19,54 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .context_flexmoe import forward_values
-from .forms_flexmoe import form_of, is_plain_linear
+from .forms_flexmoe import form_of, is_plain_linear, is_untouched
 from .linear_flexmoe import faster_linears, may_be_faster
+from .low_rank_flexmoe import LowRankExpert, mix_sharing
 from .parallel_flexmoe import is_awaited
 from .routing_flexmoe import route, route_one
+from .widths_flexmoe import resize
 
-ExpertKind = Callable[[nn.Module, dict[str, Any]], nn.Module]
+
+class ExpertKind(Protocol):
+    """Makes an expert beside the anchor's network `ffn` of a layer, as the expert's record says."""
+
+    def __call__(self, ffn: nn.Module, record: Mapping[str, Any], *, layer: int, hidden_size: int) -> nn.Module: ...
 
 
-def full_expert(ffn: nn.Module, record: dict[str, Any]) -> nn.Module:
-    """An expert that is a network like the anchor's own: a copy of `ffn`, but for the config, which they share."""
+def full_expert(ffn: nn.Module, record: Mapping[str, Any], *, layer: int, hidden_size: int) -> nn.Module:
+    """A network like the anchor's own: a copy of `ffn`, but for the config, which they share, and perhaps its width."""
     configs = (value for part in ffn.modules() for value in vars(part).values() if isinstance(value, PreTrainedConfig))
-    return copy.deepcopy(ffn, {id(config): config for config in configs})
+    network = copy.deepcopy(ffn, {id(config): config for config in configs})
+    if (width := _of_layer(record, "intermediate", layer)) is not None:
+        resize(network, hidden_size, width)
+    return network
 
 
-EXPERT_KINDS: dict[str, ExpertKind] = {"full": full_expert}
-"""How an expert of each kind is made from (the anchor's network, the expert's record)."""
+def low_rank_expert(ffn: nn.Module, record: Mapping[str, Any], *, layer: int, hidden_size: int) -> nn.Module:
+    """A difference from the anchor's network, of the rank that the record has for this layer."""
+    return LowRankExpert(ffn, _of_layer(record, "rank", layer), record.get("alpha"))
 
 
-def make_expert(ffn: nn.Module, record: dict[str, Any]) -> nn.Module:
-    """An expert as `record` says, beside the anchor's network `ffn`.
+def _of_layer(record: Mapping[str, Any], key: str, layer: int) -> Any:
+    values = record.get(key)
+    if not isinstance(values, list):
+        return values
+    if layer >= len(values):
+        raise ValueError(
+            f"Expert {record['name']!r} has {len(values)} entries in {key!r}, and none for layer {layer}."
+        )
+    return values[layer]
+
+
+EXPERT_KINDS: dict[str, ExpertKind] = {"full": full_expert, "low_rank": low_rank_expert}
+"""How an expert of each kind is made."""
+
+
+def make_expert(ffn: nn.Module, record: Mapping[str, Any], *, layer: int, hidden_size: int) -> nn.Module:
+    """An expert as `record` says, beside the anchor's network `ffn` of this layer.
 
     Raises:
-        ValueError: the record's kind is unknown to this version.
+        ValueError: the record's kind is unknown to this version, or it says nothing of this layer.
     """
     kind = record["kind"]
     if kind not in EXPERT_KINDS:
@@ -49,7 +74,7 @@ def make_expert(ffn: nn.Module, record: dict[str, Any]) -> nn.Module:
             f"Expert {record['name']!r} is of kind {kind!r}; this version of FlexMoE knows {sorted(EXPERT_KINDS)}: "
             "update flexmoe."
         )
-    return EXPERT_KINDS[kind](ffn, record)
+    return EXPERT_KINDS[kind](ffn, record, layer=layer, hidden_size=hidden_size)
 
 
 def router_row(
@@ -122,7 +147,8 @@ class FlexMoeBlock(nn.Module):
         self.router = FlexMoeRouter()
         for record in config.expert_records:
             name = record["name"]
-            self.experts[name] = ffn if name == PUBLIC else make_expert(ffn, record)
+            at = {"layer": layer_index, "hidden_size": hidden_size}
+            self.experts[name] = ffn if name == PUBLIC else make_expert(ffn, record, **at)
             self.router[name] = router_row(hidden_size)
 
     def forward(self, hidden_states: Tensor, *residual: Tensor) -> Tensor:
@@ -135,8 +161,9 @@ class FlexMoeBlock(nn.Module):
         k = values.get("top_k") or self.top_k
         renormalize = values.get("renormalize", self.norm_topk_prob)
         row_mask_BA = values.get("row_mask")
+        sharing = () if residual else self._sharing(names)
         is_one_token = hidden_states.numel() == self.hidden_size and row_mask_BA is None
-        if is_one_token and len(names) > 1 and may_be_faster(hidden_states):
+        if is_one_token and len(names) > 1 and not sharing and may_be_faster(hidden_states):
             mixed_H = self._mix_one(hidden_states.reshape(-1), names, k, renormalize, values, residual)
             return sum(residual, mixed_H.view(hidden_states.shape))
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -148,15 +175,52 @@ class FlexMoeBlock(nn.Module):
         self._report_logits(values, names, logits_TA)
         self._report_weights(values, names, weights_TA.detach())
         weights_TA = weights_TA.to(x_TH.dtype)
-        if torch.compiler.is_compiling():
-            mixed_TH = self._mix_masked(x_TH, names, weights_TA, residual)
-        elif len(names) == 1:  # torch's own products: the dense anchor's bits
+        everywhere = torch.compiler.is_compiling() or (k >= len(names) and allowed_TA is None)
+        if len(names) == 1 and not torch.compiler.is_compiling():  # torch's own products: the dense anchor's bits
             mixed_TH = self._call(names[0], residual, x_TH) * weights_TA
-        elif k >= len(names) and allowed_TA is None:
-            mixed_TH = self._mix_all(x_TH, names, weights_TA, residual)
+        elif not sharing:
+            mixed_TH = self._mix(x_TH, names, weights_TA, everywhere, residual)
         else:
-            mixed_TH = self._mix_chosen(x_TH, names, weights_TA, residual)
+            mixed_TH = self._mix_sharing(x_TH, names, weights_TA, everywhere, sharing)
         return sum(residual, mixed_TH.view(hidden_states.shape))
+
+    def _mix(
+        self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, everywhere: bool, zeros: Sequence[Tensor]
+    ) -> Tensor:
+        """Each expert on its own; `everywhere`: every token goes to every expert."""
+        if torch.compiler.is_compiling():
+            return self._mix_masked(x_TH, names, weights_TA, zeros)
+        if everywhere:
+            return self._mix_all(x_TH, names, weights_TA, zeros)
+        return self._mix_chosen(x_TH, names, weights_TA, zeros)
+
+    def _sharing(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Which of `names` make the public network's products once for all of them: low-rank experts, and public."""
+        experts: dict[str, Any] = {name: self.experts[name] for name in names}
+        low_rank = {name for name, expert in experts.items() if isinstance(expert, LowRankExpert) and expert.form}
+        sharing = tuple(name for name in names if name in (*low_rank, PUBLIC) and is_untouched(experts[name]))
+        return sharing if low_rank.intersection(sharing) else ()
+
+    def _mix_sharing(
+        self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, everywhere: bool, sharing: Sequence[str]
+    ) -> Tensor:
+        """Those of `sharing` together, all others each on its own."""
+        columns = dict(zip(names, weights_TA.split(1, -1), strict=True))
+        weights_TM = torch.cat([columns[name] for name in sharing], -1)
+        members = [None if name == PUBLIC else self.experts[name] for name in sharing]
+        form = next(member.form for member in members if member is not None)
+        public = self.experts[PUBLIC]
+        others = [name for name in names if name not in sharing]
+        if everywhere or not others:
+            mixed_TH = mix_sharing(x_TH, weights_TM, members, public, form, everywhere)
+        else:  # tokens of the others alone need no products of the public network
+            tokens = weights_TM.any(-1).nonzero().squeeze(-1)
+            said_NH = mix_sharing(x_TH[tokens], weights_TM[tokens], members, public, form, everywhere)
+            mixed_TH = torch.zeros_like(x_TH).index_add_(0, tokens, said_NH)
+        if not others:
+            return mixed_TH
+        weights_TO = torch.cat([columns[name] for name in others], -1)
+        return mixed_TH + self._mix(x_TH, others, weights_TO, everywhere, ())
 
     def _mix_all(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
         """Every token goes to every expert: nothing to gather."""
@@ -228,7 +292,9 @@ class FlexMoeBlock(nn.Module):
     def _call(self, name: str, zeros: Sequence[Tensor], x_TH: Tensor) -> Tensor:
         if not x_TH.shape[0]:  # a kernel may die of no tokens: bitsandbytes' 4-bit one on CPUs with AVX-512 does
             return self._call(name, zeros, nn.functional.pad(x_TH, (0, 0, 0, 1)))[:0]
-        return self.experts[name](x_TH.unsqueeze(0), *(x_TH.new_zeros(()) for _ in zeros)).squeeze(0)
+        expert = self.experts[name]
+        public = [self.experts[PUBLIC]] if isinstance(expert, LowRankExpert) else []
+        return expert(x_TH.unsqueeze(0), *public, *(x_TH.new_zeros(()) for _ in zeros)).squeeze(0)
 
     def _report_logits(self, values: dict[str, Any], names: Sequence[str], logits_TA: Tensor) -> None:
         if (collected := values.get("router_logits")) is not None:
@@ -269,6 +335,7 @@ __all__ = [
     "FlexMoeRouter",
     "floating_dtype",
     "full_expert",
+    "low_rank_expert",
     "make_expert",
     "router_row",
 ]

@@ -7,7 +7,6 @@ cover making them part of one (`lifecycle_flexmoe`).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,12 @@ from .anchors_flexmoe import build_on_meta
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .experts_flexmoe import FlexMoeBlock, floating_dtype, make_expert, router_row
 from .hub_flexmoe import resolve_folder
+from .low_rank_flexmoe import LowRankDelta, LowRankExpert, packed_name
 from .manifest_flexmoe import ExpertManifest
 from .packages_flexmoe import ExpertPackage
 from .parallel_flexmoe import whole
 from .quantization_flexmoe import copied_quantized, has_quantized_weights
+from .widths_flexmoe import intermediate_size
 
 ExpertPart = tuple[nn.Module, nn.Linear]
 """An expert in one layer: its network and its router row."""
@@ -35,37 +36,50 @@ def fresh_networks(config: FlexMoeConfig) -> list[nn.Module]:
     return [site.ffn(dense) for site in sites]
 
 
-def parts_from_public(
-    blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Module], record: dict[str, Any]
-) -> list[ExpertPart]:
-    """Copies of the public networks, with rows of zeros."""
+def fresh_experts(config: FlexMoeConfig, record: Mapping[str, Any]) -> list[nn.Module]:
+    """An expert's networks without weights, one per layer."""
+    hidden_size = config.get_text_config().hidden_size
+    networks = fresh_networks(config)
+    return [make_expert(ffn, record, layer=layer, hidden_size=hidden_size) for layer, ffn in enumerate(networks)]
+
+
+def parts_from_public(blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Module]) -> list[ExpertPart]:
+    """What computes as the public networks do, with rows of zeros.
+
+    Args:
+        networks: a fresh expert's (`fresh_experts`): of kind "full", they become copies of the public ones.
+    """
     parts = []
     for block, network in zip(blocks, networks, strict=True):
         public = block.experts[PUBLIC]
-        if has_quantized_weights(public):
+        if isinstance(network, LowRankExpert):
+            _start(network, _home(block), floating_dtype(public))
+        elif has_quantized_weights(public):
             network = copied_quantized(public, network)
         else:
             state = {key: _plain(public, key).clone() for key in network.state_dict()}
             network.load_state_dict(state, assign=True)
-        parts.append((make_expert(network, record), _fresh_row(block)))
+        parts.append((network, _fresh_row(block)))
     return parts
 
 
 def parts_from_package(
-    blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Module], package: ExpertPackage, record: dict[str, Any]
+    blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Module], package: ExpertPackage
 ) -> list[ExpertPart]:
     """The package's networks and rows, on the devices and in the dtypes of the public ones.
+
+    Args:
+        networks: a fresh expert's, as the package's record describes it; the tensors go there.
 
     Raises:
         ValueError: a tensor is missing, has no place in these networks, or has another shape.
     """
-    parts = [
-        (make_expert(network, record), _fresh_row(block)) for block, network in zip(blocks, networks, strict=True)
-    ]
+    parts = [(network, _fresh_row(block)) for block, network in zip(blocks, networks, strict=True)]
     places: dict[str, tuple[FlexMoeBlock, nn.ModuleDict, nn.Module, str]] = {}
     for block, (network, row) in zip(blocks, parts, strict=True):
         at = f"layers.{block.layer_index}"
-        places |= {f"{at}.ffn.{key}": (block, block.experts, network, key) for key in network.state_dict()}
+        for key in network.state_dict():
+            places[f"{at}.ffn.{name_in_package(network, key)}"] = (block, block.experts, network, key)
         places |= {f"{at}.router.{key}": (block, block.router, row, key) for key in row.state_dict()}
     for name, tensor in package.tensors():
         if name not in places:
@@ -75,6 +89,27 @@ def parts_from_package(
     if places:
         raise ValueError(f"{package.folder} lacks {len(places)} tensors, for example {next(iter(places))!r}.")
     return parts
+
+
+def name_in_package(network: nn.Module, key: str) -> str:
+    """What a package calls the tensor `key` of an expert's network, after `layers.<i>.ffn.`."""
+    return packed_name(key) if isinstance(network, LowRankExpert) else key
+
+
+def public_widths(config: FlexMoeConfig) -> list[int]:
+    """The intermediate sizes of the anchor's networks, one per layer."""
+    hidden_size = config.get_text_config().hidden_size
+    return [intermediate_size(network, hidden_size) for network in fresh_networks(config)]
+
+
+def package_record(manifest: ExpertManifest, widths: Sequence[int]) -> dict[str, Any]:
+    """The record of a package in the config of a model whose public networks have these widths.
+
+    The expert's own widths are in it if they are others.
+    """
+    record, own = manifest.record(), manifest.ffn["intermediate"]
+    own = own if isinstance(own, list) else [own] * len(widths)
+    return record if manifest.kind != "full" or own == list(widths) else {**record, "intermediate": own}
 
 
 def open_package(
@@ -118,6 +153,9 @@ def expert_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the expert `name`, called as in a package, whole and on the CPU; rows in float32.
 
+    Args:
+        networks: a fresh expert's, of the same record: what its tensors must be.
+
     Raises:
         ValueError: the expert holds other tensors than its plain network and row (an adapter or a parametrisation is
             in it), or quantised ones.
@@ -136,23 +174,27 @@ def expert_tensors(
                     "parametrisation is in it. Merge it in or take it off before saving (PEFT: merge_and_unload)."
                 )
         for key in network.state_dict():
-            yield f"{at}.ffn.{key}", _plain(block.experts[name], key).cpu().contiguous()
+            inside = name_in_package(network, key)
+            yield f"{at}.ffn.{inside}", _plain(block.experts[name], key).cpu().contiguous()
         for key in block.router[name].state_dict():
             yield f"{at}.router.{key}", _plain(block.router[name], key).float().cpu()
 
 
 def expert_manifest(
-    config: FlexMoeConfig, blocks: Sequence[FlexMoeBlock], record: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    config: FlexMoeConfig, networks: Sequence[nn.Module], record: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> ExpertManifest:
-    """The manifest of an expert with this record and these tensors."""
-    networks = [block.experts[PUBLIC] for block in blocks]
+    """The manifest of an expert with this record and these tensors.
+
+    Args:
+        networks: one per layer, of the anchor's class and the expert's width; a low-rank expert's is the anchor's.
+    """
     hidden = config.get_text_config().hidden_size
     anchor_config: Any = config.anchor_config
     anchor = {**(config.anchor or {}), "model_type": anchor_config.model_type}
     dtypes = {str(value.dtype).removeprefix("torch.") for name, value in tensors.items() if ".ffn." in name}
     return ExpertManifest(
-        **{key: value for key, value in record.items() if key not in ("sha256", "source")},
-        layers=[block.layer_index for block in blocks],
+        **{key: value for key, value in record.items() if key not in ("sha256", "source", "intermediate")},
+        layers=list(range(len(networks))),
         ffn={
             "class": type(networks[0]).__name__,
             "hidden": hidden,
@@ -161,13 +203,6 @@ def expert_manifest(
         dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         anchor={key: anchor.get(key) for key in ("repo", "revision", "fingerprint", "model_type")},
     )
-
-
-def intermediate_size(network: nn.Module, hidden: int) -> int:
-    """Width of a feed-forward network: of its matrices' sides that are not `hidden`, the least, because a fused
-    gate_up has twice the width."""
-    sides = itertools.chain.from_iterable(p.shape for p in network.parameters() if p.dim() == 2)
-    return min((side for side in sides if side != hidden), default=hidden)
 
 
 def _plain(module: nn.Module, key: str) -> Tensor:
@@ -193,6 +228,16 @@ def _plain(module: nn.Module, key: str) -> Tensor:
         if leaf in (hook.weights_map or ()):
             return hook.weights_map[leaf].to(hook.execution_device)
     raise ValueError(f"{type(module).__name__}: {key!r} is on the meta device and cannot be read.")
+
+
+def _start(network: LowRankExpert, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Gives a low-rank expert without weights those with which training begins."""
+    network.to_empty(device=device)
+    if dtype is not None:
+        network.to(dtype)
+    for delta in network.modules():
+        if isinstance(delta, LowRankDelta):
+            delta.reset_parameters()
 
 
 def _fresh_row(block: FlexMoeBlock) -> nn.Linear:
@@ -235,9 +280,12 @@ __all__ = [
     "check_layers",
     "expert_manifest",
     "expert_tensors",
+    "fresh_experts",
     "fresh_networks",
-    "intermediate_size",
+    "name_in_package",
     "open_package",
+    "package_record",
     "parts_from_package",
     "parts_from_public",
+    "public_widths",
 ]

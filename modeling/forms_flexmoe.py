@@ -82,15 +82,15 @@ def form_of(network: nn.Module) -> FfnForm | None:
     forward = type(network).forward
     known = _known.get(network)
     if known is None or known[0] is not forward:
-        known = _known[network] = (forward, _read(network))
+        known = _known[network] = (forward, read_form(network))
     return known[1]
 
 
 _known: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], FfnForm | None]] = WeakKeyDictionary()
 
 
-def _read(network: nn.Module) -> FfnForm | None:
-    """Runs the forward of a copy whose children only write down what they were called with."""
+def read_form(network: nn.Module) -> FfnForm | None:
+    """The form of `network`, None if it is of no known one: its forward runs on parts that write down their input."""
     copied = object.__new__(type(network))
     copied.__dict__.update(network.__dict__)
     copied.__dict__["_modules"] = {name: functools.partial(_called, name) for name in network._modules}
@@ -120,4 +120,4 @@ def _called(name: str, value: _Symbol) -> _Symbol:
     return _Symbol((name, value.terms))
 
 
-__all__ = ["FfnForm", "form_of", "is_plain_linear", "is_untouched", "product_of"]
+__all__ = ["FfnForm", "form_of", "is_plain_linear", "is_untouched", "product_of", "read_form"]

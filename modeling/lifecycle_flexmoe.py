@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,19 +26,23 @@ from .fitting_flexmoe import (
     check_layers,
     expert_manifest,
     expert_tensors,
+    fresh_experts,
     fresh_networks,
     open_package,
+    package_record,
     parts_from_package,
     parts_from_public,
+    public_widths,
 )
 from .packages_flexmoe import ExpertPackage, write_package
 from .parallel_flexmoe import (
     PLANS,
+    Plan,
     in_first_process,
     is_fully_sharded,
     is_sharded,
     plan_of_experts,
-    shard_like_public,
+    shard_by_plan,
     tensor_parallel_mesh,
 )
 from .quantization_flexmoe import quantized_alike
@@ -165,17 +169,26 @@ class ExpertLifecycle(_Model):
         self._put_package(package, name, origin)
         return name
 
-    def add_expert_copy(self, name: str) -> str:
-        """Adds a copy of the public network under `name`, with a router row of zeros: where training begins.
+    def add_expert_copy(self, name: str, *, rank: int | None = None, alpha: float | None = None) -> str:
+        """Adds what computes as the public network does, with a router row of zeros: where training begins.
+
+        Args:
+            name: what to call it.
+            rank: None adds a copy of the public network; a number adds a low-rank expert, which has nothing but its
+                differences from public, of this rank in every layer, and none yet.
+            alpha: the differences are scaled by `alpha / rank`; None is 1.
 
         Raises:
-            ValueError: the name is taken or is none.
+            ValueError: the name is taken or is none, or the rank is no positive integer.
             RuntimeError: a `generate` of this model is running, or FSDP2 has sharded it.
         """
         self._refuse_while_generating("add_expert_copy")
         self._refuse_if_fully_sharded("add_expert_copy")
-        record = expert_record(self._free_name(name))
-        self._put(record, parts_from_public(self.flexmoe_blocks(), fresh_networks(self.config), record))
+        values: dict[str, Any] = {"name": self._free_name(name)}
+        if rank is not None:
+            values |= {"kind": "low_rank", "rank": [rank] * len(self.flexmoe_blocks()), "alpha": alpha}
+        record = expert_record(values)
+        self._put(record, parts_from_public(self.flexmoe_blocks(), fresh_experts(self.config, record)))
         return name
 
     def remove_expert(self, name: str) -> None:
@@ -256,8 +269,10 @@ class ExpertLifecycle(_Model):
         """
         self._check_owned(name, "saved as a package", "it is the anchor itself")
         record = next(record for record in self.config.expert_records if record["name"] == name)
-        tensors = dict(expert_tensors(self.flexmoe_blocks(), name, fresh_networks(self.config)))
-        manifest = expert_manifest(self.config, self.flexmoe_blocks(), {**record, **manifest_fields}, tensors)
+        networks = fresh_experts(self.config, record)
+        tensors = dict(expert_tensors(self.flexmoe_blocks(), name, networks))
+        beside = fresh_networks(self.config) if record["kind"] == "low_rank" else networks
+        manifest = expert_manifest(self.config, beside, {**record, **manifest_fields}, tensors)
         if is_sharded(self):
             in_first_process(lambda: write_package(folder, manifest, tensors.items(), overwrite=overwrite))
             return Path(folder)
@@ -268,8 +283,9 @@ class ExpertLifecycle(_Model):
     def _put_package(self, package: ExpertPackage, name: str, origin: dict[str, str | None] | None) -> None:
         check_anchor(self.config, package.manifest)
         check_layers(self.flexmoe_blocks(), package.manifest)
-        record = {**package.manifest.record(), "name": name, "source": origin}
-        parts = parts_from_package(self.flexmoe_blocks(), fresh_networks(self.config), package, record)
+        record = package_record(package.manifest, public_widths(self.config))
+        record = expert_record({**record, "name": name, "source": origin})
+        parts = parts_from_package(self.flexmoe_blocks(), fresh_experts(self.config, record), package)
         self._put(record, self._quantized_alike(name, parts))
 
     def _quantized_alike(self, name: str, parts: list[ExpertPart]) -> list[ExpertPart]:
@@ -280,10 +296,11 @@ class ExpertLifecycle(_Model):
     def _put(self, record: dict[str, Any], parts: list[ExpertPart]) -> None:
         """Makes the expert part of the model, in place of one of that name or at the end."""
         name = record["name"]
-        if (mesh := tensor_parallel_mesh(self)) is not None:
-            for block_name, (network, _) in zip(self._named_blocks(), parts, strict=True):
-                shard_like_public(network, block_name, self._tp_plan, mesh)
         records = {known["name"]: known for known in self.config.expert_records} | {name: expert_record(record)}
+        if (mesh := tensor_parallel_mesh(self)) is not None:
+            plan = self._plan_for(records, "_tp_plan")
+            for block_name, (network, _) in zip(self._named_blocks(), parts, strict=True):
+                shard_by_plan(network, f"{block_name}.experts.{name}", plan, mesh)
         self.config.experts = list(records.values())
         for block, (network, row) in zip(self.flexmoe_blocks(), parts, strict=True):
             public = block.experts[PUBLIC]
@@ -294,8 +311,14 @@ class ExpertLifecycle(_Model):
 
     def _plan_for_experts(self) -> None:
         """Brings the parallel plans up to date with who is there."""
-        for kind in PLANS:
-            setattr(self, kind, plan_of_experts(getattr(self, kind), list(self._named_blocks()), self.expert_names))
+        records = {record["name"]: record for record in self.config.expert_records}
+        for attribute in PLANS:
+            setattr(self, attribute, self._plan_for(records, attribute))
+
+    def _plan_for(self, records: Mapping[str, dict[str, Any]], attribute: str) -> Plan:
+        """The parallel plan that the model has as `attribute`, for the experts with these records."""
+        kinds = {name: record["kind"] for name, record in records.items()}
+        return plan_of_experts(getattr(self, attribute), list(self._named_blocks()), kinds)
 
     def _free_name(self, name: str) -> str:
         check_expert_name(name)

@@ -7,7 +7,7 @@ is what they need to know about experts that come and go. Does not cover pipelin
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +57,12 @@ def plan_of_public(plan: Plan, public: dict[str, nn.Module], names: NameMap) -> 
     return {moved.get(rule, rule): style for rule, style in plan.items()}
 
 
-def plan_of_experts(plan: Plan, blocks: Sequence[str], experts: Sequence[str]) -> Plan:
-    """`plan` with the public network's rules for each of `experts`, and for no other expert of the named blocks."""
+def plan_of_experts(plan: Plan, blocks: Sequence[str], experts: Mapping[str, str]) -> Plan:
+    """`plan` with the public network's rules for each expert of the named blocks, and for no other.
+
+    Args:
+        experts: the kind of each expert, by its name.
+    """
     here = {_wildcard(block) for block in blocks}
     rules: Plan = {}
     for rule, style in plan.items():
@@ -67,18 +71,29 @@ def plan_of_experts(plan: Plan, blocks: Sequence[str], experts: Sequence[str]) -
         if not owner or block not in here:
             rules[rule] = style
         elif owner == PUBLIC:
-            rules |= {f"{block}{_EXPERTS}{name}{dot}{part}": style for name in experts}
+            parts = {name: _part_of_kind(kind, part, style) for name, kind in experts.items()}
+            rules |= {f"{block}{_EXPERTS}{name}{dot}{part}": style for name, part in parts.items() if part is not None}
     return rules
 
 
-def shard_like_public(network: nn.Module, block: str, plan: Plan, mesh: Any) -> None:
-    """Shards `network`, whole and equal in every process, as the plan has the public network of `block` sharded.
+def _part_of_kind(kind: str, part: str, style: str) -> str | None:
+    """Which part of an expert is sharded as the public network's `part` is; None if none is.
+
+    A low-rank difference B(A x) is cut as its matrix is: B by its rows, A by its columns.
+    """
+    if kind != "low_rank":
+        return part
+    side = "A" if "rowwise" in style else "B" if "colwise" in style else None
+    return f"{part}.{side}" if part and side else None
+
+
+def shard_by_plan(network: nn.Module, name: str, plan: Plan, mesh: Any) -> None:
+    """Shards `network`, whole and equal in every process, as the plan has it under this name in the model.
 
     Every process keeps its part; nothing is sent.
     """
-    public = f"{_wildcard(block)}{_EXPERTS}{PUBLIC}"
-    for name, module in network.named_modules():
-        rule = _wildcard(f"{public}.{name}" if name else public)
+    for path, module in network.named_modules():
+        rule = _wildcard(f"{name}.{path}" if path else name)
         for parameter, _ in list(module.named_parameters(recurse=False)):
             style = plan.get(f"{rule}.{parameter}") or plan.get(rule)
             if style is not None:
@@ -165,7 +180,7 @@ __all__ = [
     "is_sharded",
     "plan_of_experts",
     "plan_of_public",
-    "shard_like_public",
+    "shard_by_plan",
     "tensor_parallel_mesh",
     "whole",
 ]

@@ -20,7 +20,8 @@ from .anchors_flexmoe import ANCHOR_PREFIX, NameMap
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .dense_flexmoe import DenseCheckpoint
 from .experts_flexmoe import make_expert
-from .fitting_flexmoe import check_anchor
+from .fitting_flexmoe import check_anchor, name_in_package
+from .low_rank_flexmoe import unpacked_name
 from .packages_flexmoe import ExpertPackage
 from .tensors_flexmoe import fingerprint, tensor_bytes
 
@@ -86,15 +87,20 @@ class Sources:
         """The model's name of a tensor that the package of the expert `name` calls `inside`."""
         match = _PACKAGE_TENSOR.fullmatch(inside)
         assert match, inside  # checked when the package was opened
-        part = "experts" if match["part"] == "ffn" else "router"
-        return f"{self._blocks[int(match['layer'])]}.{part}.{name}.{match['rest']}"
+        block, rest = self._blocks[int(match["layer"])], match["rest"]
+        if match["part"] == "router":
+            return f"{block}.router.{name}.{rest}"
+        is_low_rank = self.packages[name].manifest.kind == "low_rank"
+        return f"{block}.experts.{name}.{unpacked_name(rest) if is_low_rank else rest}"
 
     def _check_package(self, package: ExpertPackage, record: dict[str, Any]) -> None:
         check_anchor(self.config, package.manifest)
+        hidden_size = self.config.get_text_config().hidden_size
         wanted: dict[str, tuple[int, ...]] = {}
         for site in self.anchor.sites:
-            state = make_expert(site.ffn(self.anchor.model), record).state_dict()
-            wanted |= {f"layers.{site.index}.ffn.{key}": tuple(value.shape) for key, value in state.items()}
+            expert = make_expert(site.ffn(self.anchor.model), record, layer=site.index, hidden_size=hidden_size)
+            state, at = expert.state_dict(), f"layers.{site.index}.ffn"
+            wanted |= {f"{at}.{name_in_package(expert, key)}": tuple(value.shape) for key, value in state.items()}
         found = {name: info.shape for name, info in package.infos.items() if ".router." not in name}
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):

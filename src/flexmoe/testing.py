@@ -25,6 +25,7 @@ from transformers import (
 
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM
 from flexmoe.modeling.compat_flexmoe import enable_activation_checkpointing
+from flexmoe.modeling.low_rank_flexmoe import LowRankExpert
 
 VOCABULARY = 99
 
@@ -71,23 +72,25 @@ def tiny_anchor(family: str, seed: int = 0) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(ANCHOR_CONFIGS[family]()).eval()
 
 
-def tiny_flexmoe(family: str, experts: Sequence[str] = (), seed: int = 0, **config: object) -> FlexMoeForCausalLM:
+def tiny_flexmoe(
+    family: str, experts: Sequence[str | dict[str, Any]] = (), seed: int = 0, **config: object
+) -> FlexMoeForCausalLM:
     """`tiny_anchor(family, seed)` as a FlexMoE whose `experts` differ from the anchor's network and from each other.
 
-    An expert's weights depend on its name and `seed` alone, not on who else is there.
+    An expert (a name, or a record) has weights that depend on its name and `seed` alone, not on who else is there.
     """
     return grown_flexmoe(tiny_anchor(family, seed), experts, seed, **config)
 
 
 def grown_flexmoe(
-    anchor: PreTrainedModel, /, experts: Sequence[str] = (), seed: int = 0, **config: object
+    anchor: PreTrainedModel, /, experts: Sequence[str | dict[str, Any]] = (), seed: int = 0, **config: object
 ) -> FlexMoeForCausalLM:
     """`anchor` as a FlexMoE, with `experts` as in `tiny_flexmoe`."""
     model = FlexMoeForCausalLM(FlexMoeConfig(anchor_config=anchor.config, experts=[PUBLIC, *experts], **config)).eval()
     names = model.anchor_names
     state = {names.to_flexmoe(name): tensor for name, tensor in anchor.state_dict().items()}
     model.load_state_dict(state, strict=False)
-    for name in experts:
+    for name in model.expert_names[1:]:
         perturb_expert(model, name, seed)
     return model
 
@@ -101,8 +104,9 @@ def perturb_expert(model: FlexMoeForCausalLM, name: str, seed: int = 0) -> None:
         return torch.randn(like.shape, generator=generator).to(like)
 
     for block in model.flexmoe_blocks():
-        public = block.experts[PUBLIC].state_dict()
-        block.experts[name].load_state_dict({key: value + 0.3 * noise(value) for key, value in public.items()})
+        expert = block.experts[name]
+        start = expert.state_dict() if isinstance(expert, LowRankExpert) else block.experts[PUBLIC].state_dict()
+        expert.load_state_dict({key: value + 0.3 * noise(value) for key, value in start.items()})
         row = block.router[name].state_dict()
         block.router[name].load_state_dict({key: noise(value) for key, value in row.items()})
 

@@ -6,6 +6,7 @@ initialises. Processes that a test starts get there by unpickling `DistinctExper
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ _row_of_zeros = experts_flexmoe.router_row
 
 
 @torch.no_grad()
-def _drawn_expert(ffn: nn.Module, record: dict[str, Any]) -> nn.Module:
+def _drawn_expert(ffn: nn.Module, record: Mapping[str, Any], *, layer: int, hidden_size: int) -> nn.Module:
     expert = copy.deepcopy(ffn)
     for parameter in expert.parameters():
         if parameter.dim() > 1:
