@@ -129,7 +129,12 @@ def check_anchor(config: FlexMoeConfig, manifest: ExpertManifest) -> None:
     Raises:
         ValueError: its fingerprint is another one; both are in the message.
     """
-    ours, theirs = (config.anchor or {}).get("fingerprint"), manifest.anchor.get("fingerprint")
+    check_fingerprint((config.anchor or {}).get("fingerprint"), manifest)
+
+
+def check_fingerprint(ours: str | None, manifest: ExpertManifest) -> None:
+    """As `check_anchor`, of an anchor with the fingerprint `ours`."""
+    theirs = manifest.anchor.get("fingerprint")
     if ours != theirs:
         raise ValueError(
             f"Expert {manifest.name!r} was made for another anchor: its fingerprint is {theirs}, this model's is "
@@ -277,6 +282,7 @@ def _assign(module: nn.Module, key: str, tensor: Tensor, what: str) -> None:
 __all__ = [
     "ExpertPart",
     "check_anchor",
+    "check_fingerprint",
     "check_layers",
     "expert_manifest",
     "expert_tensors",

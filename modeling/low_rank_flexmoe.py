@@ -63,7 +63,7 @@ class LowRankExpert(nn.Module):
     def __init__(self, ffn: nn.Module, rank: int, alpha: float | None) -> None:
         """`ffn` is a network like the public one; the scale is `alpha / rank`, and 1 without an `alpha`."""
         super().__init__()
-        scale = 1.0 if alpha is None else alpha / rank
+        scale = low_rank_scale(rank, alpha)
         for path, matrix in matrices(ffn):
             *parents, leaf = path.split(".")
             parent: nn.Module = self
@@ -211,18 +211,22 @@ def matrices(ffn: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     yield from found
 
 
-def matrix_shape(part: nn.Module) -> tuple[int, int]:
-    """(out, in) of a part with a matrix, however it stores it."""
-    rows, columns = part._parameters["weight"].shape
-    return (columns, rows) if isinstance(part, Conv1D) else (rows, columns)
+def as_out_in(part: nn.Module, weight: Tensor) -> Tensor:
+    """The matrix [out, in] that is stored as the `weight` of such a part, or the other way round."""
+    return weight.T if isinstance(part, Conv1D) else weight
 
 
 def _delta(matrix: nn.Module, rank: int, scale: float) -> LowRankDelta:
-    out_features, in_features = matrix_shape(matrix)
-    weight = matrix._parameters["weight"]
+    weight: Any = matrix._parameters["weight"]
+    out_features, in_features = as_out_in(matrix, weight).shape
     dtype = weight.dtype if weight.dtype.is_floating_point else None
     has_bias = matrix._parameters.get("bias") is not None
     return LowRankDelta(in_features, out_features, rank, scale, has_bias, device=weight.device, dtype=dtype)
+
+
+def low_rank_scale(rank: int, alpha: float | None) -> float:
+    """What a difference of this rank is multiplied by: `alpha / rank`, as LoRA has it, and 1 without an `alpha`."""
+    return 1.0 if alpha is None else alpha / rank
 
 
 def packed_name(key: str) -> str:
@@ -241,8 +245,9 @@ def unpacked_name(key: str) -> str:
 __all__ = [
     "LowRankDelta",
     "LowRankExpert",
+    "as_out_in",
+    "low_rank_scale",
     "matrices",
-    "matrix_shape",
     "mix_sharing",
     "packed_name",
     "unpacked_name",

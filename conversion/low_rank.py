@@ -1,0 +1,280 @@
+"""Compress: a full expert becomes a low-rank one, its difference from public cut to a few singular values. And back.
+
+Shapes: O out, I in, R rank. `compress` keeps of each matrix's difference the best approximation of its rank (Eckart
+and Young); one rank serves all matrices of a layer. `densify` adds the difference to public again.
+
+Source: FlexMoRE, arXiv 2602.08818. Not here: training at low rank (`flexmoe.training`), and experts of another width
+than public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexmoe.conversion.public_networks import PublicNetworks
+from flexmoe.modeling.fitting_flexmoe import check_fingerprint, open_package
+from flexmoe.modeling.folders_flexmoe import check_apart, check_new_folder
+from flexmoe.modeling.low_rank_flexmoe import as_out_in, low_rank_scale, matrices
+from flexmoe.modeling.packages_flexmoe import ExpertPackage, stream_package
+from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, source_from_tensor
+from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk
+
+PackageLike = str | Path | ExpertPackage
+
+
+@dataclass(frozen=True)
+class CompressedLayer:
+    """What became of one layer.
+
+    Attributes:
+        layer: its number.
+        rank: singular values kept in each of its matrices.
+        error: of all its matrices together, the Frobenius norm of what is lost of the difference from public, divided
+            by that of the difference, in the numbers that were written; 0 where there was no difference.
+    """
+
+    layer: int
+    rank: int
+    error: float
+
+
+def compress(
+    package: PackageLike,
+    out: str | Path,
+    *,
+    anchor: str | Path | None = None,
+    rank: int | Sequence[int] | None = None,
+    energy: float | None = None,
+    device: str | torch.device = "cpu",
+    overwrite: bool = False,
+    progress: Callable[[CompressedLayer], None] | None = None,
+) -> list[CompressedLayer]:
+    """Writes the full expert in `package` as a low-rank one, in its own dtype. Returns what each layer lost.
+
+    Args:
+        package: folder, Hub id or opened package.
+        anchor: folder or Hub id of the dense model, or of a FlexMoE of it; by default what the package names.
+        rank: singular values to keep, of every layer or layer by layer; those that a matrix has not are zeros.
+        energy: instead, the share of the squared singular values to keep, more than 0 and at most 1; each layer gets
+            the least rank that does.
+        device: where the singular values are computed.
+        progress: called with each layer that is done.
+
+    Raises:
+        FileExistsError: `out` exists and `overwrite` is False.
+        FileNotFoundError: no such package or anchor.
+        ValueError: not one of `rank` and `energy`, or out of range; the expert is low-rank already, is for another
+            anchor or of another width, or differs from public in what is no matrix.
+    """
+    if (rank is None) == (energy is None):
+        raise ValueError(f"rank={rank} and energy={energy}: give one of them.")
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy={energy}: must be more than 0 and at most 1.")
+    opened, public = _open(package, anchor, out, overwrite, kind="full")
+    ranks = None if rank is None else _rank_of_each_layer(rank, len(public.networks))
+    written: dict[int, dict[str, Tensor]] = {}
+    done = []
+    for layer, own in _by_layer(opened):
+        deltas_OI, biases_O = _differences(opened, public, layer, own)
+        spectra = {path: torch.linalg.svd(delta.to(device), full_matrices=False) for path, delta in deltas_OI.items()}
+        kept = ranks[layer] if ranks else _least_rank(energy or 1.0, [values for _, values, _ in spectra.values()])
+        factors, lost = {}, 0.0
+        for path, delta_OI in deltas_OI.items():
+            dtype = own[f"ffn.{path}.weight"].dtype
+            a_RI, b_OR = (factor.to("cpu", dtype).contiguous() for factor in _factors(*spectra[path], kept))
+            factors |= {f"ffn.{path}.lora_A.weight": a_RI, f"ffn.{path}.lora_B.weight": b_OR}
+            lost += float((delta_OI - b_OR.float() @ a_RI.float()).square().sum())
+        rows = {key: row for key, row in own.items() if not key.startswith("ffn.")}
+        written[layer] = {**factors, **biases_O, **rows}
+        whole = sum(float(delta_OI.square().sum()) for delta_OI in deltas_OI.values())
+        done.append(CompressedLayer(layer, kept, (lost / whole) ** 0.5 if whole else 0.0))
+        if progress is not None:
+            progress(done[-1])
+    done.sort(key=lambda entry: entry.layer)
+    kept_ranks, errors = [entry.rank for entry in done], [entry.error for entry in done]
+    manifest = replace(
+        opened.manifest,
+        kind="low_rank",
+        rank=kept_ranks,
+        training={**(opened.manifest.training or {}), "compressed": {"rank": kept_ranks, "relative_error": errors}},
+        sha256={},
+    )
+    sources = [
+        source_from_tensor(f"layers.{layer}.{key}", tensor)
+        for layer in sorted(written)
+        for key, tensor in written[layer].items()
+    ]
+    stream_package(out, manifest, sources, overwrite=overwrite)
+    return done
+
+
+def densify(
+    package: PackageLike,
+    out: str | Path,
+    *,
+    anchor: str | Path | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Writes the low-rank expert in `package` as a full one: public's networks with the differences added.
+
+    Sums are made in float32 and rounded once, to the dtype of public. `progress` is called with the number of bytes
+    just written; the other arguments and the errors are those of `compress`. Returns the package's folder.
+    """
+    opened, public = _open(package, anchor, out, overwrite, kind="low_rank")
+    manifest = opened.manifest
+    sources = []
+    for layer, own in sorted(_by_layer(opened)):
+        scale = low_rank_scale((manifest.rank or [])[layer], manifest.alpha)
+        differences = {key.removeprefix("ffn."): tensor for key, tensor in own.items()}
+        for key in public.networks[layer].state_dict():
+            sources.append(merged_source(f"layers.{layer}.ffn.{key}", public, layer, key, differences, scale))
+        rows = {key: row for key, row in own.items() if not key.startswith("ffn.")}
+        sources += [source_from_tensor(f"layers.{layer}.{key}", row) for key, row in rows.items()]
+    codes = {source.info.dtype for source in sources if ".ffn." in source.info.name}
+    dtypes = [str(TORCH_DTYPES[code]).removeprefix("torch.") for code in codes]
+    dtype = dtypes[0] if len(dtypes) == 1 else "mixed"
+    manifest = replace(manifest, kind="full", rank=None, alpha=None, dtype=dtype, sha256={})
+    return stream_package(out, manifest, sources, overwrite=overwrite, progress=progress)
+
+
+def merged_source(
+    name: str, public: PublicNetworks, layer: int, key: str, differences: Mapping[str, Tensor], scale: float
+) -> TensorSource:
+    """The tensor `key` of public's network in a layer with a low-rank expert's difference added, called `name`.
+
+    It is computed when it is written. `differences`: the expert's tensors of that layer, as a package names them.
+    """
+
+    def chunks() -> Iterator[Chunk]:
+        yield from source_from_tensor(name, _merged(public, layer, key, differences, scale)).chunks()
+
+    return TensorSource(replace(public.info(layer, key), name=name), chunks)
+
+
+def _merged(public: PublicNetworks, layer: int, key: str, differences: Mapping[str, Tensor], scale: float) -> Tensor:
+    ours, (path, _, parameter) = public.read_one(layer, key), key.rpartition(".")
+    if parameter == "weight" and f"{path}.lora_A.weight" in differences:
+        a_RI, b_OR = (differences[f"{path}.lora_{side}.weight"].float() for side in "AB")
+        delta = as_out_in(public.networks[layer].get_submodule(path), scale * (b_OR @ a_RI))
+    elif parameter == "bias" and f"{path}.bias_delta" in differences:
+        delta = differences[f"{path}.bias_delta"].float()
+    else:
+        return ours
+    return (ours.float() + delta).to(ours.dtype)
+
+
+def _open(
+    package: PackageLike, anchor: str | Path | None, out: str | Path, overwrite: bool, kind: str
+) -> tuple[ExpertPackage, PublicNetworks]:
+    """The package, which must be of this kind, and its anchor's networks."""
+    target = check_new_folder(out, overwrite)
+    opened, _ = open_package(package)
+    manifest = opened.manifest
+    if manifest.kind != kind:
+        do, other = ("compressed", "densify") if kind == "full" else ("densified", "compress")
+        raise ValueError(
+            f"{opened.folder} holds a {manifest.kind} expert, and only a {kind} one can be {do}: `flexmoe {other}` "
+            "goes the other way."
+        )
+    revision = None
+    if anchor is None:
+        anchor, revision = manifest.anchor["repo"], manifest.anchor["revision"]
+    if anchor is None:
+        raise ValueError(
+            f"{opened.folder} does not say where its anchor is: give --anchor (anchor=), the dense model or the "
+            "grafted one."
+        )
+    public = PublicNetworks.open(anchor, revision=revision)
+    check_apart(target, opened.folder, public.folder)
+    check_fingerprint(public.fingerprint, manifest)
+    if manifest.layers != list(range(len(public.networks))):
+        raise ValueError(f"{opened.folder} has the layers {manifest.layers}; its anchor has {len(public.networks)}.")
+    return opened, public
+
+
+def _by_layer(package: ExpertPackage) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yields each layer's tensors once it is complete, called as in the package after `layers.<i>.`."""
+    lacking: dict[int, set[str]] = {}
+    for name in package.infos:
+        _, layer, key = name.split(".", 2)
+        lacking.setdefault(int(layer), set()).add(key)
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in package.tensors():
+        _, number, key = name.split(".", 2)
+        layer = int(number)
+        found.setdefault(layer, {})[key] = tensor
+        if found[layer].keys() == lacking[layer]:
+            yield layer, found.pop(layer)
+
+
+def _differences(
+    package: ExpertPackage, public: PublicNetworks, layer: int, own: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a full expert's layer is more than public's: float32 matrices [O, I] by their path, biases by their name.
+
+    Raises:
+        ValueError: it has other tensors or shapes, or differs in what is neither a matrix nor the bias of one.
+    """
+    theirs = {f"ffn.{key}": tensor for key, tensor in public.read(layer).items()}
+    for key in sorted({key for key in own if key.startswith("ffn.")} ^ theirs.keys()):
+        raise ValueError(f"{package.folder}: 'layers.{layer}.{key}' is there or in the anchor's network, not in both.")
+    for key, tensor in theirs.items():
+        if own[key].shape != tensor.shape:
+            raise ValueError(
+                f"{package.folder}: 'layers.{layer}.{key}' has shape {list(own[key].shape)}, public's has "
+                f"{list(tensor.shape)}; an expert of another width has no difference from public."
+            )
+    parts = dict(matrices(public.networks[layer]))
+    deltas_OI = {
+        path: as_out_in(part, own[f"ffn.{path}.weight"].float() - theirs[f"ffn.{path}.weight"].float())
+        for path, part in parts.items()
+    }
+    used = {f"ffn.{path}.{parameter}" for path in parts for parameter in ("weight", "bias")}
+    for key in theirs.keys() - used:
+        if not torch.equal(own[key], theirs[key]):
+            raise ValueError(
+                f"{package.folder}: 'layers.{layer}.{key}' is not public's, and is no matrix whose difference could "
+                "be of low rank. Such an expert stays a full one."
+            )
+    biases = {
+        f"ffn.{path}.bias_delta": (own[key].float() - theirs[key].float()).to(own[key].dtype)
+        for path in parts
+        if (key := f"ffn.{path}.bias") in theirs
+    }
+    return deltas_OI, biases
+
+
+def _factors(left_OR: Tensor, values_R: Tensor, right_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [rank, I] and B [O, rank] of the best approximation; each gets the root of the singular values."""
+    root_R = values_R[:rank].sqrt()
+    a_RI, b_OR = root_R[:, None] * right_RI[:rank], left_OR[:, :rank] * root_R
+    missing = rank - len(root_R)
+    return F.pad(a_RI, (0, 0, 0, missing)), F.pad(b_OR, (0, missing))
+
+
+def _least_rank(energy: float, spectra: Sequence[Tensor]) -> int:
+    """The least rank that keeps this share of the squared singular values of all matrices of a layer together."""
+    longest = max(map(len, spectra))
+    total_R = sum(F.pad(values_R.double().square(), (0, longest - len(values_R))) for values_R in spectra)
+    assert isinstance(total_R, Tensor)
+    kept_R = total_R.cumsum(0)
+    if kept_R[-1] == 0:
+        return 1
+    return min(int((kept_R < energy * kept_R[-1]).sum()) + 1, longest)
+
+
+def _rank_of_each_layer(rank: int | Sequence[int], layers: int) -> list[int]:
+    ranks = [rank] * layers if isinstance(rank, int) else list(rank)
+    if len(ranks) != layers or not all(type(value) is int and value > 0 for value in ranks):
+        raise ValueError(f"rank={rank}: must be a positive whole number, or a list of {layers}, one per layer.")
+    return ranks
+
+
+__all__ = ["CompressedLayer", "compress", "densify", "merged_source"]
