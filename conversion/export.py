@@ -1,9 +1,9 @@
 """Export: a FlexMoE becomes a checkpoint that stock transformers, and engines reading its formats, load as their own.
 
 Either one expert in the anchor's own dense class, or all of them in a mixture-of-experts class (`native_formats`). The
-weights are copied byte for byte, a chunk at a time; the router rows alone are put together anew. What a format cannot
-say is an error. Not here: compositions by reference, quantised models, what dropping biases costs (measure it with
-`flexmoe evaluate`).
+weights are copied byte for byte, a chunk at a time; the router rows alone are put together anew, and low-rank experts
+that are asked for as full ones. What a format cannot say is an error. Not here: compositions by reference, quantised
+models, what dropping biases costs (measure it with `flexmoe evaluate`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flexmoe.conversion.graft import copy_companions
+from flexmoe.conversion.low_rank import merged_source
 from flexmoe.conversion.native_formats import FORMATS, WAY_OUT, NativeFormat, native_config
+from flexmoe.conversion.public_networks import PublicNetworks
 from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
 from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
+from flexmoe.modeling.experts_flexmoe import make_expert
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
 from flexmoe.modeling.json_flexmoe import json_text
+from flexmoe.modeling.low_rank_flexmoe import low_rank_scale, packed_name
 from flexmoe.modeling.norms_flexmoe import norm_follows_each_ffn
 from flexmoe.modeling.tensor_writer_flexmoe import (
     MAX_SHARD_SIZE,
@@ -51,10 +55,19 @@ class Exported:
     aliases: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Choices:
+    """What the caller decided, as `export` takes it."""
+
+    expert: str | None = None
+    drop_bias: bool = False
+    densify: bool = False
+
+
 class Exporter(Protocol):
     """Prepares the export to one format."""
 
-    def __call__(self, stored: StoredModel, *, expert: str | None, drop_bias: bool) -> Exported:
+    def __call__(self, stored: StoredModel, choices: Choices) -> Exported:
         """What to write. ValueError: the format cannot say what this model is."""
 
 
@@ -65,6 +78,7 @@ def export(
     to: str,
     expert: str | None = None,
     drop_bias: bool = False,
+    densify: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -81,6 +95,7 @@ def export(
             (Llama and Mistral anchors) or "qwen3_moe" (Qwen3 anchors).
         expert: for "dense", whose network stands in the model; "public" is the anchor itself.
         drop_bias: leave out biases of router rows and the public prior, which no format has. It changes the model.
+        densify: write low-rank experts as the full ones that they amount to, summed in float32 and rounded once.
         max_shard_size: bytes per weight file.
         progress: called with the number of bytes just written.
 
@@ -95,7 +110,7 @@ def export(
         raise ValueError(f"There is no format {to!r} to export to; there are {', '.join(TARGETS)}.")
     stored = StoredModel(model, "exported")
     check_apart(target, stored.folder)
-    exported = TARGETS[to](stored, expert=expert, drop_bias=drop_bias)
+    exported = TARGETS[to](stored, Choices(expert, drop_bias, densify))
     durable = overwrite  # a new folder can be made again; one that replaces another must not be lost with it
     with atomic_folder(target, overwrite, durable=durable) as folder:
         write_checkpoint(folder, exported.sources, max_shard_size=max_shard_size, flush=durable, progress=progress)
@@ -105,39 +120,45 @@ def export(
     return target
 
 
-def as_dense(stored: StoredModel, *, expert: str | None, drop_bias: bool) -> Exported:
+def as_dense(stored: StoredModel, choices: Choices) -> Exported:
     """One expert in the anchor's own class, its router row left behind, and its bias with it."""
-    names = stored.config.expert_names
+    names, expert = stored.config.expert_names, choices.expert
     if expert is None or expert not in names:
         asked = "no expert is given" if expert is None else f"{expert!r} is none of its experts"
         raise ValueError(f"{DENSE} writes one expert of {stored.folder}, and {asked}: --expert {' | '.join(names)}.")
-    _check_is_full(stored, expert)
+    _check_kinds(stored, [expert], choices, DENSE)
     dense, sites = build_on_meta(_anchor_config(stored))
     paths = NameMap(sites)
-    sources = _copies(stored, dense, {name: paths.to_flexmoe(name, expert) for name in dense.state_dict()})
+    merged = _merged_experts(stored, [expert])
+    sources = []
+    for name in dense.state_dict():
+        path = paths.to_flexmoe(name, expert)
+        sources += [merged[path](name)] if path in merged else _copies(stored, dense, {name: path})
     return Exported(_of_class(dense, stored), sources)
 
 
-def as_native(native: NativeFormat, stored: StoredModel, *, expert: str | None, drop_bias: bool) -> Exported:
+def as_native(native: NativeFormat, stored: StoredModel, choices: Choices) -> Exported:
     """All experts in a mixture-of-experts class, in the order of the config."""
-    if expert is not None:
-        raise ValueError(f"{native.model_type} holds all experts: --expert {expert} is for --to {DENSE} only.")
+    if choices.expert is not None:
+        raise ValueError(f"{native.model_type} holds all experts: --expert {choices.expert} is for --to {DENSE} only.")
+    _check_kinds(stored, stored.config.expert_names, choices, native.model_type)
     if stored.config.norm_topk_prob is None:
         stored.config.norm_topk_prob = not norm_follows_each_ffn(_anchor_config(stored))
     config = native_config(native, stored.config)
-    if not drop_bias:
+    if not choices.drop_bias:
         _check_bias_free(native, stored)
     dense, sites = build_on_meta(_anchor_config(stored))
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(config)
     _check_same_besides_blocks(native, dense, target, sites)
     gates = _gates(native, stored, sites)
+    merged = _merged_experts(stored, stored.config.expert_names)
     sources: list[TensorSource] = []
     for site, names in _by_site(dense, sites):
         if site is None:
             sources += _copies(stored, dense, {name: ANCHOR_PREFIX + name for name in names})
         else:
-            sources += _block_sources(native, stored, dense, site, gates[site])
+            sources += _block_sources(native, stored, dense, site, gates[site], merged)
     counts = dict.fromkeys(native.count_fields, len(stored.config.expert_names))
     return Exported(_of_class(target, stored), sources, counts)
 
@@ -190,7 +211,12 @@ def _copies(stored: StoredModel, dense: PreTrainedModel, paths: Mapping[str, str
 
 
 def _block_sources(
-    native: NativeFormat, stored: StoredModel, dense: PreTrainedModel, site: FfnSite, gate_EH: Tensor
+    native: NativeFormat,
+    stored: StoredModel,
+    dense: PreTrainedModel,
+    site: FfnSite,
+    gate_EH: Tensor,
+    merged: Mapping[str, Callable[[str], TensorSource]],
 ) -> Iterator[TensorSource]:
     """A layer's rows as one matrix, then each expert's matrices."""
     shapes = {name: tensor.shape for name, tensor in site.ffn(dense).state_dict().items()}
@@ -203,9 +229,40 @@ def _block_sources(
     yield source_from_tensor(native.gate_name(site), gate_EH)
     for number, expert in enumerate(stored.config.expert_names):
         for name, shape in shapes.items():
-            path = f"{block}.experts.{expert}.{name}"
-            _check_stored(stored, path, shape)
-            yield source_from_file(stored.tensors, path, native.matrix_name(site, number, name))
+            path, new_name = f"{block}.experts.{expert}.{name}", native.matrix_name(site, number, name)
+            if path in merged:
+                yield merged[path](new_name)
+            else:
+                _check_stored(stored, path, shape)
+                yield source_from_file(stored.tensors, path, new_name)
+
+
+def _merged_experts(stored: StoredModel, names: Sequence[str]) -> dict[str, Callable[[str], TensorSource]]:
+    """What the tensors of low-rank experts among `names` amount to, by the name of a full expert's tensor.
+
+    A value makes the tensor's source under the name that it gets.
+    """
+    records = [record for record in stored.config.expert_records if record["name"] in names]
+    merged: dict[str, Callable[[str], TensorSource]] = {}
+    low_rank = [record for record in records if record["kind"] == "low_rank"]
+    if not low_rank:
+        return merged
+    public = PublicNetworks.of_flexmoe(stored)
+    _, sites = build_on_meta(_anchor_config(stored))
+    for record, site in itertools.product(low_rank, sites):
+        start = f"{ANCHOR_PREFIX}{site.block}.experts.{record['name']}."
+        expert = make_expert(
+            public.networks[site.index], record, layer=site.index, hidden_size=_hidden_size(stored)
+        ).state_dict()
+        for key, tensor in expert.items():
+            _check_stored(stored, start + key, tensor.shape)
+        differences = {packed_name(key): stored.tensors.read(start + key) for key in expert}
+        scale = low_rank_scale(record["rank"][site.index], record.get("alpha"))
+        for key in public.networks[site.index].state_dict():
+            merged[start + key] = functools.partial(
+                merged_source, public=public, layer=site.index, key=key, differences=differences, scale=scale
+            )
+    return merged
 
 
 def _gates(native: NativeFormat, stored: StoredModel, sites: Sequence[FfnSite]) -> dict[FfnSite, Tensor]:
@@ -231,7 +288,7 @@ def _gates(native: NativeFormat, stored: StoredModel, sites: Sequence[FfnSite]) 
 
 def _rows(stored: StoredModel, site: FfnSite) -> Tensor:
     """The rows of all experts of a layer, float32 [E, H]."""
-    hidden_size = _anchor_config(stored).get_text_config().hidden_size
+    hidden_size = _hidden_size(stored)
     rows = []
     for name in stored.config.expert_names:
         path = f"{ANCHOR_PREFIX}{site.block}.router.{name}.weight"
@@ -240,16 +297,21 @@ def _rows(stored: StoredModel, site: FfnSite) -> Tensor:
     return torch.cat(rows)
 
 
+def _hidden_size(stored: StoredModel) -> int:
+    return int(_anchor_config(stored).get_text_config().hidden_size)
+
+
 def _dtype_beside(stored: StoredModel, site: FfnSite) -> torch.dtype:
     start = f"{ANCHOR_PREFIX}{site.block}.experts.{PUBLIC}."
     return next(TORCH_DTYPES[info.dtype] for path, info in stored.tensors.infos.items() if path.startswith(start))
 
 
-def _check_is_full(stored: StoredModel, expert: str) -> None:
-    kind = next(record["kind"] for record in stored.config.expert_records if record["name"] == expert)
-    if kind != "full":
+def _check_kinds(stored: StoredModel, names: Sequence[str], choices: Choices, to: str) -> None:
+    records = [record for record in stored.config.expert_records if record["name"] in names]
+    if (others := [record["name"] for record in records if record["kind"] != "full"]) and not choices.densify:
         raise ValueError(
-            f"Expert {expert!r} is of kind {kind!r}; {DENSE} has whole networks. Make it a full one first."
+            f"{to} has whole networks only; low-rank here: {', '.join(others)}. --densify (densify=True) writes them "
+            "as the full experts that they amount to; or remove them first (flexmoe remove)."
         )
 
 

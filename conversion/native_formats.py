@@ -193,11 +193,6 @@ def _check_family(native: NativeFormat, anchor: PreTrainedConfig) -> None:
 
 
 def _check_experts(native: NativeFormat, config: FlexMoeConfig) -> None:
-    if low_rank := [record["name"] for record in config.expert_records if record["kind"] != "full"]:
-        raise ValueError(
-            f"{native.model_type} has whole networks only; of another kind here: {', '.join(low_rank)}. Make full "
-            f"experts of them first, or remove them (flexmoe remove)."
-        )
     if masked := [name for name in config.expert_names if name not in (config.active_experts or config.expert_names)]:
         raise ValueError(
             f"{native.model_type} has no masks, and this model masks {', '.join(masked)} (active_experts is "

@@ -34,7 +34,7 @@ class ExpertKind(Protocol):
 
 
 def full_expert(ffn: nn.Module, record: Mapping[str, Any], *, layer: int, hidden_size: int) -> nn.Module:
-    """A network like the anchor's own: a copy of `ffn`, but for the config, which they share, and perhaps its width."""
+    """A copy of the anchor's network `ffn`, but for the config, which they share, and the width, if it has its own."""
     configs = (value for part in ffn.modules() for value in vars(part).values() if isinstance(value, PreTrainedConfig))
     network = copy.deepcopy(ffn, {id(config): config for config in configs})
     if (width := _of_layer(record, "intermediate", layer)) is not None:

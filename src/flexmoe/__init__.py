@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flexmoe.conversion.export import export
     from flexmoe.conversion.graft import graft
     from flexmoe.conversion.import_flex_olmo import import_flex_olmo
+    from flexmoe.conversion.low_rank import compress, densify
     from flexmoe.evaluation import evaluate
     from flexmoe.inspection import inspect
     from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, track_usage
@@ -44,6 +45,8 @@ _LAZY = {
     "export": "flexmoe.conversion.export",
     "graft": "flexmoe.conversion.graft",
     "import_flex_olmo": "flexmoe.conversion.import_flex_olmo",
+    "compress": "flexmoe.conversion.low_rank",
+    "densify": "flexmoe.conversion.low_rank",
     "evaluate": "flexmoe.evaluation",
     "inspect": "flexmoe.inspection",
     "expert_lora_config": "flexmoe.peft",
@@ -70,6 +73,8 @@ __all__ = [
     "UnsupportedAnchorError",
     "add",
     "compose",
+    "compress",
+    "densify",
     "evaluate",
     "expert_lora_config",
     "export",

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flexmoe.modeling import PUBLIC, FlexMoePreTrainedModel
 from flexmoe.modeling.adapters_flexmoe import beneath_adapter, row_suffix, target_pattern
+from flexmoe.modeling.low_rank_flexmoe import LowRankExpert
 from flexmoe.modeling.selection_flexmoe import check_names
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def expert_lora_config(
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: an unknown name, router rows of "public" (they are part of the anchor), `bias="all"`, which in PEFT
+        ValueError: an unknown name, a low-rank expert, router rows of "public" (they are part of the anchor), `bias="all"`, which in PEFT
             is the biases of all experts, or `target_modules`, which is what this function finds.
 
     Source: LoRA, arXiv 2106.09685.
@@ -58,6 +59,7 @@ def expert_lora_config(
         raise ValueError("target_modules is what expert_lora_config finds: leave it out, or use peft.LoraConfig.")
     rows = [row_suffix(name) for name in names] if router_row else []
     to_save = [*rows, *(lora.pop("modules_to_save", None) or ())]
+    _refuse_low_rank(model, names)
     matrices = _matrices(model, names)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return _lora_config_class()(
@@ -78,6 +80,15 @@ def _lora_config_class() -> type[LoraConfig]:
     except ImportError as error:
         raise ImportError("Adapters need PEFT: pip install 'flexmoe[peft]'.") from error
     return LoraConfig
+
+
+def _refuse_low_rank(model: FlexMoePreTrainedModel, names: Sequence[str]) -> None:
+    blocks = model.flexmoe_blocks()
+    if low_rank := [name for name in names if any(isinstance(block.experts[name], LowRankExpert) for block in blocks)]:
+        raise ValueError(
+            f"{', '.join(low_rank)}: low-rank experts, which are adapters of the public network already. Train their "
+            f"own factors, model.freeze_except({low_rank[0]!r}), or make full experts of them (flexmoe densify)."
+        )
 
 
 def _matrices(model: FlexMoePreTrainedModel, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -11,7 +11,8 @@ Nothing but the package leaves the owner. A run that is killed goes on where it 
 again.
 
 Source: FlexOlmo, arXiv 2507.07024, for the two-expert objective; rows by log-odds and public replay are FlexMoE's own.
-NOT covered: the loop itself (`flexmoe.expert_trainer`), low-rank experts, models that need sharding to train.
+An expert is a network like public's, or a low-rank one, which learns its difference from public alone. NOT covered: the
+loop itself (`flexmoe.expert_trainer`), models that need sharding to train.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from flexmoe.router_rows import RowMethod, row_method
 ROWS_FILE = "router_rows.safetensors"
 RUN_FILE = "run.json"
 LONGEST_SEQUENCE = 1024  # unless a run asks for more
+LOW_RANK = 64  # of low-rank experts, unless a run asks for another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,12 @@ class TrainingSettings:
     The paper's recipe is `router="hidden_mean"` (or "embedding"), `router_bias=True`, `public_ratio=0`.
     """
 
+    method: Literal["full", "low_rank"] = "full"
+    """What is trained: copies of public's networks, or low-rank differences from them."""
+    rank: int | None = None
+    """Of a low-rank expert, in every layer; None: `LOW_RANK`."""
+    alpha: float | None = None
+    """Of a low-rank expert: its differences are scaled by `alpha / rank`; None: by 1."""
     router: str = "log_odds"
     """Name in `ROUTER_ROWS`. Rows of log_odds and lda are fitted and then frozen, others are trained by the loss."""
     router_bias: bool = False
@@ -91,13 +99,17 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         row_method(self.router)
         positive = ("router_tokens", "batch_size", "gradient_accumulation_steps", "learning_rate", "validation_tokens")
-        for field in (*positive, "max_steps", "epochs", "eval_steps", "save_steps"):
+        for field in (*positive, "max_steps", "epochs", "eval_steps", "save_steps", "rank", "alpha"):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 raise ValueError(f"{field}={value}: must be more than 0.")
         for field in ("public_ratio", "validation_fraction"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be at least 0 and less than 1.")
+        if self.method not in ("full", "low_rank"):
+            raise ValueError(f"method={self.method!r}: must be 'full' or 'low_rank'.")
+        if self.method == "full" and (self.rank, self.alpha) != (None, None):
+            raise ValueError(f"rank={self.rank}, alpha={self.alpha}: they are for method='low_rank'.")
         if self.max_steps is not None and self.epochs is not None:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give one of them.")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -381,7 +393,9 @@ def _two_expert_model(
         rows = _rows(Path(arguments.output_dir) / ROWS_FILE, model, method, text, settings)
     if settings.gradient_checkpointing:
         enable_activation_checkpointing(model)
-    model.add_expert_copy(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)  # a low-rank expert begins with random numbers
+        model.add_expert_copy(name, rank=_rank(settings, config), alpha=settings.alpha)
     model.freeze_except(name, rows=method.trained_by_loss)
     with torch.no_grad():
         for block, weight, bias in zip(model.flexmoe_blocks(), rows["weight"], rows["bias"], strict=True):
@@ -392,6 +406,18 @@ def _two_expert_model(
             if not settings.router_bias:
                 block.router[name].bias.requires_grad_(False)
     return model
+
+
+def _rank(settings: TrainingSettings, config: FlexMoeConfig) -> int | None:
+    if settings.method == "full":
+        return None
+    rank, hidden_size = settings.rank or LOW_RANK, config.get_text_config().hidden_size
+    if rank > hidden_size:
+        raise ValueError(
+            f"rank={rank} is more than the anchor's hidden size, {hidden_size}: the difference would be larger than a "
+            "full expert. Give a smaller one, or method='full'."
+        )
+    return rank
 
 
 def _rows(

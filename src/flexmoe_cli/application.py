@@ -1,7 +1,7 @@
 """The application: its commands, its version, and what happens when one of them fails.
 
 Exit codes: 0 done, 1 the command failed (one paragraph on stderr says why), 2 the command line is not a valid one,
-130 interrupted. Not here: what the commands do (`commands`, `planning`, `training`, `demo`).
+130 interrupted. Not here: what the commands do (`commands`, `low_rank`, `planning`, `training`, `demo`).
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe_cli import commands, demo, planning, training
+from flexmoe_cli import commands, demo, low_rank, planning, training
 from flexmoe_cli.arguments import FilesCommand, NamedFilesCommand
 from flexmoe_cli.output import quiet_libraries, report_error, show_warning
 
@@ -37,6 +37,8 @@ for function in (
     commands.evaluate,
     commands.export,
     commands.import_,
+    low_rank.compress,
+    low_rank.densify,
     demo.demo,
 ):
     kind = NamedFilesCommand if function in (commands.evaluate, commands.export) else FilesCommand

@@ -102,6 +102,15 @@ def parse_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
+def parse_ranks(text: str) -> int | list[int]:
+    """`64`, or `[16, 64]` from `16,64`. ValueError: something in it is no whole number."""
+    try:
+        ranks = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--rank {text}: write a whole number, or one per layer: --rank 16,16,64.") from None
+    return ranks[0] if len(ranks) == 1 else ranks
+
+
 def parse_renames(values: Sequence[str]) -> dict[str, str]:
     """Names in the model by package, from `package=name`. ValueError: not written so, or a package twice."""
     renames: dict[str, str] = {}

@@ -236,6 +236,9 @@ def export(
     drop_bias: Annotated[
         bool, typer.Option("--drop-bias", help="Leave out router biases and the public prior. Changes the model.")
     ] = False,
+    densify: Annotated[
+        bool, typer.Option("--densify", help="Write low-rank experts as the full ones that they amount to.")
+    ] = False,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -259,6 +262,7 @@ def export(
             to=to,
             expert=expert,
             drop_bias=drop_bias,
+            densify=densify,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             progress=progress,

@@ -75,6 +75,16 @@ def byte_progress(what: str, source: str | Path | None = None) -> Iterator[Calla
         yield lambda count: progress.advance(task, count)
 
 
+@contextmanager
+def step_progress(what: str) -> Iterator[Callable[[], None]]:
+    """Counts steps whose number nobody knows beforehand; yields the function that is called after each."""
+    columns = (TextColumn("{task.description}"), TextColumn("{task.completed} layers"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda: progress.advance(task)
+
+
 def report_error(error: Exception) -> None:
     """Prints what went wrong as one paragraph on stderr."""
     # A KeyError's text is its key between quotes, whatever the message is.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from rich.markup import escape
 from flexmoe_cli.output import human_bytes, human_count, print_json, print_line, print_table
 
 if TYPE_CHECKING:
+    from flexmoe.conversion.low_rank import CompressedLayer
     from flexmoe.evaluation import DomainScore
     from flexmoe.planning import Plan, Training
 
@@ -75,6 +77,18 @@ def show_import(folder: Path, names: Sequence[str], as_json: bool) -> None:
         show_result(part, as_json=False)
     if len(parts) > 1:
         print_line(escape(f"Put together again with: flexmoe compose {' '.join(map(str, parts))} --out FOLDER"))
+
+
+def show_compression(folder: Path, layers: Sequence[CompressedLayer], as_json: bool) -> None:
+    """A compressed expert: what each layer kept and lost, and how large the package is."""
+    if as_json:
+        from flexmoe.inspection import inspect
+
+        print_json({**inspect(folder), "layers_kept": [asdict(layer) for layer in layers]})
+        return
+    rows = [[str(layer.layer), str(layer.rank), f"{layer.error:.3g}"] for layer in layers]
+    print_table("Compressed", ("layer", "rank", "lost of the difference"), rows)
+    show_result(folder, as_json=False)
 
 
 def show_inspection(found: Mapping[str, Any]) -> None:
@@ -178,7 +192,7 @@ def _facts(found: Mapping[str, Any]) -> dict[str, Any]:
 def _expert_row(expert: Mapping[str, Any]) -> list[str]:
     return [
         expert["name"],
-        expert["kind"],
+        f"low-rank {_spread(expert['rank'])}" if expert["rank"] else expert["kind"],
         human_count(expert["parameters"]),
         human_bytes(expert["bytes"]),
         _spread(expert["row_norms"]),

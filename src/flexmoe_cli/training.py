@@ -13,7 +13,8 @@ from flexmoe_cli.arguments import Debug, Json, Out, Overwrite, given
 from flexmoe_cli.output import library_call
 from flexmoe_cli.tables import show_result
 
-LOOP, LOSS, ROUTER, PAPERS = "The training loop", "The loss", "The router row", "The package's papers"
+EXPERT, ROUTER, LOOP, LOSS = "The expert", "The router row", "The training loop", "The loss"
+PAPERS = "The package's papers"
 
 
 # Long, but a table: typer reads the options off this signature, and the body is one call.
@@ -37,6 +38,23 @@ def train(
         float | None, typer.Option(help="Documents held out, as a share. Default: 0.05.")
     ] = None,
     validation_tokens: Annotated[int | None, typer.Option(help="Of each side, at most. Default: 20000.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="full|low_rank",
+            help="Train whole networks, or low-rank differences from public's. Default: full.",
+            rich_help_panel=EXPERT,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of a low-rank expert; 64 if none is given.", rich_help_panel=EXPERT)
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Its differences are scaled by alpha / rank. By default not scaled.", rich_help_panel=EXPERT
+        ),
+    ] = None,
     router: Annotated[
         str | None,
         typer.Option(help="log_odds, lda, hidden_mean, embedding, random. Default: log_odds.", rich_help_panel=ROUTER),
@@ -132,6 +150,9 @@ def train(
                 text_column=text_column,
                 validation_fraction=validation_fraction,
                 validation_tokens=validation_tokens,
+                method=method,
+                rank=rank,
+                alpha=alpha,
                 router=router,
                 router_bias=router_bias,
                 router_tokens=router_tokens,

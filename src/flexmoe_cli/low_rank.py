@@ -1,0 +1,71 @@
+"""The commands on the rank of an expert: compress, densify.
+
+Not here: training at low rank (`training`), and what the numbers mean (`flexmoe.conversion.low_rank`).
+"""
+
+from typing import Annotated
+
+import typer
+
+from flexmoe_cli.arguments import Debug, Json, Out, Overwrite, parse_ranks
+from flexmoe_cli.output import byte_progress, library_call, step_progress
+from flexmoe_cli.tables import show_compression, show_result
+
+Package = Annotated[str, typer.Argument(help="Expert package: a folder or a Hub id.", show_default=False)]
+Anchor = Annotated[
+    str | None,
+    typer.Option(
+        help="The dense model or a FlexMoE of it: folder or Hub id. By default what the package names.",
+        show_default=False,
+    ),
+]
+
+
+def compress(
+    package: Package,
+    out: Out,
+    rank: Annotated[
+        str | None,
+        typer.Option(metavar="R[,R...]", help="Singular values to keep of each matrix, or layer by layer."),
+    ] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Instead: the share of the squared singular values to keep, as 0.95.")
+    ] = None,
+    anchor: Anchor = None,
+    device: Annotated[str, typer.Option(help="Where singular values are computed.")] = "cpu",
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a low-rank expert of a full one: its difference from public, cut to the largest singular values."""
+    from flexmoe.conversion.low_rank import compress as library_compress
+
+    ranks = None if rank is None else parse_ranks(rank)
+    with library_call(as_json), step_progress("Compressing") as progress:
+        layers = library_compress(
+            package,
+            out,
+            anchor=anchor,
+            rank=ranks,
+            energy=energy,
+            device=device,
+            overwrite=overwrite,
+            progress=lambda layer: progress(),
+        )
+    show_compression(out, layers, as_json)
+
+
+def densify(
+    package: Package,
+    out: Out,
+    anchor: Anchor = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make a full expert of a low-rank one: public's networks with its differences added."""
+    from flexmoe.conversion.low_rank import densify as library_densify
+
+    with library_call(as_json), byte_progress("Writing", package) as progress:
+        folder = library_densify(package, out, anchor=anchor, overwrite=overwrite, progress=progress)
+    show_result(folder, as_json)
