@@ -105,8 +105,9 @@ def perturb_expert(model: FlexMoeForCausalLM, name: str, seed: int = 0) -> None:
 
     for block in model.flexmoe_blocks():
         expert = block.experts[name]
-        start = expert.state_dict() if isinstance(expert, LowRankExpert) else block.experts[PUBLIC].state_dict()
-        expert.load_state_dict({key: value + 0.3 * noise(value) for key, value in start.items()})
+        is_low_rank = isinstance(expert, LowRankExpert)  # then its weights are the difference from public's
+        start = expert.state_dict() if is_low_rank else block.experts[PUBLIC].state_dict()
+        expert.load_state_dict({key: value * (not is_low_rank) + 0.3 * noise(value) for key, value in start.items()})
         row = block.router[name].state_dict()
         block.router[name].load_state_dict({key: noise(value) for key, value in row.items()})
 
