@@ -25,6 +25,8 @@ from flexmoe.modeling.packages_flexmoe import ExpertPackage, stream_package
 from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, source_from_tensor
 from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk
 
+ROUNDING = 1e-10  # of squared singular values: what float32 leaves where there is nothing
+
 PackageLike = str | Path | ExpertPackage
 
 
@@ -267,7 +269,8 @@ def _least_rank(energy: float, spectra: Sequence[Tensor]) -> int:
     kept_R = total_R.cumsum(0)
     if kept_R[-1] == 0:
         return 1
-    return min(int((kept_R < energy * kept_R[-1]).sum()) + 1, longest)
+    wanted = energy * kept_R[-1] * (1 - ROUNDING)
+    return min(int((kept_R < wanted).sum()) + 1, longest)
 
 
 def _rank_of_each_layer(rank: int | Sequence[int], layers: int) -> list[int]:

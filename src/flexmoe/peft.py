@@ -43,8 +43,9 @@ def expert_lora_config(
 
     Raises:
         ImportError: PEFT is not installed.
-        ValueError: an unknown name, a low-rank expert, router rows of "public" (they are part of the anchor), `bias="all"`, which in PEFT
-            is the biases of all experts, or `target_modules`, which is what this function finds.
+        ValueError: an unknown name, a low-rank expert, router rows of "public" (they are part of the anchor),
+            `bias="all"`, which in PEFT is the biases of all experts, or `target_modules`, which is what this function
+            finds.
 
     Source: LoRA, arXiv 2106.09685.
     """

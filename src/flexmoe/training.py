@@ -11,8 +11,8 @@ Nothing but the package leaves the owner. A run that is killed goes on where it 
 again.
 
 Source: FlexOlmo, arXiv 2507.07024, for the two-expert objective; rows by log-odds and public replay are FlexMoE's own.
-An expert is a network like public's, or a low-rank one, which learns its difference from public alone. NOT covered: the
-loop itself (`flexmoe.expert_trainer`), models that need sharding to train.
+An expert is a network like public's, or a low-rank one, which learns nothing but its difference from public. NOT
+covered: the loop itself (`flexmoe.expert_trainer`), models that need sharding to train.
 """
 
 from __future__ import annotations

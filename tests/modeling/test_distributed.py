@@ -30,6 +30,8 @@ from flexmoe.testing import (
 
 ANCHOR = {"repo": None, "revision": None, "fingerprint": "f" * 64, "model_type": "llama", "dtype": "float32"}
 
+LOW_RANK = {"name": "math", "kind": "low_rank", "rank": [4, 6], "alpha": 8.0}
+
 Tensors = dict[str, torch.Tensor]
 Inputs = dict[str, torch.Tensor]
 
@@ -61,12 +63,13 @@ def assert_close(got: Tensors, expected: Tensors, what: str) -> None:
 # Data parallel: one trained expert, wherever its tokens are
 
 
-def little_used() -> FlexMoeForCausalLM:
+def little_used(kind: str = "full") -> FlexMoeForCausalLM:
     """A model that trains "math", which sees few tokens: k = 1, and a row that says "mine" seldom.
 
     Without renormalisation, which gives the one expert that is kept the weight 1 whatever the rows say.
     """
-    model = tiny_flexmoe("llama", ["math", "code"], num_experts_per_tok=1, norm_topk_prob=False)
+    math = LOW_RANK if kind == "low_rank" else "math"
+    model = tiny_flexmoe("llama", [math, "code"], num_experts_per_tok=1, norm_topk_prob=False)
     for block in model.flexmoe_blocks():
         block.router["math"].bias.data.fill_(-6.0)
     model.freeze_except("math")
@@ -91,24 +94,24 @@ def batches(model: FlexMoeForCausalLM) -> dict[str, Inputs]:
     return inputs | {"masked": {**inputs["both"], "expert_mask": mask}, "again": inputs["both"]}
 
 
-def steps_alone(checkpointing: bool) -> tuple[dict[str, Inputs], dict[str, Tensors]]:
-    model = little_used()
+def steps_alone(checkpointing: bool, kind: str = "full") -> tuple[dict[str, Inputs], dict[str, Tensors]]:
+    model = little_used(kind)
     inputs = batches(model)
     if checkpointing:
         enable_checkpointing(model)
     return inputs, {name: step(model, values) for name, values in inputs.items()}
 
 
-def steps_with_ddp(rank: int, inputs: dict[str, Inputs], checkpointing: bool) -> dict[str, Tensors]:
-    model = little_used()
+def steps_with_ddp(rank: int, inputs: dict[str, Inputs], checkpointing: bool, kind: str) -> dict[str, Tensors]:
+    model = little_used(kind)
     if checkpointing:
         enable_checkpointing(model)
     parallel = DistributedDataParallel(model)
     return {name: step(parallel, half(rank, values)) for name, values in inputs.items()}
 
 
-def steps_with_fsdp2(rank: int, inputs: dict[str, Inputs], unit: str) -> dict[str, Tensors]:
-    model = little_used()
+def steps_with_fsdp2(rank: int, inputs: dict[str, Inputs], unit: str, kind: str) -> dict[str, Tensors]:
+    model = little_used(kind)
     for layer, block in zip(model.anchor.model.layers, model.flexmoe_blocks(), strict=True):
         if unit == "expert":
             for module in (*block.experts.values(), *block.router.values()):
@@ -121,23 +124,35 @@ def steps_with_fsdp2(rank: int, inputs: dict[str, Inputs], unit: str) -> dict[st
     return {name: step(model, half(rank, values)) for name, values in inputs.items()}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_ddp_has_the_gradients_of_one_process(processes, checkpointing):
-    inputs, expected = steps_alone(checkpointing)
-    untouched = expected["none"]["anchor.model.layers.0.mlp.experts.math.up_proj.weight"]
-    assert not untouched.any(), "no token went there"
+@pytest.mark.parametrize(("checkpointing", "kind"), [(False, "full"), (True, "full"), (True, "low_rank")])
+def test_ddp_has_the_gradients_of_one_process(processes, checkpointing, kind):
+    inputs, expected = steps_alone(checkpointing, kind)
+    start = "anchor.model.layers.0.mlp.experts.math.up_proj."
+    untouched = [gradient for name, gradient in expected["none"].items() if name.startswith(start)]
+    assert untouched
+    assert not any(gradient.any() for gradient in untouched), "no token went there"
     assert expected["none"]["anchor.model.layers.0.mlp.router.math.weight"].any(), "its row is seen by every token"
-    for got in processes.run(steps_with_ddp, inputs, checkpointing):
+    for got in processes.run(steps_with_ddp, inputs, checkpointing, kind):
         for name in inputs:
             assert_close(got[name], expected[name], name)
 
 
-@pytest.mark.parametrize("unit", ["layer", "expert"])
-def test_fsdp2_has_the_gradients_of_one_process(processes, unit):
-    inputs, expected = steps_alone(checkpointing=False)
-    for got in processes.run(steps_with_fsdp2, inputs, unit):
+@pytest.mark.parametrize(("unit", "kind"), [("layer", "full"), ("expert", "full"), ("layer", "low_rank")])
+def test_fsdp2_has_the_gradients_of_one_process(processes, unit, kind):
+    inputs, expected = steps_alone(checkpointing=False, kind=kind)
+    for got in processes.run(steps_with_fsdp2, inputs, unit, kind):
         for name in inputs:
             assert_close(got[name], expected[name], name)
+
+
+def refused(rank: int, inputs: dict[str, Inputs]) -> bool:
+    with pytest.raises(ValueError, match="give fully_shard the decoder layers"):
+        steps_with_fsdp2(rank, inputs, "expert", "low_rank")
+    return True
+
+
+def test_a_public_network_that_is_a_unit_of_its_own_cannot_be_read(processes):
+    assert all(processes.run(refused, steps_alone(checkpointing=False, kind="low_rank")[0]))
 
 
 # Sharded by the library, and changed
@@ -150,8 +165,8 @@ def checkpoint(tmp_path_factory):
 
 def make_checkpoint(folder: Path, family: str = "llama") -> Path:
     """Writes a model, and packages of two experts that it has not."""
-    names = ["math", "legal", "poems", "code", "newer"]
-    model = tiny_flexmoe(family, names, num_experts_per_tok=2, anchor={**ANCHOR, "model_type": family})
+    low_rank = [{**LOW_RANK, "name": name} for name in ("legal", "code")]
+    model = tiny_flexmoe(family, ["math", *low_rank, "poems", "newer"], num_experts_per_tok=2, anchor={**ANCHOR, "model_type": family})
     perturb_expert(model, "newer", seed=5)
     model.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)  # older transformers halve only what is even
     model.save_pretrained(folder / "model")  # now it knows its fingerprint
@@ -169,7 +184,7 @@ def logits(model: nn.Module) -> torch.Tensor:
 
 def seen(model: FlexMoeForCausalLM, inputs: Inputs) -> Tensors:
     """What is compared: gradients, logits of a prompt, its continuation."""
-    model.freeze_except("math")
+    model.freeze_except("math", model.expert_names[2])  # a full one, and a low-rank one
     prompt = random_tokens(2, 6)
     text = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=5, do_sample=False)
     return {"logits": logits(model), "text": text, **step(model, inputs)}
@@ -184,6 +199,14 @@ CHANGES = {
     "remove": lambda model, folder: model.remove_expert("poems"),
 }
 """In this order, each on top of those before."""
+
+CUT = {
+    "full": ("gate_proj", "up_proj", "down_proj"),
+    "low_rank": ("gate_proj.B", "up_proj.B", "down_proj.A"),
+}
+"""What of an expert tensor parallelism cuts."""
+
+WHOLE = ("gate_proj.A.weight", "up_proj.A.weight", "down_proj.B.weight")
 
 PLACES = ("add", "copy", "replace")
 """Those that bring new modules."""
@@ -235,12 +258,15 @@ def test_tensor_parallel_is_one_process_after_every_change(processes, checkpoint
         for name in CHANGES:
             assert_close(found[name], expected[name], name)
         inside = [name for name, _ in alone.named_parameters() if ".mlp." in name]
-        for name in inside:  # experts lie as public does, rows whole
-            assert shards.get(name) == shards.get(re.sub(r"experts\.[a-z0-9-]+", "experts.public", name)), name
-            assert (name in shards) == (".experts." in name), name
+        for name in inside:  # experts lie as public does, rows whole; of a low-rank one, the side that public's cut meets
+            matrix = re.sub(r"experts\.[a-z0-9-]+", "experts.public", name)
+            matrix, is_cut = re.sub(r"\.[AB]\.", ".", matrix), not name.endswith(WHOLE)
+            assert shards.get(name) == (shards.get(matrix) if is_cut else None), name
+            assert (name in shards) == (".experts." in name and is_cut), name
         rules = {rule.partition(".experts.")[2] for rule in plan} - {""}
-        projections = ("gate_proj", "up_proj", "down_proj")
-        assert rules == {f"{name}.{projection}" for name in alone.expert_names for projection in projections}
+        assert rules == {
+            f"{record['name']}.{part}" for record in alone.config.expert_records for part in CUT[record["kind"]]
+        }
     assert_same_files(alone, tmp_path)
 
 

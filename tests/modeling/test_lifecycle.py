@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM
+from flexmoe.modeling import ExpertPackage, FlexMoeConfig, FlexMoeForCausalLM
 from flexmoe.testing import ANCHOR_CONFIGS, perturb_expert, random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code", "legal")
@@ -162,13 +162,9 @@ def _edit_manifest(**changes):
     return edit
 
 
-def _other_width(folder, tmp_path):
-    other = tiny_flexmoe("qwen3", ["math"], anchor=FINGERPRINT)
-    other.anchor.config.intermediate_size = 48
-    from flexmoe.modeling import FlexMoeConfig
-
-    config = other.config.anchor_config
-    config.intermediate_size = 48
+def _other_hidden_size(folder, tmp_path):
+    config = ANCHOR_CONFIGS["llama"]()
+    config.hidden_size = 48
     narrow = FlexMoeForCausalLM(FlexMoeConfig(anchor_config=config, experts=["public", "math"], anchor=FINGERPRINT))
     return narrow.save_expert("math", tmp_path / "narrow")
 
@@ -183,7 +179,7 @@ def _last_bit(folder, tmp_path):
 
 UNFIT = {
     "another anchor": (_other_fingerprint, "f{64}|a{64}"),
-    "another width": (_other_width, r"shape"),
+    "another hidden size": (_other_hidden_size, r"shape"),
     "fewer layers": (_edit_manifest(layers=[0]), r"layer"),
     "unknown kind": (_edit_manifest(kind="sparse"), r"kind"),
     "a flipped bit": (_last_bit, r"SHA-256"),

@@ -44,7 +44,7 @@ def as_full(model: FlexMoeForCausalLM) -> FlexMoeForCausalLM:
     config = copy.deepcopy(model.config)
     config.experts = [{"name": name, "kind": "full"} for name in model.expert_names]
     full = FlexMoeForCausalLM(config).eval()
-    full.load_state_dict({name: value for name, value in model.state_dict().items()}, strict=False)
+    full.load_state_dict(dict(model.state_dict().items()), strict=False)
     for ours, theirs in zip(full.flexmoe_blocks(), model.flexmoe_blocks(), strict=True):
         for name, expert in theirs.experts.items():
             if isinstance(expert, LowRankExpert):
@@ -117,7 +117,9 @@ class TestPublicIsReadWhereItIs:
         model = tiny()
         names = [name for name, _ in model.named_parameters(remove_duplicate=False) if ".experts.math." in name]
         parts = {".".join(name.split(".")[-3:]) for name in names}
-        assert parts == {f"{matrix}.{side}.weight" for matrix in ("gate_proj", "up_proj", "down_proj") for side in "AB"}
+        assert parts == {
+            f"{matrix}.{side}.weight" for matrix in ("gate_proj", "up_proj", "down_proj") for side in "AB"
+        }
 
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     @pytest.mark.parametrize("how", ["in place", "as a module"])
@@ -329,9 +331,11 @@ class TestAdapters:
         model = tiny(experts=(low_rank("math"), "code"))
         adapted = self.peft.get_peft_model(model, expert_lora_config(model, "code", r=2))
         trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-        assert trained and all(".experts.code." in name for name in trained)
+        assert trained
+        assert all(".experts.code." in name for name in trained)
         saved = self.peft.get_peft_model_state_dict(adapted)
-        assert saved and not any(".math." in name for name in saved)
+        assert saved
+        assert not any(".math." in name for name in saved)
 
     def test_an_adapter_on_an_adapter_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"math.*adapters of the public network already.*densify"):
