@@ -30,6 +30,24 @@ from .parallel_flexmoe import has_company, is_awaited, is_fully_sharded
 _PACKED = ((".A.weight", ".lora_A.weight"), (".B.weight", ".lora_B.weight"), (".B.bias", ".bias_delta"))
 
 
+class Factor(nn.Module):
+    """A thin matrix: what `nn.Linear` computes, [N, in] to [N, out].
+
+    Not one, because whoever looks for those (PEFT's "all-linear", quantisers) means the matrices of networks: a factor
+    is too thin for an adapter of its own or for a quantiser's groups, and small as it is.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, **like: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features  # tensor parallelism divides them
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, **like))
+        self.bias = nn.Parameter(torch.zeros(out_features, **like)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product with `x`, and the bias."""
+        return F.linear(x, self.weight, self.bias)
+
+
 class LowRankDelta(nn.Module):
     """The difference from one matrix of the public network: `B(scale * A(x))`, [N, in] to [N, out].
 
@@ -39,15 +57,15 @@ class LowRankDelta(nn.Module):
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, bias: bool, **like: Any) -> None:
         super().__init__()
         self.scale = scale
-        self.A = nn.Linear(in_features, rank, bias=False, **like)
-        self.B = nn.Linear(rank, out_features, bias=bias, **like)
+        self.A = Factor(in_features, rank, bias=False, **like)
+        self.B = Factor(rank, out_features, bias=bias, **like)
         self.reset_parameters()
         for part in (self.A, self.B, *self.parameters()):
-            part.__dict__["_is_hf_initialized"] = True  # the anchor's `_init_weights` would draw B at random
+            part.__dict__["_is_hf_initialized"] = True  # they have begun: no family's `_init_weights` is to draw them
 
     def reset_parameters(self) -> None:
         """A at random and B zero: no difference yet."""
-        self.A.reset_parameters()
+        nn.init.kaiming_uniform_(self.A.weight, a=5**0.5)
         for parameter in self.B.parameters():
             nn.init.zeros_(parameter)
 
@@ -243,6 +261,7 @@ def unpacked_name(key: str) -> str:
 
 
 __all__ = [
+    "Factor",
     "LowRankDelta",
     "LowRankExpert",
     "as_out_in",

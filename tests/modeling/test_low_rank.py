@@ -337,6 +337,15 @@ class TestAdapters:
         assert saved
         assert not any(".math." in name for name in saved)
 
+    def test_all_linear_does_not_take_its_factors(self) -> None:
+        model = tiny(experts=(low_rank("math"),))
+        config = self.peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        with pytest.warns(UserWarning, match="several owners|owners at once"):
+            adapted = self.peft.get_peft_model(model, config)
+        trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+        assert any(".experts.public." in name for name in trained)
+        assert not any(".experts.math." in name for name in trained)
+
     def test_an_adapter_on_an_adapter_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"math.*adapters of the public network already.*densify"):
             expert_lora_config(tiny(), "math")

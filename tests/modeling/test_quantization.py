@@ -126,6 +126,30 @@ def test_experts_are_quantised_and_rows_are_not(method, shelf):
     torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=0.5)
 
 
+@each_method()
+def test_low_rank_experts_read_a_quantised_public(method, shelf, tmp_path):
+    anchor = FlexMoeForCausalLM.from_pretrained(shelf / "graft").config.anchor
+    records = [{"name": name, "kind": "low_rank", "rank": [3, 4], "alpha": 6.0} for name in ("math", "law")]
+    plain = tiny_flexmoe("llama", records, anchor=anchor, num_experts_per_tok=2).to(torch.bfloat16)
+    plain.save_pretrained(tmp_path / "both")
+    plain.save_expert("law", tmp_path / "law")
+    model = load(tmp_path / "both", method)
+    for block in model.flexmoe_blocks():
+        assert has_quantized_weights(block.experts["public"])
+        assert not has_quantized_weights(block.experts["math"])
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=0.5)
+    plain.remove_expert("law")
+    plain.save_pretrained(tmp_path / "one")
+    grown = load(tmp_path / "one", method)
+    grown.add_expert(tmp_path / "law")
+    assert_same(grown, model)
+    grown.add_expert_copy("new", rank=2)
+    with torch.no_grad(), grown.only_experts("public"):
+        wanted = logits(grown)
+    with grown.only_experts("new"):
+        torch.testing.assert_close(logits(grown), wanted, rtol=0, atol=0.1)
+
+
 @each_main_method
 def test_a_list_of_what_to_spare_does_not_lose_the_rows(method, shelf):
     settings = METHODS[method]()
