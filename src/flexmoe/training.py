@@ -157,7 +157,11 @@ def train_expert(
     for written in (out, work):
         check_apart(written, *read, *filter(None, [settings.embedder]))
     config = _checked_config(folder, name)
-    settings = replace(settings, sequence_length=_sequence_length(config, settings.sequence_length))
+    settings = replace(
+        settings,
+        sequence_length=_sequence_length(config, settings.sequence_length),
+        rank=_rank(config, settings),
+    )
     text = _read_text(folder, config, data, public_data, settings)
 
     arguments = _training_arguments(work, text, config, settings, progress)
@@ -215,6 +219,18 @@ def _sequence_length(config: FlexMoeConfig, asked: int | None) -> int:
     if longest is not None and asked > longest:
         raise ValueError(f"sequence_length={asked}: the anchor takes at most {longest} tokens.")
     return asked
+
+
+def _rank(config: FlexMoeConfig, settings: TrainingSettings) -> int | None:
+    if settings.method == "full":
+        return None
+    rank, hidden_size = settings.rank or LOW_RANK, config.get_text_config().hidden_size
+    if rank > hidden_size:
+        raise ValueError(
+            f"rank={rank} is more than the anchor's hidden size, {hidden_size}: the difference would be larger than a "
+            "full expert. Give a smaller one, or method='full'."
+        )
+    return rank
 
 
 def _read_text(
@@ -395,7 +411,7 @@ def _two_expert_model(
         enable_activation_checkpointing(model)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # a low-rank expert begins with random numbers
-        model.add_expert_copy(name, rank=_rank(settings, config), alpha=settings.alpha)
+        model.add_expert_copy(name, rank=settings.rank, alpha=settings.alpha)
     model.freeze_except(name, rows=method.trained_by_loss)
     with torch.no_grad():
         for block, weight, bias in zip(model.flexmoe_blocks(), rows["weight"], rows["bias"], strict=True):
@@ -406,18 +422,6 @@ def _two_expert_model(
             if not settings.router_bias:
                 block.router[name].bias.requires_grad_(False)
     return model
-
-
-def _rank(settings: TrainingSettings, config: FlexMoeConfig) -> int | None:
-    if settings.method == "full":
-        return None
-    rank, hidden_size = settings.rank or LOW_RANK, config.get_text_config().hidden_size
-    if rank > hidden_size:
-        raise ValueError(
-            f"rank={rank} is more than the anchor's hidden size, {hidden_size}: the difference would be larger than a "
-            "full expert. Give a smaller one, or method='full'."
-        )
-    return rank
 
 
 def _rows(

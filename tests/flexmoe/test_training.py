@@ -231,6 +231,52 @@ def test_fitted_rows_do_not_move(workshop, tmp_path):
     assert weights(first)["layers.0.router.bias"].item() != 0
 
 
+@pytest.mark.parametrize(("model", "dtype"), [("grafted", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_low_rank_expert_learns_and_is_small(workshop, tmp_path, model, dtype):
+    options = {"method": "low_rank", "rank": 4, "alpha": 8.0, "max_steps": 30, "learning_rate": 1e-2}
+    package = ExpertPackage.open(train(workshop, tmp_path / "math", model, **options))
+    manifest = package.manifest
+    assert (manifest.kind, manifest.rank, manifest.alpha) == ("low_rank", [4, 4], 8.0)
+    assert manifest.training["config"]["method"] == "low_rank"
+    losses = manifest.training["validation_loss"]
+    assert losses["own"]["after"] < losses["own"]["before"] - 0.2
+    tensors = {name: tensor for name, tensor in package.tensors() if ".ffn." in name}
+    assert sum(tensor.numel() for tensor in tensors.values()) == 2 * 3 * 4 * (32 + 64)
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    grown = FlexMoeForCausalLM.from_pretrained(workshop / model)
+    grown.add_expert(package)
+    assert grown.config.expert_records[1]["rank"] == [4, 4]
+
+
+def test_a_low_rank_run_that_was_stopped_ends_with_the_same_bits(workshop, tmp_path, monkeypatch):
+    options = {"method": "low_rank", "rank": 2, "save_steps": 2}
+    whole = train(workshop, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(workshop, tmp_path / "stopped", **options)
+    stopped = train(workshop, tmp_path / "stopped", **options)
+    one, other = weights(whole), weights(stopped)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"method": "lora"}, "must be 'full' or 'low_rank'"),
+        ({"rank": 4}, "they are for method='low_rank'"),
+        ({"method": "low_rank", "rank": 0}, "must be more than 0"),
+        ({"method": "low_rank", "rank": 33}, "more than the anchor's hidden size, 32"),
+        ({"method": "low_rank"}, "rank=64 is more than the anchor's hidden size"),
+    ],
+)
+def test_ranks_that_make_no_sense(workshop, tmp_path, options, fault):
+    with pytest.raises(ValueError, match=fault):
+        train(workshop, tmp_path / "math", **options)
+    assert not (tmp_path / "math").exists()
+
+
 def test_bfloat16_anchor_keeps_its_dtype(workshop, tmp_path):
     package = train(workshop, tmp_path / "math", model="bf16", max_steps=30, learning_rate=1e-2)
     assert weights(package)["layers.0.ffn.up_proj.weight"].dtype == torch.bfloat16
