@@ -166,7 +166,9 @@ def checkpoint(tmp_path_factory):
 def make_checkpoint(folder: Path, family: str = "llama") -> Path:
     """Writes a model, and packages of two experts that it has not."""
     low_rank = [{**LOW_RANK, "name": name} for name in ("legal", "code")]
-    model = tiny_flexmoe(family, ["math", *low_rank, "poems", "newer"], num_experts_per_tok=2, anchor={**ANCHOR, "model_type": family})
+    model = tiny_flexmoe(
+        family, ["math", *low_rank, "poems", "newer"], num_experts_per_tok=2, anchor={**ANCHOR, "model_type": family}
+    )
     perturb_expert(model, "newer", seed=5)
     model.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)  # older transformers halve only what is even
     model.save_pretrained(folder / "model")  # now it knows its fingerprint
@@ -258,7 +260,9 @@ def test_tensor_parallel_is_one_process_after_every_change(processes, checkpoint
         for name in CHANGES:
             assert_close(found[name], expected[name], name)
         inside = [name for name, _ in alone.named_parameters() if ".mlp." in name]
-        for name in inside:  # experts lie as public does, rows whole; of a low-rank one, the side that public's cut meets
+        for (
+            name
+        ) in inside:  # experts lie as public does, rows whole; of a low-rank one, the side that public's cut meets
             matrix = re.sub(r"experts\.[a-z0-9-]+", "experts.public", name)
             matrix, is_cut = re.sub(r"\.[AB]\.", ".", matrix), not name.endswith(WHOLE)
             assert shards.get(name) == (shards.get(matrix) if is_cut else None), name

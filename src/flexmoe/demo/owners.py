@@ -28,6 +28,8 @@ class OwnerSettings:
     steps: int = 125
     sequence_length: int = 256
     batch_size: int = 8
+    method: str = "full"
+    rank: int | None = None
     router: str = "log_odds"
     router_bias: bool = False
     public_ratio: float = 0.4
@@ -43,7 +45,8 @@ class OwnerSettings:
 
     def arguments(self) -> list[str]:
         """The same as options of `flexmoe train`."""
-        named = {key: value for key, value in self.as_dict().items() if key not in ("steps", "router_bias")}
+        settings = {key: value for key, value in self.as_dict().items() if value is not None}
+        named = {key: value for key, value in settings.items() if key not in ("steps", "router_bias")}
         options = [part for key, value in named.items() for part in (f"--{key.replace('_', '-')}", str(value))]
         return [*options, "--max-steps", str(self.steps), "--router-bias" if self.router_bias else "--no-router-bias"]
 
