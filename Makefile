@@ -24,7 +24,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 AS_USERS_DO := env -u OMP_WAIT_POLICY
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-oldest demo results bench soak families conformance check format format-check lint types layout clean
+.PHONY: help install test test-oldest demo results ranks bench soak families conformance check format format-check lint types layout clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ demo: $(STAMP) ## Run the main job end to end on real text (about 10 minutes on 
 
 results: $(STAMP) ## Run the demo over 3 seeds, with the paper's recipe and the row variants beside it (up to an hour)
 	$(BIN)/python tests/bench/results.py $(ARGS)
+
+ranks: $(STAMP) ## Compress the demo's experts to several ranks, and train them at those (25 minutes beyond the demo)
+	$(BIN)/python tests/bench/ranks.py $(ARGS)
 
 bench: $(STAMP) ## Run the benchmarks; each asserts the figures it promises
 	@set -e; for file in $(wildcard tests/bench/bench_*.py); do echo "== $$file"; $(AS_USERS_DO) $(BIN)/python $$file; done

@@ -1,8 +1,8 @@
 """`make results`: the demo over several seeds, the bars it is held to, and what the alternatives give.
 
 Per seed, beside the demo itself: the paper's recipe (hidden-mean rows trained by the loss, own data only), with the
-same tokens; other rows on the demo's own experts; those experts compressed to several ranks; and for the first seed,
-log-odds rows with a bias and experts trained through them, and experts trained at those ranks. Writes `results.md`, `results.json` and the plots into `docs/`, the first seed's own report into
+same tokens; other rows on the demo's own experts; and for the first seed, log-odds rows with a bias and experts
+trained through them. Writes `results.md`, `results.json` and the plots into `docs/`, the first seed's own report into
 `docs/demo/`, and the figures into the README. Ends with exit code 1 if a bar is missed on the mean over seeds.
 Finished stages are reused, so an interrupted run goes on.
 """
@@ -22,8 +22,7 @@ from typing import Any
 import readme_figures
 from rich.console import Console
 
-from flexmoe.conversion.compose import PRIOR_WITH_BIASES, compose
-from flexmoe.conversion.low_rank import compress
+from flexmoe.conversion.compose import PRIOR_WITH_BIASES
 from flexmoe.demo.pipeline import DEFAULT_OWNERS, MODEL, Demo, DemoSettings, without_loading_bars
 from flexmoe.demo.plots import plot_losses, plot_routing
 from flexmoe.demo.report import Bar, bars, kept, markdown_table, with_means
@@ -44,24 +43,13 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
-RANKS = (1, 4, 16, 64)
-
-
-def one_seed(out: Path, settings: DemoSettings, console: Console, *, first: bool) -> dict[str, Any]:
-    """The demo's report for one seed, with the alternatives' losses: `trained`, `rows`, `compressed`.
-
-    `first`: also those that are made for one seed alone, `with_bias` and `low_rank`.
-    """
+def one_seed(out: Path, settings: DemoSettings, console: Console, *, with_bias: bool) -> dict[str, Any]:
+    """The demo's report for one seed, with the alternatives' losses: `trained`, `rows` and, if asked, `with_bias`."""
     demo = Demo(out, settings, console)
     report, _ = demo.measured_run()
     report["trained"] = {"paper's recipe": trained(demo, "paper", PAPER, 0.0)}
-    if first:
+    if with_bias:
         report["with_bias"] = trained(demo, "with-bias", {"router_bias": True}, PRIOR_WITH_BIASES)
-        report["low_rank"] = {
-            str(rank): trained(demo, f"rank-{rank}", {"method": "low_rank", "rank": rank}, 0.0) for rank in RANKS
-        }
-    report["compressed"] = {str(rank): compressed(demo, rank) for rank in RANKS}
-    report["package_bytes"] = statistics.mean(map(weight_bytes, demo.packages.values()))
     report["rows"] = cached(out / "rows", demo, lambda: rows_on_same_experts(demo))
     return report
 
@@ -84,35 +72,6 @@ def trained(demo: Demo, name: str, changes: Mapping[str, Any], prior: float) -> 
     code = ["flexmoe.modeling", "flexmoe.evaluation", "flexmoe.demo.scoring"]
     scored = demo.stages.run(f"{name}-scores", make, settings={"prior": prior}, code=code, inputs=inputs)
     return json.loads((scored.folder / "losses.json").read_text())
-
-
-def compressed(demo: Demo, rank: int) -> dict[str, Any]:
-    """The demo's own experts, compressed to a rank and composed: losses, bytes of a package, what is lost of them."""
-
-    def make(folder: Path) -> None:
-        errors, packages = [], []
-        for owner, package in demo.packages.items():
-            packages.append(folder / owner)
-            layers = compress(package, packages[-1], anchor=demo.grafted_model, rank=rank)
-            errors += [layer.error for layer in layers]
-        k = len(demo.settings.owners) + 1
-        model = load(compose(demo.grafted_model, packages, folder / MODEL, num_experts_per_tok=k))
-        found = {
-            "losses": domain_losses(model, demo.tokens()),
-            "bytes": statistics.mean(map(weight_bytes, packages)),
-            "error": statistics.mean(errors),
-        }
-        (folder / "found.json").write_text(json.dumps(found, indent=2) + "\n")
-
-    inputs = [demo.done[name] for name in ("corpus", "grafted", *(f"owners/{o}" for o in demo.settings.owners))]
-    code = ["flexmoe.modeling", "flexmoe.conversion", "flexmoe.evaluation", "flexmoe.demo.scoring"]
-    stage = demo.stages.run(f"compressed-{rank}", make, settings={"rank": rank}, code=code, inputs=inputs)
-    return json.loads((stage.folder / "found.json").read_text())
-
-
-def weight_bytes(package: Path) -> int:
-    """Size of a package's weight files."""
-    return sum(file.stat().st_size for file in package.glob("*.safetensors"))
 
 
 def rows_on_same_experts(demo: Demo) -> dict[str, dict[str, float]]:
@@ -170,10 +129,6 @@ def averaged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "with_bias": reports[0]["with_bias"],
         "bias_cost": bias_cost(reports[0]),
         "rows": mean_tree([r["rows"] for r in reports]),
-        "compressed": mean_tree([r["compressed"] for r in reports]),
-        "low_rank": reports[0]["low_rank"],
-        "first": {name: reports[0]["systems"][name]["mean"] for name in ("anchor", "composed")},
-        "package_bytes": statistics.mean(r["package_bytes"] for r in reports),
         "opt_out": [r["opt_out"] for r in reports],
         "seconds": [run_seconds(r["stages"]) for r in reports],
         "peak_bytes": max(r["peak_bytes"] for r in reports),
@@ -205,8 +160,8 @@ def bias_cost(report: Mapping[str, Any]) -> float:
     return (free - biased) / (anchor - biased)
 
 
-def markdown(result: Mapping[str, Any], promises: Sequence[Bar]) -> str:
-    """`docs/results.md`."""
+def markdown(result: Mapping[str, Any], promises: Sequence[Bar], ranks: Mapping[str, Any] | None = None) -> str:
+    """`docs/results.md`; `ranks` is what `ranks.py` found."""
     domains, seeds = result["domains"], result["seeds"]
     minutes = statistics.mean(result["seconds"]) / 60
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
@@ -243,20 +198,35 @@ def markdown(result: Mapping[str, Any], promises: Sequence[Bar]) -> str:
                 ["rows", *domains, "mean"], [_row(name, losses) for name, losses in result["rows"].items()]
             ),
             "`hidden_mean` and `random` are shown as they start, untrained.\n",
-            "## Smaller experts\n",
-            markdown_table(
-                ["experts", "package", *domains, "mean", "gain kept", "lost of the difference"], _ranks(result)
-            ),
-            "`compressed`: the demo's own experts, `flexmoe compress --rank R`, means over seeds. `trained`: "
-            f"`flexmoe train --method low_rank --rank R`, the same tokens and learning rate, seed {seeds[0]} only, so "
-            "compare it with that seed's gain. *Gain kept* is the share of the full experts' gain over the anchor, in "
-            "the mean over domains; *lost of the difference* is the relative Frobenius error. A rank of 128 is all "
-            "there is.\n",
+            *rank_section(ranks),
             f"Opt-out: state dict, logits and files equal to those of a model that never met the owner, for "
             f"{sum(map(is_exact, result['opt_out']))} of {len(seeds)} seeds.\n",
             versions + ".\n",
         ]
     )
+
+
+def rank_section(ranks: Mapping[str, Any] | None) -> list[str]:
+    """What smaller experts cost, as FlexMoRE's table has it; nothing if nobody looked."""
+    if ranks is None:
+        return []
+    domains = ranks["domains"]
+    anchor, full = (mean(ranks["systems"][name]) for name in ("anchor", "full"))
+    rows = []
+    for name, found in ranks["experts"].items():
+        gain = (anchor - mean(found["losses"])) / (anchor - full)
+        title, *cells = _row(name, found["losses"])
+        lost = "" if found["error"] is None else f"{found['error']:.0%}"
+        rows.append([title, f"{found['bytes'] / 1e3:,.0f} kB", *cells, f"{gain:.0%}", lost])
+    return [
+        "## Smaller experts\n",
+        markdown_table(["experts", "package", *domains, "mean", "gain kept", "lost of the difference"], rows),
+        f"Seed {ranks['seed']}, written by `tests/bench/ranks.py`. *compressed*: the demo's own experts after "
+        "`flexmoe compress --rank R`; *trained*: `flexmoe train --method low_rank --rank R` with the same tokens and "
+        "learning rate. *Gain kept* is the share of the full experts' gain over the anchor in the mean over domains; "
+        "*lost of the difference* is the relative Frobenius error. Hidden size "
+        f"{ranks['hidden_size']}, so that is the highest rank there is.\n",
+    ]
 
 
 def _system_rows(result: Mapping[str, Any]) -> list[list[str]]:
@@ -266,30 +236,6 @@ def _system_rows(result: Mapping[str, Any]) -> list[list[str]]:
         title = f"**{name}**" if name == "composed" else name
         rows.append([title, *cells, f"{score['mean']:.3f} ± {result['spread'][name]:.3f}"])
     return rows
-
-
-def _ranks(result: Mapping[str, Any]) -> list[list[str]]:
-    """The rows of the table of ranks."""
-    systems, first = result["systems"], result["first"]
-    anchor, full = systems["anchor"]["mean"], systems["composed"]["mean"]
-    size = f"{result['package_bytes'] / 1e3:.0f} kB"
-    rows = [[*_sized("full", size, systems["composed"]["loss"]), "100%", ""]]
-    for rank, found in reversed(result["compressed"].items()):
-        kept_gain = (anchor - mean(found["losses"])) / (anchor - full)
-        size = f"{found['bytes'] / 1e3:.0f} kB"
-        rows.append(
-            [*_sized(f"compressed, rank {rank}", size, found["losses"]), f"{kept_gain:.0%}", f"{found['error']:.0%}"]
-        )
-    for rank, losses in reversed(result["low_rank"].items()):
-        kept_gain = (first["anchor"] - mean(losses["composed"])) / (first["anchor"] - first["composed"])
-        size = f"{result['compressed'][rank]['bytes'] / 1e3:.0f} kB"
-        rows.append([*_sized(f"trained, rank {rank}", size, losses["composed"]), f"{kept_gain:.0%}", ""])
-    return rows
-
-
-def _sized(name: str, size: str, losses: Mapping[str, float]) -> list[str]:
-    title, *cells = _row(name, losses)
-    return [title, size, *cells]
 
 
 def _trained_rows(result: Mapping[str, Any]) -> list[list[str]]:
@@ -335,6 +281,13 @@ def mean_tree(trees: Sequence[Any]) -> Any:
     return statistics.mean(trees)
 
 
+def write_markdown(docs: Path, result: Mapping[str, Any]) -> None:
+    """Writes `results.md` from the results and from what `ranks.py` left in `docs`, if it ran."""
+    ranks = docs / "benchmarks" / "ranks.json"
+    found = json.loads(ranks.read_text()) if ranks.is_file() else None
+    (docs / "results.md").write_text(markdown(result, all_bars(result), found))
+
+
 def main() -> int:
     """Runs, writes, prints; the exit code says whether every bar was met."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -350,13 +303,13 @@ def main() -> int:
         settings = DemoSettings.of(seed=seed, owners=DEFAULT_OWNERS, steps=arguments.steps)
         with without_loading_bars():
             first = seed == arguments.seeds[0]
-            reports.append(one_seed(arguments.out / f"seed-{seed}", settings, console, first=first))
+            reports.append(one_seed(arguments.out / f"seed-{seed}", settings, console, with_bias=first))
     result = averaged(reports)
     promises = all_bars(result)
     docs = arguments.docs
     docs.mkdir(parents=True, exist_ok=True)
     (docs / "results.json").write_text(json.dumps(result, indent=2) + "\n")
-    (docs / "results.md").write_text(markdown(result, promises))
+    write_markdown(docs, result)
     first = arguments.out / f"seed-{arguments.seeds[0]}"
     (docs / "demo").mkdir(exist_ok=True)
     for name in ("report.md", "report.json", "losses.png", "routing.png"):
