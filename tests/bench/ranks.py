@@ -10,6 +10,7 @@ Source: FlexMoRE, arXiv 2602.08818, table of ranks.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -105,7 +106,7 @@ def main() -> int:
     for name, loss in means.items():
         console.print(f"{name:<22} {loss:.4f}", highlight=False)
     by_rank = [means[f"compressed, rank {rank}"] for rank in RANKS]
-    ordered = all(one <= other + 0.005 for one, other in zip(by_rank, by_rank[1:], strict=False))
+    ordered = all(one <= other + 0.005 for one, other in itertools.pairwise(by_rank))
     return 0 if ordered and means["full"] <= min(by_rank) + 0.005 else 1
 
 
