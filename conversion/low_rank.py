@@ -86,10 +86,11 @@ def compress(
         deltas_OI, biases_O = _differences(opened, public, layer, own)
         spectra = {path: torch.linalg.svd(delta.to(device), full_matrices=False) for path, delta in deltas_OI.items()}
         kept = ranks[layer] if ranks else _least_rank(energy or 1.0, [values for _, values, _ in spectra.values()])
-        factors, lost = {}, 0.0
+        factors: dict[str, Tensor] = {}
+        lost = 0.0
         for path, delta_OI in deltas_OI.items():
             dtype = own[f"ffn.{path}.weight"].dtype
-            a_RI, b_OR = (factor.to("cpu", dtype).contiguous() for factor in _factors(*spectra[path], kept))
+            a_RI, b_OR = (factor.to("cpu", dtype).contiguous() for factor in _factors(spectra[path], kept))
             factors |= {f"ffn.{path}.lora_A.weight": a_RI, f"ffn.{path}.lora_B.weight": b_OR}
             lost += float((delta_OI - b_OR.float() @ a_RI.float()).square().sum())
         rows = {key: row for key, row in own.items() if not key.startswith("ffn.")}
@@ -205,8 +206,8 @@ def _by_layer(package: ExpertPackage) -> Iterator[tuple[int, dict[str, Tensor]]]
     """Yields each layer's tensors once it is complete, called as in the package after `layers.<i>.`."""
     lacking: dict[int, set[str]] = {}
     for name in package.infos:
-        _, layer, key = name.split(".", 2)
-        lacking.setdefault(int(layer), set()).add(key)
+        _, number, key = name.split(".", 2)
+        lacking.setdefault(int(number), set()).add(key)
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in package.tensors():
         _, number, key = name.split(".", 2)
@@ -253,8 +254,9 @@ def _differences(
     return deltas_OI, biases
 
 
-def _factors(left_OR: Tensor, values_R: Tensor, right_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _factors(spectrum: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
     """A [rank, I] and B [O, rank] of the best approximation; each gets the root of the singular values."""
+    left_OR, values_R, right_RI = spectrum
     root_R = values_R[:rank].sqrt()
     a_RI, b_OR = root_R[:, None] * right_RI[:rank], left_OR[:, :rank] * root_R
     missing = rank - len(root_R)

@@ -92,7 +92,7 @@ def _networks(
     for site in sites:
         start = f"{ANCHOR_PREFIX}{site.block}.experts.{PUBLIC}."
         by_layer.append({name.removeprefix(start): at for name, at in places.items() if name.startswith(start)})
-    return [site.ffn(model) for site in sites], files, by_layer  # type: ignore[arg-type] # a dense model's sites
+    return [site.ffn(model) for site in sites], files, by_layer
 
 
 def _fingerprint(dense: DenseCheckpoint) -> str:

@@ -207,7 +207,7 @@ class FlexMoeBlock(nn.Module):
         """Those of `sharing` together, all others each on its own."""
         columns = dict(zip(names, weights_TA.split(1, -1), strict=True))
         weights_TM = torch.cat([columns[name] for name in sharing], -1)
-        members = [None if name == PUBLIC else self.experts[name] for name in sharing]
+        members: list[Any] = [None if name == PUBLIC else self.experts[name] for name in sharing]
         form = next(member.form for member in members if member is not None)
         public = self.experts[PUBLIC]
         others = [name for name in names if name not in sharing]

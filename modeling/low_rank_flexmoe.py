@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,10 @@ class LowRankExpert(nn.Module):
         )
         self.form = form if known else None
 
+    def delta(self, name: str) -> nn.Module:
+        """The difference from the public network's part of this name."""
+        return cast(nn.Module, self._modules[name])
+
     def forward(self, x: Tensor, public: nn.Module, *residual: Tensor) -> Tensor:
         """What the public network says of `x` with this expert's differences; `residual` as the network takes it."""
         if self.form is not None and not residual:
@@ -134,7 +138,7 @@ def mix_sharing(
                 continue
             h_NI = _hidden(x_TH, products, member, parts, form, tokens)
             weight_N1 = _rows(weight_T1, tokens)
-            said_NH = None if member is None else member._modules[form.down](h_NI)
+            said_NH = None if member is None else member.delta(form.down)(h_NI)
             if joins:
                 hidden_TI = torch.zeros_like(products[form.up]) if hidden_TI is None else hidden_TI
                 _add(hidden_TI, h_NI, weight_N1, tokens)
@@ -161,7 +165,7 @@ def _hidden(
     made = {name: _rows(product_TI, tokens) for name, product_TI in products.items()}
     if member is not None:
         x_NH = _rows(x_TH, tokens)
-        made = {name: product_NI + member._modules[name](x_NH) for name, product_NI in made.items()}
+        made = {name: product_NI + member.delta(name)(x_NH) for name, product_NI in made.items()}
     activation = parts[form.activation]
     return activation(made[form.up]) if form.gate is None else activation(made[form.gate]) * made[form.up]
 
@@ -206,8 +210,9 @@ def _adjusted(public: nn.Module, deltas: nn.Module) -> Callable[..., Tensor]:
     """The forward of the public network's class, over parts with the differences added: any family's, unread."""
     shell = object.__new__(type(public))
     shell.__dict__.update(public.__dict__)
-    shell.__dict__["_modules"] = parts = dict(public._modules)
-    for name, delta in deltas._modules.items():
+    parts: dict[str, Any] = dict(public._modules)
+    shell.__dict__["_modules"] = parts
+    for name, delta in deltas.named_children():
         part = parts[name]
         parts[name] = _Adjusted(part, delta) if isinstance(delta, LowRankDelta) else _adjusted(part, delta)
     return functools.partial(type(public).forward, shell)
