@@ -63,9 +63,9 @@ class FineTune:
 
 
 def open_fine_tunes(
-    experts: Mapping[str, str | Path], anchor: DenseCheckpoint, *, token: str | bool | None = None
+    experts: Mapping[str, str | Path | ResolvedFolder], anchor: DenseCheckpoint, *, token: str | bool | None = None
 ) -> list[FineTune]:
-    """Opens the fine-tunes {name: folder or Hub id} of `anchor`; headers and configurations are compared.
+    """Opens the fine-tunes {name: folder or Hub id, resolved or not} of `anchor`; compares headers and configurations.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: no such checkpoint (see `resolve_folder`).
@@ -76,9 +76,9 @@ def open_fine_tunes(
     for name, checkpoint in experts.items():
         if check_expert_name(name) == PUBLIC:
             raise ValueError(f"{PUBLIC!r} is the anchor's own network: call the expert of {checkpoint} otherwise.")
-        source = resolve_folder(checkpoint, token=token)
+        source = checkpoint if isinstance(checkpoint, ResolvedFolder) else resolve_folder(checkpoint, token=token)
         dense = DenseCheckpoint(source.path)
-        _check_same_architecture(anchor, dense, f"{name}={checkpoint}")
+        _check_same_architecture(anchor, dense, f"{name}={source.repo or source.path}")
         fine_tunes.append(FineTune(name, source, dense))
     return fine_tunes
 

@@ -2,10 +2,10 @@
 
 No weight is held in memory beyond a few chunks, and no byte of one changes (unless what fine-tunes share is averaged):
 the names come from the two models on the meta device, the bytes from the files. New are the router rows, which are
-zero.
+zero, or what a `RowMaker` says.
 
-Not here: which checkpoints can be read (`dense_flexmoe`), what a fine-tune may differ in (`fine_tunes`), and how files
-are written (`tensor_writer_flexmoe`).
+Not here: which checkpoints can be read (`dense_flexmoe`), what a fine-tune may differ in (`fine_tunes`), how files are
+written (`tensor_writer_flexmoe`), and rows made of text (`flexmoe.graft` is this and they).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from flexmoe.conversion.fine_tunes import SHARED, FineTune, Shared, averaged_source, check_shared, open_fine_tunes
+from flexmoe.conversion.router_tensors import RowMaker, router_tensors
 from flexmoe.data import END_OF_DOCUMENT, data_paths, read_documents
 from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
@@ -61,8 +62,9 @@ COMPANIONS = (  # what comes along beside the weights: tokenizer, chat template,
 def graft(
     anchor: str | Path,
     out: str | Path,
-    experts: Mapping[str, str | Path] | None = None,
+    experts: Mapping[str, str | Path | ResolvedFolder] | None = None,
     *,
+    make_rows: RowMaker | None = None,
     shared: Shared | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -72,6 +74,7 @@ def graft(
     seed: int = 0,
     norm_topk_prob: bool | None = None,
     num_experts_per_tok: int | None = None,
+    active_experts: Sequence[str] | None = None,
     fingerprint: bool = True,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -85,7 +88,9 @@ def graft(
     Args:
         anchor: a folder with a safetensors checkpoint, or a Hub id.
         experts: dense fine-tunes of the anchor, {name: folder or Hub id}, whose networks become experts of these
-            names. Their router rows are zero, so every token weighs all experts alike until rows are trained.
+            names.
+        make_rows: makes router rows of experts. Without it they are zero, so every token weighs all experts alike
+            until rows are trained.
         shared: what is taken where fine-tunes differ from the anchor outside of their networks: "anchor", its own;
             "average", the mean of the anchor and all fine-tunes. None: they must not differ.
         revision, token: of the Hub repository.
@@ -94,6 +99,7 @@ def graft(
         text_column, seed: column of tabular public data; which documents the sample holds.
         norm_topk_prob: divide the chosen experts' weights by their sum; None lets the anchor's block decide.
         num_experts_per_tok: k of the top-k; None is the configuration's default.
+        active_experts: names of those that take part; None: all.
         fingerprint: hash the anchor's tensors on the way. Without it, packages cannot be checked against this anchor.
         max_shard_size: bytes per weight file.
         progress: called with the number of bytes just written.
@@ -102,8 +108,8 @@ def graft(
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or no safetensors.
         ValueError: the anchor cannot be one (see `DenseCheckpoint`), a fine-tune is none of this anchor or differs
-            where it must not (see `open_fine_tunes`, `check_shared`), the public data has no text that fits, or `out`
-            is or holds what is read.
+            where it must not (see `open_fine_tunes`, `check_shared`), rows do not fit (see `router_tensors`), the
+            public data has no text that fits, or `out` is or holds what is read.
     """
     if shared is not None and shared not in SHARED:
         raise ValueError(f"shared={shared!r}: must be one of {', '.join(SHARED)}, or None.")
@@ -118,7 +124,11 @@ def graft(
     if shared is None:
         check_shared(dense, fine_tunes, names)
     averaged = [dense, *(fine_tune.dense for fine_tune in fine_tunes)] if shared == "average" else []
-    settings = {"norm_topk_prob": norm_topk_prob, "num_experts_per_tok": num_experts_per_tok}
+    settings = {
+        "norm_topk_prob": norm_topk_prob,
+        "num_experts_per_tok": num_experts_per_tok,
+        "active_experts": None if active_experts is None else list(active_experts),
+    }
     config = FlexMoeConfig(
         anchor_config=dense.config,
         experts=[PUBLIC, *(fine_tune.record() for fine_tune in fine_tunes)],
@@ -126,11 +136,15 @@ def graft(
     )
     with torch.device("meta"):
         model = FlexMoeForCausalLM(config)
+    rows = {}
+    if make_rows is not None:
+        public = None if sample is None else [json.loads(line)["text"] for line in sample]
+        rows = router_tensors(make_rows(dense, public), config.expert_names, dense)
     durable = overwrite  # a new folder can be made again; one that replaces another must not be lost with it
     with atomic_folder(target, overwrite, durable=durable) as folder:
         written = write_checkpoint(
             folder,
-            _sources(model, dense, names, fine_tunes, averaged),
+            _sources(model, dense, names, fine_tunes, averaged, rows),
             max_shard_size=max_shard_size,
             hash_tensors=fingerprint,
             flush=durable,
@@ -156,8 +170,9 @@ def _sources(
     names: NameMap,
     fine_tunes: Sequence[FineTune],
     averaged: Sequence[DenseCheckpoint],
+    rows: Mapping[str, torch.Tensor],
 ) -> list[TensorSource]:
-    """What to write, in the order of the model's state dict: tensors under their new names, zero rows.
+    """What to write, in the order of the model's state dict: tensors under their new names, rows, else zero rows.
 
     Names in the state dict without a stored tensor are tied to another, or buffers that the model computes.
     """
@@ -174,7 +189,8 @@ def _sources(
             fine_tune, dense_name = owned[name]
             sources.append(fine_tune.ffn_source(name, dense_name))
         elif dense_name is None:
-            sources.append(source_from_tensor(name, torch.zeros(tensor.shape, dtype=torch.float32)))
+            row = rows.get(name)
+            sources.append(source_from_tensor(name, torch.zeros(tensor.shape) if row is None else row))
         elif dense_name in stored:
             theirs = stored.pop(dense_name)
             if averaged and not names.is_ffn(dense_name):

@@ -23,6 +23,9 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LONGEST_SEQUENCE = 1024
+"""Tokens per sequence unless somebody says otherwise or the model takes fewer."""
+
 END_OF_DOCUMENT = "<|endofdocument|>"
 TEXT_SUFFIXES = (".txt", ".md")
 TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # file suffix -> builder of `datasets`

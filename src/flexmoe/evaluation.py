@@ -17,13 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from flexmoe.data import pack, read_documents
+from flexmoe.data import LONGEST_SEQUENCE, pack, read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-LONGEST_SEQUENCE = 1024
-"""Tokens per sequence unless the caller says otherwise or the model takes fewer."""
 
 TOKEN_LOSS = Path(__file__).parent / "metrics" / "token_loss.py"
 """The `evaluate` module that sums up; loaded by path, so that scoring needs no network."""

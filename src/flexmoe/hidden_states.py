@@ -2,8 +2,9 @@
 
 Shapes: N sequences of L tokens, T tokens in all, H hidden size.
 
-The anchor is the model under "public" alone. Its states are what every owner's row has in common; states of the
-two-expert model would teach the row to recognise its own expert instead of its text.
+The anchor is a FlexMoE under "public" alone, or the dense model itself: their states are the same. They are what every
+owner's row has in common; states of the two-expert model would teach the row to recognise its own expert instead of
+its text.
 
 At 7B the states of all layers (32 x 80,000 x 4096) do not fit in memory, so a byte budget decides how many layers are
 held at a time, and the text is run once per group of layers. The rows are the same. A run stops at the last layer that
@@ -15,14 +16,17 @@ NOT covered: the fits themselves (`flexmoe.router_rows`), and sharded models (FS
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.modeling import PUBLIC, FlexMoeForCausalLM
+from flexmoe.modeling.anchors_flexmoe import find_ffn_sites
+from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.router_rows import Moments, RouterRow, RowMethod, embed_documents
 
 STATES_BYTES = 4_000_000_000  # held at a time, own and public together
@@ -40,11 +44,18 @@ class _LastLayerReached(Exception):
     """Ends a forward pass: nothing after this layer is wanted."""
 
 
+def load_dense(anchor: DenseCheckpoint, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+    """The dense anchor with its weights, to be looked at: in `dtype`, by default the one that it is loaded in."""
+    model = AutoModelForCausalLM.from_pretrained(anchor.folder, dtype=dtype or anchor.load_dtype)
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return model.to(device or "cpu").eval()
+
+
 def ffn_inputs(
-    model: FlexMoeForCausalLM, sequences: torch.Tensor, layers: Sequence[int], *, batch_size: int = 8
+    model: PreTrainedModel, sequences: torch.Tensor, layers: Sequence[int], *, batch_size: int = 8
 ) -> Iterator[dict[int, torch.Tensor]]:
     """Yields, batch by batch, {layer: FFN inputs [tokens of the batch, H]} of the anchor. No gradients, eval mode."""
-    blocks = model.flexmoe_blocks()
+    networks = _networks(model)
     caught: dict[int, torch.Tensor] = {}
 
     def catch(layer: int) -> Any:
@@ -62,9 +73,9 @@ def ffn_inputs(
             caught.clear()
             with ExitStack() as stack:
                 for layer in layers:
-                    stack.callback(blocks[layer].register_forward_pre_hook(catch(layer)).remove)
+                    stack.callback(networks[layer].register_forward_pre_hook(catch(layer)).remove)
                 stack.enter_context(torch.no_grad())
-                stack.enter_context(model.only_experts("public"))
+                stack.enter_context(_only_the_anchor(model))
                 stack.enter_context(suppress(_LastLayerReached))
                 model(input_ids=batch.to(model.device), use_cache=False)
             yield dict(caught)
@@ -73,7 +84,7 @@ def ffn_inputs(
 
 
 def collect_states(
-    model: FlexMoeForCausalLM, sequences: torch.Tensor, layers: Sequence[int], tokens: int
+    model: PreTrainedModel, sequences: torch.Tensor, layers: Sequence[int], tokens: int
 ) -> dict[int, torch.Tensor]:
     """{layer: FFN inputs [T, H]} of the first `tokens` tokens, in the model's dtype and on its device."""
     held: dict[int, torch.Tensor] = {}
@@ -89,7 +100,7 @@ def collect_states(
 
 
 def collect_moments(
-    model: FlexMoeForCausalLM, sequences: torch.Tensor, layers: Sequence[int], tokens: int
+    model: PreTrainedModel, sequences: torch.Tensor, layers: Sequence[int], tokens: int
 ) -> dict[int, Moments]:
     """{layer: moments of the FFN inputs} of the first `tokens` tokens."""
     moments: dict[int, Moments] = {}
@@ -104,7 +115,7 @@ def collect_moments(
 
 
 def fit_rows(
-    model: FlexMoeForCausalLM,
+    model: PreTrainedModel,
     method: RowMethod,
     own: RowText,
     public: RowText | None,
@@ -120,7 +131,7 @@ def fit_rows(
     Both sides give the same number of tokens, so that neither is better known than the other. The sequences are taken
     in a seeded order. Raises: ValueError (no public text where the method needs it).
     """
-    depth, hidden = len(model.flexmoe_blocks()), model.config.hidden_size
+    depth, hidden = len(_networks(model)), model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"hidden_size": hidden, "bias": bias, "generator": generator}
     if method.needs == "nothing":
@@ -151,6 +162,17 @@ def fit_rows(
             row = method.fit(own_by_layer.pop(layer), public_by_layer.pop(layer), **options)
             rows.append(RouterRow(row.weight.cpu(), row.bias))
     return rows
+
+
+def _networks(model: PreTrainedModel) -> list[nn.Module]:
+    """What is given the FFN inputs, layer by layer."""
+    if isinstance(model, FlexMoeForCausalLM):
+        return list(model.flexmoe_blocks())
+    return [model.get_submodule(site.block) for site in find_ffn_sites(model)]
+
+
+def _only_the_anchor(model: PreTrainedModel) -> AbstractContextManager[None]:
+    return model.only_experts(PUBLIC) if isinstance(model, FlexMoeForCausalLM) else nullcontext()
 
 
 def _first(sequences: torch.Tensor, tokens: int) -> torch.Tensor:

@@ -31,7 +31,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
 
-from flexmoe.data import data_paths, pack, read_documents, read_public_sample, split_documents
+from flexmoe.data import (
+    LONGEST_SEQUENCE,
+    data_paths,
+    pack,
+    read_documents,
+    read_public_sample,
+    split_documents,
+)
 from flexmoe.expert_trainer import EXPERTS_PER_TOKEN, ExpertTrainer, Mixture, Sequences, last_checkpoint
 from flexmoe.hidden_states import RowText, fit_rows
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM, check_expert_name
@@ -43,7 +50,6 @@ from flexmoe.router_rows import RowMethod, row_method
 
 ROWS_FILE = "router_rows.safetensors"
 RUN_FILE = "run.json"
-LONGEST_SEQUENCE = 1024  # unless a run asks for more
 LOW_RANK = 64  # of low-rank experts, unless a run asks for another
 
 
