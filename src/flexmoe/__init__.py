@@ -15,10 +15,10 @@ from flexmoe.registration import LazyModelClass
 if TYPE_CHECKING:
     from flexmoe.conversion.compose import add, compose, remove
     from flexmoe.conversion.export import export
-    from flexmoe.conversion.graft import graft
     from flexmoe.conversion.import_flex_olmo import import_flex_olmo
     from flexmoe.conversion.low_rank import compress, densify
     from flexmoe.evaluation import evaluate
+    from flexmoe.grafting import graft
     from flexmoe.inspection import inspect
     from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, track_usage
     from flexmoe.peft import expert_lora_config
@@ -43,11 +43,11 @@ _LAZY = {
     "compose": "flexmoe.conversion.compose",
     "remove": "flexmoe.conversion.compose",
     "export": "flexmoe.conversion.export",
-    "graft": "flexmoe.conversion.graft",
     "import_flex_olmo": "flexmoe.conversion.import_flex_olmo",
     "compress": "flexmoe.conversion.low_rank",
     "densify": "flexmoe.conversion.low_rank",
     "evaluate": "flexmoe.evaluation",
+    "graft": "flexmoe.grafting",
     "inspect": "flexmoe.inspection",
     "expert_lora_config": "flexmoe.peft",
     "Plan": "flexmoe.planning",

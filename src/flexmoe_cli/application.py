@@ -41,7 +41,8 @@ for function in (
     low_rank.densify,
     demo.demo,
 ):
-    kind = NamedFilesCommand if function in (commands.evaluate, commands.export) else FilesCommand
+    named = (commands.graft, commands.evaluate, commands.export)
+    kind = NamedFilesCommand if function in named else FilesCommand
     app.command(function.__name__.removesuffix("_"), cls=kind)(function)
 
 

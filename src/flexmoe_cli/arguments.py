@@ -17,7 +17,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Debug = Annotated[bool, typer.Option("--debug", help="On an error show the Python traceback.")]
 TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .json and .parquet files that holds the text.")]
 
-FILE_OPTIONS = ("--data", "--public-data")
+FILE_OPTIONS = ("--data", "--public-data", "--router-data")
+NAMED_FILE_OPTIONS = ("--data", "--router-data")  # where a command's files have names
 
 _NAMED_FILE = re.compile(r"[\w.-]+=.")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
@@ -58,7 +59,7 @@ def spread_files(arguments: Sequence[str], *, named: bool = False) -> list[str]:
         elif option and spread[-1] != option:  # not its first file, which is its value whatever it looks like
             if Path(argument).is_file() or _NAMED_FILE.match(argument):
                 spread.append(option)
-                if named and name and not split_name(argument)[0]:
+                if named and option in NAMED_FILE_OPTIONS and name and not split_name(argument)[0]:
                     argument = f"{name}={argument}"
             else:
                 option = None
@@ -85,14 +86,17 @@ def split_name(value: str) -> tuple[str, str]:
     return (name, file) if separator and "/" not in name else ("", value)  # a path may hold "=" in a folder's name
 
 
-def parse_domains(values: Sequence[str]) -> dict[str, list[Path]]:
-    """Files per domain from `name=file`, or a file that lends its own name; a name may come several times."""
+def parse_domains(values: Sequence[str], option: str = "--data") -> dict[str, list[Path]]:
+    """Files per domain from `name=file`, or a file that lends its own name; a name may come several times.
+
+    Raises: ValueError, which names the `option` that they were given with.
+    """
     domains: dict[str, list[Path]] = {}
     for value in values:
         name, file = split_name(value)
         name = name or Path(value).stem
         if not name or not file or value.startswith("="):
-            raise ValueError(f"--data {value}: write name=file, for example --data math=held_out.txt.")
+            raise ValueError(f"{option} {value}: write name=file, for example {option} math=math.txt.")
         domains.setdefault(name, []).append(Path(file))
     return domains
 

@@ -4,6 +4,7 @@ The library is imported inside the functions: `--help` and a mistyped option sho
 Not here: `plan` (`planning`), `train` (`training`) and `demo` (`demo`).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -30,13 +31,39 @@ Model = Annotated[str, typer.Argument(help="FlexMoE model: a folder or a Hub id.
 
 
 def graft(
-    anchor: Annotated[str, typer.Argument(help="Dense model: a folder or a Hub id.", show_default=False)],
     out: Out,
+    anchor: Annotated[
+        str | None,
+        typer.Argument(help="Dense model: a folder or a Hub id. With --recipe, none.", show_default=False),
+    ] = None,
     expert: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=FOLDER", help="A dense fine-tune of the anchor, whose networks become an expert; repeat it."
         ),
+    ] = None,
+    router_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Prompts or documents that should reach an expert: its router row is fitted on them.",
+        ),
+    ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(help="How: log_odds, lda, hidden_mean, embedding, random. Default: log_odds."),
+    ] = None,
+    router_bias: Annotated[
+        bool | None,
+        typer.Option("--router-bias/--no-router-bias", help="Fit a bias too. Default: no.", show_default=False),
+    ] = None,
+    router_tokens: Annotated[int | None, typer.Option(help="Tokens a side to fit it on. Default: 40000.")] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="A sentence-transformers model, for --router embedding.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file of mergekit-moe: it names the anchor, the experts and their prompts."),
     ] = None,
     shared: Annotated[
         str | None,
@@ -72,15 +99,26 @@ def graft(
     debug: Debug = False,
 ) -> None:
     """Make a FlexMoE model of a dense one: the same weights, ready for experts; dense fine-tunes of it are some."""
-    from flexmoe.conversion.graft import graft as library_graft
+    experts, texts = parse_experts(expert or []), parse_domains(router_data or [], "--router-data")
+    from flexmoe.grafting import graft as library_graft
 
     with library_call(as_json), byte_progress("Grafting", anchor) as progress:
         folder = library_graft(
             anchor,
             out,
-            parse_experts(expert or []),
+            experts,
             shared=shared,  # type: ignore[arg-type] # the library says what is allowed
-            **given(public_data=public_data, revision=revision, num_experts_per_tok=num_experts_per_tok),
+            **given(
+                recipe=recipe,
+                router_data=texts or None,
+                router=router,
+                router_bias=router_bias,
+                router_tokens=router_tokens,
+                embedder=embedder,
+                public_data=public_data,
+                revision=revision,
+                num_experts_per_tok=num_experts_per_tok,
+            ),
             public_sample_bytes=public_sample_bytes,
             text_column=text_column,
             seed=seed,
@@ -90,10 +128,23 @@ def graft(
             overwrite=overwrite,
             progress=progress,
         )
-    hint = f"Next, at each owner: flexmoe train {folder} --name NAME --data FILES --out PACKAGE"
-    if expert:
-        hint = "All router rows are zero: every token weighs all experts alike until rows are trained."
+    hint: str | None = f"Next, at each owner: flexmoe train {folder} --name NAME --data FILES --out PACKAGE"
+    if experts:
+        hint = _about_zero_rows(list(experts), list(texts))
+    elif recipe:
+        hint = None
     show_result(folder, as_json, hint)
+
+
+def _about_zero_rows(experts: Sequence[str], routed: Sequence[str]) -> str | None:
+    """What to know about experts that were grafted without router data; None if all had some."""
+    if not routed:
+        return (
+            "All router rows are zero: every token weighs all experts alike until rows are trained. Make rows of text "
+            "with --router-data NAME=FILE."
+        )
+    without = [name for name in experts if name not in routed]
+    return f"Without router data, so its row is zero as public's is: {', '.join(without)}." if without else None
 
 
 def compose(

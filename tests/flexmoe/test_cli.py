@@ -90,7 +90,7 @@ class TestCalls:
         texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
         for text in texts:
             text.touch()
-        calls = call("flexmoe.conversion.graft.graft")
+        calls = call("flexmoe.grafting.graft")
         line = ["graft", "owner/anchor", "--out", "o", "--public-data", *map(str, texts), "--max-shard-size", "2GB"]
         assert main([*line, "--no-norm-topk-prob", "--no-fingerprint", "--seed", "7"]) == 0
         (asked,) = calls
@@ -125,7 +125,7 @@ class TestCalls:
         assert calls.pop() == {"anchor": "a"}, "defaults are the library's"
 
     def test_graft_with_fine_tunes(self, call) -> None:
-        calls = call("flexmoe.conversion.graft.graft")
+        calls = call("flexmoe.grafting.graft")
         experts = ["--expert", "math=owner/math", "--expert", "code=runs/k=2/code"]
         assert main(["graft", "owner/anchor", "--out", "o", *experts, "--shared", "average"]) == 0
         assert calls[0]["experts"] == {"math": "owner/math", "code": "runs/k=2/code"}
