@@ -1,0 +1,114 @@
+"""A FlexMoE of a recipe against the Mixtral that mergekit-moe itself writes of it: equal gates, equal logits.
+
+mergekit is no dependency, so its interpreter is named by MERGEKIT_PYTHON: that of an environment of its own, where
+`pip install mergekit` ran (with the torch and transformers of this one, or gates of half precision may differ in their
+last bits). Not here: architectures other than Mixtral, which have no other way of making gates.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+
+import flexmoe
+from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
+from flexmoe.recipes import read_recipe
+from tests.letters import letter_tokenizer
+
+MERGEKIT = os.environ.get("MERGEKIT_PYTHON")
+pytestmark = pytest.mark.skipif(
+    not MERGEKIT, reason="MERGEKIT_PYTHON is not set: name the Python of an environment that mergekit is installed in"
+)
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+    "mistral": MistralConfig(**SIZES, sliding_window=None),  # mergekit drops windows, a graft keeps the anchor's
+}
+PROMPTS: dict[str, dict[str, list[str]]] = {
+    "base": {"positive_prompts": ["once upon a time", "the"]},
+    "math": {"positive_prompts": ["one plus two is three", "a sum"], "negative_prompts": ["a poem about the sea"]},
+    "code": {
+        "positive_prompts": ["import this", "def of a function that returns"],
+        "negative_prompts": ["no", "never"],
+    },
+}
+MODES = ("hidden", "hidden_last", "hidden_avg", "cheap_embed", "random", "uniform_random")
+SEED = 7
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model and two that differ from it everywhere, each with a tokenizer."""
+    folder = tmp_path_factory.mktemp(request.param)
+    for seed, name in enumerate(PROMPTS):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(FAMILIES[request.param])
+        with torch.no_grad():
+            for parameter in model.parameters():  # no weight is 0 or 1, and logits are no noise about zero
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        model.save_pretrained(folder / name)
+        letter_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def write_recipe(folder: Path, models: Path, mode: str, experts: list[str], **keys: Any) -> Path:
+    entries = [{"source_model": str(models / name), **PROMPTS[name]} for name in experts]
+    recipe = {"base_model": str(models / "base"), "gate_mode": mode, "dtype": "float32", "experts": entries, **keys}
+    (folder / "moe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "moe.yaml"
+
+
+def merged(recipe: Path, out: Path) -> Path:
+    """What mergekit-moe writes."""
+    command = [str(MERGEKIT), "-m", "mergekit.scripts.moe", str(recipe), str(out), "--random-seed", str(SEED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "experts", [["math", "code"], ["math", "base", "code"], ["base", "code", "base"]], ids="-".join
+)
+@torch.no_grad()
+def test_gates_and_logits_are_mergekits(mode: str, experts: list[str], models: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, models, mode, experts)
+    if experts.count("base") == 2:  # gates of equal prompts would be one gate
+        values = yaml.safe_load(recipe.read_text())
+        values["experts"][2]["positive_prompts"] = ["another thing"]
+        recipe.write_text(yaml.safe_dump(values))
+    theirs = merged(recipe, tmp_path / "mergekit")
+    ours = flexmoe.graft(None, tmp_path / "flexmoe", recipe=recipe, seed=SEED)
+    names = [expert.name for expert in read_recipe(recipe).experts]
+
+    with CheckpointFolder(theirs) as mixtral, CheckpointFolder(ours) as grafted:
+        for layer in range(SIZES["num_hidden_layers"]):
+            gate_EH = mixtral.read(f"model.layers.{layer}.mlp.gate.weight")
+            row = f"anchor.model.layers.{layer}.mlp.router"
+            rows_EH = torch.cat([grafted.read(f"{row}.{name}.weight") for name in names])
+            shift = gate_EH[names.index("public")] if "public" in names else torch.zeros(())
+            torch.testing.assert_close(rows_EH, gate_EH - shift, rtol=0, atol=1e-5)
+
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (ours, theirs))
+    assert type(reference).__name__ == "MixtralForCausalLM"
+    tokens = torch.randint(3, SIZES["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(0))
+    said, expected = model(tokens).logits, reference(tokens).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(said, expected, rtol=0, atol=1e-4)
