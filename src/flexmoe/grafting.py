@@ -108,6 +108,8 @@ def graft(
     elif anchor is None:
         raise ValueError("Neither an anchor nor a recipe: give a dense model, or --recipe FILE (recipe=...).")
     elif router_data:
+        if router_tokens < 1:
+            raise ValueError(f"router_tokens={router_tokens}: must be more than 0.")
         own = _own_text(router_data, target, given, router, public_data, text_column)
         make_rows = TextRows(
             own=own,

@@ -71,8 +71,8 @@ def gate_mode(name: str, *, needs: Needs) -> Callable[[Callable[..., Tensor]], C
     return register
 
 
-@gate_mode("hidden", needs="states")
 @gate_mode("hidden_last", needs="states")
+@gate_mode("hidden", needs="states")
 def last_token(x_NBLH: Tensor, mask_BL: Tensor) -> Tensor:
     """The state of the last token, mean over prompts; [N, H]."""
     return x_NBLH[:, :, -1].sum(1) / x_NBLH.shape[1]

@@ -271,7 +271,8 @@ def _source(value: Any, where: str) -> Source:
         )
     if isinstance(value, Mapping):
         _check_keys(value, ("path", "revision"), f"{where}.model")
-        return Source(str(_required(value, "path", where)), value.get("revision"))
+        revision = value.get("revision")
+        return Source(str(_required(value, "path", where)), None if revision is None else str(revision))
     if not isinstance(value, str) or value.count("@") > 1:
         raise ValueError(f"{where}: {value!r} is no model; write a folder or a Hub id, or HUB_ID@REVISION.")
     path, _, revision = value.partition("@")
@@ -313,7 +314,10 @@ def _architecture_notes(value: Any) -> list[str]:
 
 
 def _checked_k(value: Any, count: int) -> int:
-    k = check_top_k(DEFAULT_EXPERTS_PER_TOKEN if value is None else value)
+    try:
+        k = check_top_k(DEFAULT_EXPERTS_PER_TOKEN if value is None else value)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"experts_per_token: {error}") from error
     if k > count:
         default = ", its default" if value is None else ""
         raise ValueError(f"experts_per_token: {k}{default}, but there are {count} experts; set at most {count}.")

@@ -79,7 +79,7 @@ def graft(
     ] = None,
     public_sample_bytes: Annotated[int, typer.Option(help="Size of that sample.")] = 2_000_000,
     text_column: TextColumn = "text",
-    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sample, and of what is drawn for rows.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     num_experts_per_tok: Annotated[int | None, typer.Option(help="Experts per token (k).")] = None,
     norm_topk_prob: Annotated[
