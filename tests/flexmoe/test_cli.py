@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flexmoe.evaluation import DomainScore
+from flexmoe.grafting import graft
 from flexmoe.planning import plan
 from flexmoe.testing import perturb_expert, tiny_anchor
 from flexmoe.training import TrainingSettings
@@ -70,16 +71,20 @@ class TestHelp:
         loaded = {name.split(".")[0] for name in ast.literal_eval(process.stdout.splitlines()[-1])}
         assert not loaded & {"flexmoe", "torch", "transformers", "datasets", "numpy", "huggingface_hub"}
 
-    def test_help_names_the_defaults_of_training(self) -> None:
-        output = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300"}).output
+    @pytest.mark.parametrize(("command", "count"), [("train", 10), ("graft", 3)])
+    def test_help_names_the_defaults_of_the_library(self, command: str, count: int) -> None:
+        output = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
         told = {
             option.replace("-", "_"): value
             for option, value in re.findall(r"--([a-z-]+) .*Default: ([^ ]+?)\.? +│", output)
             if not option.startswith("no-")
         }
-        assert len(told) >= 10
+        assert len(told) >= count
         for option, value in told.items():
-            default = getattr(TrainingSettings(), option)
+            if command == "train":
+                default = getattr(TrainingSettings(), option)
+            else:
+                default = signatures.signature(graft).parameters[option].default
             assert value == ("no" if default is False else str(default)) or float(value) == default, option
 
 
@@ -130,6 +135,26 @@ class TestCalls:
         assert main(["graft", "owner/anchor", "--out", "o", *experts, "--shared", "average"]) == 0
         assert calls[0]["experts"] == {"math": "owner/math", "code": "runs/k=2/code"}
         assert calls[0]["shared"] == "average"
+
+    def test_graft_with_router_data(self, call) -> None:
+        calls = call("flexmoe.grafting.graft")
+        experts = ["--expert", "math=m", "--expert", "code=c"]
+        data = ["--router-data", "math=a.txt", "math=b.txt", "code=c.jsonl", "--router", "lda", "--router-bias"]
+        assert main(["graft", "base", *experts, *data, "--router-tokens", "9", "--embedder", "e", "--out", "o"]) == 0
+        (asked,) = calls
+        assert asked["router_data"] == {"math": [Path("a.txt"), Path("b.txt")], "code": [Path("c.jsonl")]}
+        assert (asked["router"], asked["router_bias"], asked["router_tokens"]) == ("lda", True, 9)
+        assert (asked["embedder"], "recipe" in asked) == ("e", False)
+        assert main(["graft", "base", "--out", "o"]) == 0
+        assert not {"router_data", "router", "router_bias", "router_tokens", "embedder"} & calls[1].keys()
+
+    def test_graft_of_a_recipe(self, call) -> None:
+        calls = call("flexmoe.grafting.graft")
+        assert main(["graft", "--recipe", "moe.yaml", "--seed", "3", "--out", "o"]) == 0
+        (asked,) = calls
+        assert (asked["anchor"], asked["recipe"], asked["seed"]) == (None, Path("moe.yaml"), 3)
+        assert not asked["experts"]
+        assert (asked["shared"], asked["norm_topk_prob"]) == (None, None)
 
     def test_train(self, call, tmp_path: Path) -> None:
         for name in ("a.jsonl", "b.jsonl"):
