@@ -44,6 +44,25 @@ NOT_COMPUTED = frozenset(
 )
 
 
+# Fields that say how attention, positions and the vocabulary work. They may differ where all of that is the anchor's.
+OUTSIDE_OF_NETWORKS = frozenset(
+    {
+        "attention_dropout",
+        "initializer_range",
+        "layer_types",
+        "max_position_embeddings",
+        "max_window_layers",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "use_sliding_window",
+        "vocab_size",
+    }
+)
+
+
 @dataclass(frozen=True)
 class FineTune:
     """A dense fine-tune of the anchor that becomes the expert `name`."""
@@ -63,9 +82,16 @@ class FineTune:
 
 
 def open_fine_tunes(
-    experts: Mapping[str, str | Path | ResolvedFolder], anchor: DenseCheckpoint, *, token: str | bool | None = None
+    experts: Mapping[str, str | Path | ResolvedFolder],
+    anchor: DenseCheckpoint,
+    *,
+    shared: Shared | None = None,
+    token: str | bool | None = None,
 ) -> list[FineTune]:
     """Opens the fine-tunes {name: folder or Hub id, resolved or not} of `anchor`; compares headers and configurations.
+
+    Where `shared` is "anchor", only the networks must be the anchor's in shape and dtype: another vocabulary or other
+    positions are no matter.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: no such checkpoint (see `resolve_folder`).
@@ -78,7 +104,9 @@ def open_fine_tunes(
             raise ValueError(f"{PUBLIC!r} is the anchor's own network: call the expert of {checkpoint} otherwise.")
         source = checkpoint if isinstance(checkpoint, ResolvedFolder) else resolve_folder(checkpoint, token=token)
         dense = DenseCheckpoint(source.path)
-        _check_same_architecture(anchor, dense, f"{name}={source.repo or source.path}")
+        _check_same_architecture(
+            anchor, dense, f"{name}={source.repo or source.path}", networks_only=shared == "anchor"
+        )
         fine_tunes.append(FineTune(name, source, dense))
     return fine_tunes
 
@@ -122,19 +150,29 @@ def averaged_source(name: str, dense_name: str, checkpoints: Sequence[DenseCheck
     return TensorSource(info, chunks)
 
 
-def _check_same_architecture(anchor: DenseCheckpoint, dense: DenseCheckpoint, what: str) -> None:
+def _check_same_architecture(
+    anchor: DenseCheckpoint, dense: DenseCheckpoint, what: str, *, networks_only: bool
+) -> None:
     ours, theirs = _computed(anchor), _computed(dense)
-    fields = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    free = OUTSIDE_OF_NETWORKS if networks_only else frozenset()
+    fields = sorted(key for key in (ours.keys() | theirs.keys()) - free if ours.get(key) != theirs.get(key))
     if fields:
         which = listed([f"{key} ({theirs.get(key)!r}, the anchor's is {ours.get(key)!r})" for key in fields], LISTED)
         raise ValueError(
             f"{what} is not a fine-tune of {anchor.folder}: their configurations differ in {which}. An expert stands "
             "beside the anchor's attention and norms, so it is trained with them."
+            + (
+                " --shared anchor (shared='anchor') takes its networks alone."
+                if OUTSIDE_OF_NETWORKS.issuperset(fields)
+                else ""
+            )
         )
+    is_ffn = NameMap(anchor.sites).is_ffn
     different = [
         f"{name} ({_described(dense.infos.get(name))}, the anchor's is {_described(anchor.infos.get(name))})"
         for name in dict.fromkeys([*anchor.infos, *dense.infos])
-        if _described(dense.infos.get(name)) != _described(anchor.infos.get(name))
+        if (is_ffn(name) or not networks_only)
+        and _described(dense.infos.get(name)) != _described(anchor.infos.get(name))
     ]
     if different:
         raise ValueError(

@@ -119,7 +119,7 @@ def graft(
     sample = None if public_data is None else _sample(public_data, public_sample_bytes, text_column, seed)
     dense = DenseCheckpoint(source.path)
     names = NameMap(dense.sites)
-    fine_tunes = open_fine_tunes(experts or {}, dense, token=token)
+    fine_tunes = open_fine_tunes(experts or {}, dense, shared=shared, token=token)
     check_apart(target, *(fine_tune.source.path for fine_tune in fine_tunes))
     if shared is None:
         check_shared(dense, fine_tunes, names)

@@ -24,6 +24,8 @@ from flexmoe.modeling.tensor_writer_flexmoe import MAX_SHARD_SIZE
 from flexmoe.recipes import Recipe, RecipeRows, read_recipe
 from flexmoe.router_rows import row_method
 
+ROUTER, ROUTER_TOKENS = "log_odds", 40_000  # how rows are made of router data unless somebody says otherwise
+
 
 def graft(
     anchor: str | Path | None,
@@ -32,9 +34,9 @@ def graft(
     *,
     recipe: str | Path | None = None,
     router_data: Mapping[str, Sequence[str | Path]] | None = None,
-    router: str = "log_odds",
+    router: str = ROUTER,
     router_bias: bool = False,
-    router_tokens: int = 40_000,
+    router_tokens: int = ROUTER_TOKENS,
     embedder: str | None = None,
     shared: Shared | None = None,
     revision: str | None = None,
@@ -86,7 +88,8 @@ def graft(
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: no such model (see `resolve_folder`) or file.
         TypeError, ValueError: the recipe cannot be made (see `read_recipe`) or is given beside what it says; router
-            data for what is not grafted, or without public text; whatever `flexmoe.conversion.graft` refuses.
+            data for what is not grafted, or without public text; ways to make rows, but no router data; whatever
+            `flexmoe.conversion.graft` refuses.
     """
     target = check_new_folder(out, overwrite)
     options: dict[str, Any] = {
@@ -95,30 +98,30 @@ def graft(
         "norm_topk_prob": norm_topk_prob,
         "num_experts_per_tok": num_experts_per_tok,
     }
-    make_rows: RowMaker | None = None
-    given: Mapping[str, str | Path | ResolvedFolder] = experts or {}
     if recipe is not None:
         _check_only_the_recipe(anchor=anchor, experts=experts, router_data=router_data, **options)
         check_apart(target, recipe)
+    given: Mapping[str, str | Path | ResolvedFolder] = experts or {}
+    make_rows: RowMaker | None = _text_rows(
+        router_data or {},
+        given,
+        target,
+        has_public=public_data is not None,
+        column=text_column,
+        router=router,
+        bias=router_bias,
+        tokens=router_tokens,
+        embedder=embedder,
+        seed=seed,
+    )
+    if recipe is not None:
         read = read_recipe(recipe)
         for note in read.notes:
             warnings.warn(note, stacklevel=2)
         anchor, given, make_rows = read.base.path, _resolved(read, token), RecipeRows(read, seed)
         options = _as_the_recipe_says(read)
-    elif anchor is None:
+    if anchor is None:
         raise ValueError("Neither an anchor nor a recipe: give a dense model, or --recipe FILE (recipe=...).")
-    elif router_data:
-        if router_tokens < 1:
-            raise ValueError(f"router_tokens={router_tokens}: must be more than 0.")
-        own = _own_text(router_data, target, given, router, public_data, text_column)
-        make_rows = TextRows(
-            own=own,
-            method=row_method(router),
-            bias=router_bias,
-            tokens=router_tokens,
-            embedder=embedder,
-            seed=seed,
-        )
     return graft_files(
         anchor,
         target,
@@ -162,27 +165,41 @@ def _as_the_recipe_says(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _own_text(
+def _text_rows(
     router_data: Mapping[str, Sequence[str | Path]],
-    target: Path,
     experts: Mapping[str, Any],
-    router: str,
-    public_data: Sequence[str | Path] | None,
+    target: Path,
+    *,
+    has_public: bool,
     column: str,
-) -> dict[str, list[str]]:
-    """Each expert's documents. ValueError: not its, or nothing to set them against."""
+    router: str,
+    bias: bool,
+    tokens: int,
+    embedder: str | None,
+    seed: int,
+) -> TextRows | None:
+    """What makes rows of the experts' text; None if there is none. ValueError: what is asked for makes no sense."""
+    if not router_data:
+        if (router, bias, tokens, embedder) != (ROUTER, False, ROUTER_TOKENS, None):
+            raise ValueError(
+                "--router, --router-bias, --router-tokens and --embedder say how rows are made of router data, and "
+                "there is none: give --router-data NAME=FILE (router_data=...), or leave them out."
+            )
+        return None
+    method = row_method(router)
     if strangers := [name for name in router_data if name not in experts]:
         there = f"the experts are {', '.join(experts)}" if experts else "no expert is given"
         raise ValueError(
             f"Router data for {', '.join(strangers)}, which is not grafted; {there}. Graft it: --expert NAME=FOLDER."
         )
-    if public_data is None and row_method(router).needs != "nothing":
+    if tokens < 1:
+        raise ValueError(f"router_tokens={tokens}: must be more than 0.")
+    if method.needs != "nothing" and not has_public:
         raise ValueError(
             f"router={router!r} sets each expert's text against public text, and there is none: give --public-data "
             "FILES (public_data=...), of which a sample is kept beside the model, too."
         )
-    own = {}
-    for name, files in router_data.items():
+    for files in router_data.values():
         check_apart(target, *data_paths(files))
-        own[name] = read_documents(files, column=column)
-    return own
+    own = {name: read_documents(files, column=column) for name, files in router_data.items()}
+    return TextRows(own=own, method=method, bias=bias, tokens=tokens, embedder=embedder, seed=seed)

@@ -135,6 +135,32 @@ def test_another_norm_is_no_fine_tune(anchor: Path, tmp_path: Path) -> None:
         graft(anchor, tmp_path / "out", {"math": other})
 
 
+@torch.no_grad()
+def test_another_vocabulary_is_no_matter_where_the_anchors_is_kept(anchor: Path, tmp_path: Path) -> None:
+    def longer(model: PreTrainedModel) -> None:
+        model.resize_token_embeddings(120)
+        model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
+
+    math = tune(tmp_path / "math", longer)
+    with pytest.raises(ValueError, match=r"rope_parameters .*vocab_size \(120, the anchor's is 99\).*--shared anchor"):
+        graft(anchor, tmp_path / "out", {"math": math})
+    model = FlexMoeForCausalLM.from_pretrained(graft(anchor, tmp_path / "out", {"math": math}, shared="anchor"))
+    assert (model.config.vocab_size, model(TOKENS).logits.shape[-1]) == (99, 99)
+    theirs = stored(math)["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(model.state_dict()["anchor.model.layers.1.mlp.experts.math.down_proj.weight"], theirs)
+
+
+@pytest.mark.parametrize(("field", "value"), [("intermediate_size", 48), ("rms_norm_eps", 0.5)])
+def test_networks_and_norms_must_fit_also_where_the_anchors_rest_is_kept(
+    anchor: Path, tmp_path: Path, field: str, value: float
+) -> None:
+    other = ANCHOR_CONFIGS["llama"]()
+    setattr(other, field, value)
+    AutoModelForCausalLM.from_config(other).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=rf"configurations differ in {field} \({value},.*trained with them\.$"):
+        graft(anchor, tmp_path / "out", {"math": tmp_path / "other"}, shared="anchor")
+
+
 def test_another_dtype_names_the_way_out(anchor: Path, tmp_path: Path) -> None:
     other = saved(tmp_path / "other", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=re.escape("from_pretrained(folder, dtype=...)")):

@@ -18,7 +18,7 @@ from tests.letters import letter_tokenizer
 LETTERS = {"math": "abcdef", "code": "uvwxyz", "public": "abcdefghijklmnopqrstuvwxyz"}
 
 
-def write(path: Path, letters: str, seed: int, length: int = 3000) -> Path:
+def write(path: Path, letters: str, seed: int, length: int = 1500) -> Path:
     path.write_text("".join(random.Random(seed).choices(letters + " ", k=length)))
     return path
 
@@ -36,7 +36,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def grafted(**options: object) -> FlexMoeForCausalLM:
     data = {"math": ["math.txt"], "code": ["code.txt"]}
-    asked = {"router_data": data, "public_data": ["public.txt"], "router_tokens": 2000, **options}
+    asked = {"router_data": data, "public_data": ["public.txt"], "router_tokens": 800, **options}
     out = flexmoe.graft("anchor", "out", {"math": "anchor", "code": "anchor"}, **asked)
     return FlexMoeForCausalLM.from_pretrained(out)
 
@@ -132,6 +132,8 @@ def test_experts_without_router_data_keep_rows_of_zero(place: Path) -> None:
         ({"router_data": {"math": ["nowhere.txt"]}}, "nowhere.txt: no such file"),
         ({"router_data": {"math": []}}, "No data files"),
         ({"router_tokens": 0}, "router_tokens=0: must be more than 0"),
+        ({"router_data": None}, "--router, --router-bias, --router-tokens .* there is none"),
+        ({"router_data": {}, "router_tokens": 40_000, "router": "lda"}, "say how rows are made of router data"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_loaded(
@@ -156,7 +158,7 @@ def test_router_data_is_never_overwritten(place: Path) -> None:
 @pytest.mark.usefixtures("place")
 def test_the_command_says_which_rows_are_zero(capsys: pytest.CaptureFixture[str]) -> None:
     experts = ["--expert", "math=anchor", "--expert", "code=anchor"]
-    line = ["graft", "anchor", *experts, "--public-data", "public.txt", "--router-tokens", "500", "--out", "out"]
+    line = ["graft", "anchor", *experts, "--public-data", "public.txt", "--out", "out"]
 
     def said(*more: str) -> str:
         assert main([*line, "--overwrite", *more]) == 0

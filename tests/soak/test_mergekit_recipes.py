@@ -5,6 +5,7 @@ mergekit is no dependency, so its interpreter is named by MERGEKIT_PYTHON: that 
 last bits). Not here: architectures other than Mixtral, which have no other way of making gates.
 """
 
+import copy
 import os
 import subprocess
 from pathlib import Path
@@ -55,11 +56,13 @@ SEED = 7
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model and two that differ from it everywhere, each with a tokenizer."""
+    """A base model and two that differ from it everywhere, each with a tokenizer; math has a larger vocabulary."""
     folder = tmp_path_factory.mktemp(request.param)
     for seed, name in enumerate(PROMPTS):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(FAMILIES[request.param])
+        config = copy.deepcopy(FAMILIES[request.param])
+        config.vocab_size += 8 * (name == "math")
+        model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():  # no weight is 0 or 1, and logits are no noise about zero
                 parameter.add_(0.1 * torch.randn_like(parameter))
