@@ -24,8 +24,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from flexmoe.modeling import PUBLIC, FlexMoeForCausalLM
-from flexmoe.modeling.anchors_flexmoe import find_ffn_sites
+from flexmoe.modeling import PUBLIC, FlexMoeForCausalLM, find_ffn_sites
 from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.router_rows import Moments, RouterRow, RowMethod, embed_documents
 

@@ -27,6 +27,7 @@ from flexmoe_cli.output import byte_progress, library_call, print_json
 from flexmoe_cli.tables import show_export, show_import, show_inspection, show_result, show_scores
 
 ShardSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest weight file, as in 5GB.")]
+ROWS = "Router rows of grafted experts"
 Model = Annotated[str, typer.Argument(help="FlexMoE model: a folder or a Hub id.", show_default=False)]
 
 
@@ -46,20 +47,31 @@ def graft(
         list[str] | None,
         typer.Option(
             metavar="NAME=FILE",
-            help="Prompts or documents that should reach an expert: its router row is fitted on them.",
+            help="Prompts or documents that should reach an expert: its row is fitted on them, against public text.",
+            rich_help_panel=ROWS,
         ),
     ] = None,
     router: Annotated[
         str | None,
-        typer.Option(help="How: log_odds, lda, hidden_mean, embedding, random. Default: log_odds."),
+        typer.Option(
+            help="How: log_odds, lda, hidden_mean, embedding, random. Default: log_odds.", rich_help_panel=ROWS
+        ),
     ] = None,
     router_bias: Annotated[
         bool | None,
-        typer.Option("--router-bias/--no-router-bias", help="Fit a bias too. Default: no.", show_default=False),
+        typer.Option(
+            "--router-bias/--no-router-bias",
+            help="Fit a bias too. Default: no.",
+            show_default=False,
+            rich_help_panel=ROWS,
+        ),
     ] = None,
-    router_tokens: Annotated[int | None, typer.Option(help="Tokens a side to fit it on. Default: 40000.")] = None,
+    router_tokens: Annotated[
+        int | None, typer.Option(help="Tokens a side to fit it on. Default: 40000.", rich_help_panel=ROWS)
+    ] = None,
     embedder: Annotated[
-        str | None, typer.Option(help="A sentence-transformers model, for --router embedding.")
+        str | None,
+        typer.Option(help="A sentence-transformers model, for --router embedding.", rich_help_panel=ROWS),
     ] = None,
     recipe: Annotated[
         Path | None,

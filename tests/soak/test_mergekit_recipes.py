@@ -1,8 +1,8 @@
-"""A FlexMoE of a recipe against the Mixtral that mergekit-moe itself writes of it: equal gates, equal logits.
+"""A FlexMoE of a recipe against the Mixtral or Qwen3-MoE that mergekit-moe itself writes: equal gates, equal logits.
 
 mergekit is no dependency, so its interpreter is named by MERGEKIT_PYTHON: that of an environment of its own, where
 `pip install mergekit` ran (with the torch and transformers of this one, or gates of half precision may differ in their
-last bits). Not here: architectures other than Mixtral, which have no other way of making gates.
+last bits). Not here: its other architectures, which have no other way of making gates.
 """
 
 import copy
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 import flexmoe
 from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
@@ -41,7 +41,9 @@ SIZES: dict[str, Any] = {
 FAMILIES = {
     "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
     "mistral": MistralConfig(**SIZES, sliding_window=None),  # mergekit drops windows, a graft keeps the anchor's
+    "qwen3": Qwen3Config(**SIZES, head_dim=8),
 }
+WRITTEN = {"llama": "MixtralForCausalLM", "mistral": "MixtralForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
 PROMPTS: dict[str, dict[str, list[str]]] = {
     "base": {"positive_prompts": ["once upon a time", "the"]},
     "math": {"positive_prompts": ["one plus two is three", "a sum"], "negative_prompts": ["a poem about the sea"]},
@@ -101,16 +103,16 @@ def test_gates_and_logits_are_mergekits(mode: str, experts: list[str], models: P
     ours = flexmoe.graft(None, tmp_path / "flexmoe", recipe=recipe, seed=SEED)
     names = [expert.name for expert in read_recipe(recipe).experts]
 
-    with CheckpointFolder(theirs) as mixtral, CheckpointFolder(ours) as grafted:
+    with CheckpointFolder(theirs) as merge, CheckpointFolder(ours) as grafted:
         for layer in range(SIZES["num_hidden_layers"]):
-            gate_EH = mixtral.read(f"model.layers.{layer}.mlp.gate.weight")
+            gate_EH = merge.read(f"model.layers.{layer}.mlp.gate.weight")
             row = f"anchor.model.layers.{layer}.mlp.router"
             rows_EH = torch.cat([grafted.read(f"{row}.{name}.weight") for name in names])
             shift = gate_EH[names.index("public")] if "public" in names else torch.zeros(())
             torch.testing.assert_close(rows_EH, gate_EH - shift, rtol=0, atol=1e-5)
 
     model, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (ours, theirs))
-    assert type(reference).__name__ == "MixtralForCausalLM"
+    assert type(reference).__name__ == WRITTEN[model.config.anchor_config.model_type]
     tokens = torch.randint(3, SIZES["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(0))
     said, expected = model(tokens).logits, reference(tokens).logits
     assert expected.std() > 0.1
