@@ -189,8 +189,8 @@ def _sources(
             fine_tune, dense_name = owned[name]
             sources.append(fine_tune.ffn_source(name, dense_name))
         elif dense_name is None:
-            row = rows.get(name)
-            sources.append(source_from_tensor(name, torch.zeros(tensor.shape) if row is None else row))
+            row = rows[name] if name in rows else torch.zeros(tensor.shape, dtype=torch.float32)
+            sources.append(source_from_tensor(name, row))
         elif dense_name in stored:
             theirs = stored.pop(dense_name)
             if averaged and not names.is_ffn(dense_name):
