@@ -4,23 +4,22 @@ A fine-tune is a checkpoint of the anchor's own architecture. Its feed-forward n
 else (attention, norms, embeddings) is there once in a FlexMoE, so it must be the anchor's, byte for byte, or somebody
 decides: the anchor's is kept, or the average of all is taken, as Branch-Train-MiX does (arXiv 2403.07816).
 
-Not here: the graft itself (`graft`), adapters, router rows.
+Not here: the graft itself (`graft`), adapters (`lora_adapters`), router rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from flexmoe.modeling.anchors_flexmoe import NameMap
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, check_expert_name, expert_record
+from flexmoe.modeling.configuration_flexmoe import expert_record
 from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
-from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
+from flexmoe.modeling.hub_flexmoe import ResolvedFolder
 from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, source_from_file
 from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk, TensorInfo, listed, same_bytes, tensor_bytes
 
@@ -76,39 +75,30 @@ class FineTune:
         repo = {"repo": self.source.repo, "revision": self.source.revision}
         return expert_record({"name": self.name, "training": {"dense_fine_tune": repo} if self.source.repo else None})
 
-    def ffn_source(self, name: str, dense_name: str) -> TensorSource:
-        """Its tensor `dense_name`, to be called `name`."""
-        return source_from_file(self.dense.files, self.dense.stored[dense_name], name)
+    def sources(self, names: NameMap) -> dict[str, TensorSource]:
+        """The expert's tensors to be written, by their names in the FlexMoE."""
+        paths = {dense_name: names.to_flexmoe(dense_name, self.name) for dense_name in self.dense.infos}
+        return {
+            path: source_from_file(self.dense.files, self.dense.stored[dense_name], path)
+            for dense_name, path in paths.items()
+            if names.is_ffn(dense_name)
+        }
 
+    @classmethod
+    def open(cls, name: str, source: ResolvedFolder, anchor: DenseCheckpoint, *, shared: Shared | None) -> FineTune:
+        """Opens the fine-tune in the folder `source`; compares headers and configurations with the anchor's.
 
-def open_fine_tunes(
-    experts: Mapping[str, str | Path | ResolvedFolder],
-    anchor: DenseCheckpoint,
-    *,
-    shared: Shared | None = None,
-    token: str | bool | None = None,
-) -> list[FineTune]:
-    """Opens the fine-tunes {name: folder or Hub id, resolved or not} of `anchor`; compares headers and configurations.
+        Where `shared` is "anchor", only the networks must be the anchor's in shape and dtype: another vocabulary or
+        other positions are no matter.
 
-    Where `shared` is "anchor", only the networks must be the anchor's in shape and dtype: another vocabulary or other
-    positions are no matter.
-
-    Raises:
-        FileNotFoundError, PermissionError, ConnectionError: no such checkpoint (see `resolve_folder`).
-        ValueError: a name is none, or a checkpoint is not a fine-tune of this anchor: another architecture, tensors
-            of other names, shapes or dtypes; lists what differs.
-    """
-    fine_tunes = []
-    for name, checkpoint in experts.items():
-        if check_expert_name(name) == PUBLIC:
-            raise ValueError(f"{PUBLIC!r} is the anchor's own network: call the expert of {checkpoint} otherwise.")
-        source = checkpoint if isinstance(checkpoint, ResolvedFolder) else resolve_folder(checkpoint, token=token)
-        dense = DenseCheckpoint(source.path)
-        _check_same_architecture(
-            anchor, dense, f"{name}={source.repo or source.path}", networks_only=shared == "anchor"
-        )
-        fine_tunes.append(FineTune(name, source, dense))
-    return fine_tunes
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: it is not a fine-tune of this anchor: another architecture, tensors of other names, shapes or
+                dtypes; lists what differs.
+        """
+        dense, what = DenseCheckpoint(source.path), f"{name}={source.repo or source.path}"
+        _check_same_architecture(anchor, dense, what, networks_only=shared == "anchor")
+        return cls(name, source, dense)
 
 
 def check_shared(anchor: DenseCheckpoint, fine_tunes: Sequence[FineTune], names: NameMap) -> None:
@@ -195,4 +185,4 @@ def _described(info: TensorInfo | None) -> str:
     return "missing" if info is None else f"{info.dtype} {list(info.shape)}, {math.prod(info.shape):,} numbers"
 
 
-__all__ = ["SHARED", "FineTune", "Shared", "averaged_source", "check_shared", "open_fine_tunes"]
+__all__ = ["SHARED", "FineTune", "Shared", "averaged_source", "check_shared"]

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
-from flexmoe.conversion.fine_tunes import SHARED, FineTune, Shared, averaged_source, check_shared, open_fine_tunes
+from flexmoe.conversion.fine_tunes import SHARED, FineTune, Shared, averaged_source, check_shared
+from flexmoe.conversion.lora_adapters import LoraAdapter, is_adapter
 from flexmoe.conversion.router_tensors import RowMaker, router_tensors
 from flexmoe.data import END_OF_DOCUMENT, data_paths, read_documents
 from flexmoe.modeling.anchors_flexmoe import NameMap
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name
 from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
 from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
@@ -87,8 +88,8 @@ def graft(
 
     Args:
         anchor: a folder with a safetensors checkpoint, or a Hub id.
-        experts: dense fine-tunes of the anchor, {name: folder or Hub id}, whose networks become experts of these
-            names.
+        experts: {name: folder or Hub id} of what become experts of these names: the networks of dense fine-tunes of
+            the anchor, or LoRA adapters on the anchor's own, as low-rank experts.
         make_rows: makes router rows of experts. Without it they are zero, so every token weighs all experts alike
             until rows are trained.
         shared: what is taken where fine-tunes differ from the anchor outside of their networks: "anchor", its own;
@@ -107,9 +108,9 @@ def graft(
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or no safetensors.
-        ValueError: the anchor cannot be one (see `DenseCheckpoint`), a fine-tune is none of this anchor or differs
-            where it must not (see `open_fine_tunes`, `check_shared`), rows do not fit (see `router_tensors`), the
-            public data has no text that fits, or `out` is or holds what is read.
+        ValueError: the anchor cannot be one (see `DenseCheckpoint`), a fine-tune or an adapter is none of this anchor or
+            differs where it must not (see `FineTune`, `LoraAdapter`, `check_shared`), rows do not fit (see
+            `router_tensors`), the public data has no text that fits, or `out` is or holds what is read.
     """
     if shared is not None and shared not in SHARED:
         raise ValueError(f"shared={shared!r}: must be one of {', '.join(SHARED)}, or None.")
@@ -119,8 +120,9 @@ def graft(
     sample = None if public_data is None else _sample(public_data, public_sample_bytes, text_column, seed)
     dense = DenseCheckpoint(source.path)
     names = NameMap(dense.sites)
-    fine_tunes = open_fine_tunes(experts or {}, dense, shared=shared, token=token)
-    check_apart(target, *(fine_tune.source.path for fine_tune in fine_tunes))
+    grafted = _open_experts(experts or {}, dense, shared, token)
+    check_apart(target, *(expert.source.path for expert in grafted))
+    fine_tunes = [expert for expert in grafted if isinstance(expert, FineTune)]
     if shared is None:
         check_shared(dense, fine_tunes, names)
     averaged = [dense, *(fine_tune.dense for fine_tune in fine_tunes)] if shared == "average" else []
@@ -131,7 +133,7 @@ def graft(
     }
     config = FlexMoeConfig(
         anchor_config=dense.config,
-        experts=[PUBLIC, *(fine_tune.record() for fine_tune in fine_tunes)],
+        experts=[PUBLIC, *(expert.record() for expert in grafted)],
         **{key: value for key, value in settings.items() if value is not None},
     )
     with torch.device("meta"):
@@ -144,7 +146,7 @@ def graft(
     with atomic_folder(target, overwrite, durable=durable) as folder:
         written = write_checkpoint(
             folder,
-            _sources(model, dense, names, fine_tunes, averaged, rows),
+            _sources(model, dense, names, grafted, averaged, rows),
             max_shard_size=max_shard_size,
             hash_tensors=fingerprint,
             flush=durable,
@@ -164,11 +166,29 @@ def graft(
     return target
 
 
+def _open_experts(
+    experts: Mapping[str, str | Path | ResolvedFolder],
+    anchor: DenseCheckpoint,
+    shared: Shared | None,
+    token: str | bool | None,
+) -> list[FineTune | LoraAdapter]:
+    opened: list[FineTune | LoraAdapter] = []
+    for name, given in experts.items():
+        if check_expert_name(name) == PUBLIC:
+            raise ValueError(f"{PUBLIC!r} is the anchor's own network: call the expert of {given} otherwise.")
+        source = given if isinstance(given, ResolvedFolder) else resolve_folder(given, token=token)
+        if is_adapter(source.path):
+            opened.append(LoraAdapter.open(name, source, anchor))
+        else:
+            opened.append(FineTune.open(name, source, anchor, shared=shared))
+    return opened
+
+
 def _sources(
     model: FlexMoeForCausalLM,
     dense: DenseCheckpoint,
     names: NameMap,
-    fine_tunes: Sequence[FineTune],
+    experts: Sequence[FineTune | LoraAdapter],
     averaged: Sequence[DenseCheckpoint],
     rows: Mapping[str, torch.Tensor],
 ) -> list[TensorSource]:
@@ -178,16 +198,11 @@ def _sources(
     """
     sources = []
     stored = dict(dense.stored)
-    owned = {
-        names.to_flexmoe(dense_name, fine_tune.name): (fine_tune, dense_name)
-        for dense_name in filter(names.is_ffn, dense.infos)
-        for fine_tune in fine_tunes
-    }
+    owned = {path: source for expert in experts for path, source in expert.sources(names).items()}
     for name, tensor in model.state_dict().items():
         dense_name = names.to_dense(name)
         if name in owned:
-            fine_tune, dense_name = owned[name]
-            sources.append(fine_tune.ffn_source(name, dense_name))
+            sources.append(owned[name])
         elif dense_name is None:
             row = rows[name] if name in rows else torch.zeros(tensor.shape, dtype=torch.float32)
             sources.append(source_from_tensor(name, row))

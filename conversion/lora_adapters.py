@@ -105,9 +105,9 @@ class LoraAdapter:
         values = {"name": self.name, "kind": "low_rank", "rank": self.rank, "alpha": self.alpha}
         return expert_record({**values, "training": {"lora_adapter": repo} if self.source.repo else None})
 
-    def sources(self) -> dict[str, TensorSource]:
-        """Its tensors to be written, by their names in the FlexMoE."""
-        return {name: source_from_tensor(name, tensor) for name, tensor in self.tensors.items()}
+    def sources(self, names: NameMap) -> dict[str, TensorSource]:
+        """The expert's tensors to be written, by their names in the FlexMoE."""
+        return {path: source_from_tensor(path, tensor) for path, tensor in self.tensors.items()}
 
     def _fill(
         self, factors: Mapping[str, Factors], scales: Mapping[str, float], anchor: DenseCheckpoint
