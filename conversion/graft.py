@@ -108,7 +108,7 @@ def graft(
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or no safetensors.
-        ValueError: the anchor cannot be one (see `DenseCheckpoint`), a fine-tune or an adapter is none of this anchor or
+        ValueError: the anchor cannot be one (see `DenseCheckpoint`), a fine-tune or adapter is none of this anchor or
             differs where it must not (see `FineTune`, `LoraAdapter`, `check_shared`), rows do not fit (see
             `router_tensors`), the public data has no text that fits, or `out` is or holds what is read.
     """

@@ -15,6 +15,7 @@ from torch import nn
 from flexmoe.modeling import FlexMoeConfig, experts_flexmoe
 
 EXPERT_STD = 0.02  # what the library's configs say for their own matrices
+FACTOR_STD = 0.1  # so that a product of two is as large as a matrix
 ROW_STD = 0.5  # at 32 dimensions: clear decisions, and no expert that is never chosen
 
 _row_of_zeros = experts_flexmoe.router_row
@@ -22,10 +23,19 @@ _row_of_zeros = experts_flexmoe.router_row
 
 @torch.no_grad()
 def _drawn_expert(ffn: nn.Module, record: Mapping[str, Any], *, layer: int, hidden_size: int) -> nn.Module:
-    expert = copy.deepcopy(ffn)
+    return _drawn(copy.deepcopy(ffn), EXPERT_STD)
+
+
+@torch.no_grad()
+def _drawn_low_rank_expert(ffn: nn.Module, record: Mapping[str, Any], *, layer: int, hidden_size: int) -> nn.Module:
+    expert = experts_flexmoe.low_rank_expert(ffn, record, layer=layer, hidden_size=hidden_size)
+    return _drawn(expert, FACTOR_STD)
+
+
+def _drawn(expert: nn.Module, std: float) -> nn.Module:
     for parameter in expert.parameters():
         if parameter.dim() > 1:
-            parameter.normal_(0.0, EXPERT_STD)
+            parameter.normal_(0.0, std)
     return expert
 
 
@@ -38,6 +48,7 @@ def _drawn_row(*args: Any, **kwargs: Any) -> nn.Linear:
 
 
 experts_flexmoe.EXPERT_KINDS["full"] = _drawn_expert
+experts_flexmoe.EXPERT_KINDS["low_rank"] = _drawn_low_rank_expert
 experts_flexmoe.router_row = _drawn_row
 
 

@@ -16,7 +16,8 @@ from tests import test_fsdp_mixin, test_modeling_common, test_tensor_parallel_mi
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 from tests.generation import test_utils
 
-EXPERTS = ["public", "math", "code", "legal"]
+LAYERS = 2  # of the tester's models
+EXPERTS = ["public", "math", {"name": "code", "kind": "low_rank", "rank": [4] * LAYERS}, "legal"]
 
 # The library knows by these names which classes have a loss, and by these sets which families are tried on processes.
 for module in (test_modeling_common, test_utils):
