@@ -34,6 +34,8 @@ WAY_OUT = (
     "then graft new_folder"
 )
 
+RELICS = f"If they are relics that transformers may leave out, write the checkpoint without them: {WAY_OUT}."
+
 
 class CheckpointNamesError(ValueError):
     """The tensors of a checkpoint are not those of its model; the message lists them."""
@@ -126,7 +128,7 @@ def match_names(stored_names: Iterable[str], model: PreTrainedModel) -> NameMatc
         if name in wanted and by_name.setdefault(name, stored) != stored:
             twice.append(f"{by_name[name]} and {stored} (both {name})")
     _refuse("stored twice", twice)
-    _refuse(f"that {type(model).__name__} does not have", unknown)
+    _refuse(f"that {type(model).__name__} does not have", unknown, RELICS)
     duplicates = _untangle_ties(by_name, model)
     _refuse(f"missing that {type(model).__name__} needs", _missing(by_name, wanted, model))
     return NameMatch({name: by_name[name] for name in wanted if name in by_name}, duplicates, ignored)
@@ -246,9 +248,9 @@ def _renamed(info: TensorInfo, name: str) -> TensorInfo:
     return TensorInfo(name, info.dtype, info.shape, info.nbytes)
 
 
-def _refuse(fault: str, names: Sequence[str]) -> None:
+def _refuse(fault: str, names: Sequence[str], way_out: str = "") -> None:
     if names:
-        raise CheckpointNamesError(f"{len(names)} tensor(s) {fault}: {listed(names, LISTED)}.")
+        raise CheckpointNamesError(f"{len(names)} tensor(s) {fault}: {listed(names, LISTED)}. {way_out}".rstrip())
 
 
 __all__ = ["CheckpointNamesError", "DenseCheckpoint", "NameMatch", "match_names", "read_dense_config"]

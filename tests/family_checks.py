@@ -1,7 +1,7 @@
 """What is promised of every dense family, as functions of a family's name: each raises AssertionError if it is not so.
 
-Run by `test_families` and by the program that writes `docs/families.md`. Does not cover which families there are
-(`families`).
+The name of a published model goes for a family's, too. Run by `test_families`, `test_named_models` and the program
+that writes `docs/families.md`. Does not cover which families (`families`) and models (`named_models`) there are.
 """
 
 import functools
@@ -19,15 +19,17 @@ from flexmoe.modeling.anchors_flexmoe import FfnSite
 from flexmoe.modeling.dense_flexmoe import CheckpointNamesError
 from flexmoe.testing import grown_flexmoe, random_tokens, realigned
 from tests.families import tiny_config
+from tests.named_models import NAMED_MODELS
 
 TOKENS = random_tokens(2, 9)
 
 
 @functools.lru_cache(maxsize=1)
 def anchor_of(family: str) -> PreTrainedModel:
-    """The family's random dense model; checks leave it as it is."""
+    """The random dense model of the family, or of the published model; checks leave it as it is."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    config = NAMED_MODELS[family].configuration() if family in NAMED_MODELS else tiny_config(family)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @torch.no_grad()

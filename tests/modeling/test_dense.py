@@ -114,6 +114,16 @@ def test_tensors_that_are_not_the_models_are_listed(
         DenseCheckpoint(rewrite(folder, change))
 
 
+def test_relics_that_transformers_leaves_out_are_refused_and_the_way_out_works(tmp_path: Path) -> None:
+    _, folder = saved("gpt2", tmp_path / "old")
+    plain = DenseCheckpoint(folder).stored
+    rewrite(folder, lambda t: {**t, "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)})
+    with pytest.raises(CheckpointNamesError, match=r"masked_bias\. If they are relics .*save_original_format=False"):
+        DenseCheckpoint(folder)
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "new", save_original_format=False)
+    assert DenseCheckpoint(tmp_path / "new").stored == plain
+
+
 def test_a_checkpoint_that_is_computed_while_loading_is_refused_and_the_way_out_works(tmp_path: Path) -> None:
     config = OlmoHybridConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,

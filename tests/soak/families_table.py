@@ -23,6 +23,7 @@ from flexmoe.modeling import build_on_meta  # noqa: E402 - the tests are no pack
 from flexmoe.modeling.norms_flexmoe import norm_follows_each_ffn  # noqa: E402
 from tests.families import EXCEPTIONS, HINTS, causal_lm_families, tiny_config  # noqa: E402
 from tests.family_checks import CHECKS  # noqa: E402
+from tests.named_models import markdown  # noqa: E402
 
 TABLE = ROOT / "docs" / "families.md"
 
@@ -44,6 +45,19 @@ experts are not divided by their sum by default (`norm_topk_prob`).
 | family | network | class | norm after | `norm_topk_prob` | checks passed |
 |---|---|---|---|---|---:|
 {rows}
+
+## Models by name
+
+Published models with an architecture of their own, and what of it is special. `make test` builds each in small with
+the keys and flags of its published config.json, grafts it from files as the Hub has them, compares the logits bit for
+bit, adds an expert, generates, removes it, and exports: to each format in the column with equal logits, to any other
+with an error ([export.md](export.md)). The flags were written from memory and from the code of transformers, without a
+look at the Hub; the last column says where the memory is weak. A repository that holds pickles only must be converted
+first: the error says how.
+
+| model | family | what is special | the same | exports | not certain |
+|---|---|---|---|---|---|
+{models}
 
 ## Exceptions
 
@@ -108,6 +122,7 @@ def table(rows: list[Row]) -> str:
         checks="\n".join(f"| {name} | {_first_line(check.__doc__)} |" for name, check in CHECKS.items()),
         count=len(rows),
         rows="\n".join(row.markdown() for row in rows),
+        models=markdown(),
         exceptions_count=len(exceptions),
         exceptions="\n".join(f"| `{family}` | {why} |" for family, why in exceptions.items()),
     )
