@@ -20,8 +20,16 @@ from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import expert_record
 from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.modeling.hub_flexmoe import ResolvedFolder
-from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, source_from_file
-from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk, TensorInfo, listed, same_bytes, tensor_bytes
+from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, finite_source, source_from_file
+from flexmoe.modeling.tensors_flexmoe import (
+    TORCH_DTYPES,
+    Chunk,
+    TensorInfo,
+    all_finite,
+    listed,
+    same_bytes,
+    tensor_bytes,
+)
 
 Shared = Literal["anchor", "average"]
 SHARED = ("anchor", "average")
@@ -76,13 +84,22 @@ class FineTune:
         return expert_record({"name": self.name, "training": {"dense_fine_tune": repo} if self.source.repo else None})
 
     def sources(self, names: NameMap) -> dict[str, TensorSource]:
-        """The expert's tensors to be written, by their names in the FlexMoE."""
+        """The expert's tensors to be written, by their names in the FlexMoE.
+
+        Drawing numbers that are not finite is a ValueError.
+        """
         paths = {dense_name: names.to_flexmoe(dense_name, self.name) for dense_name in self.dense.infos}
-        return {
-            path: source_from_file(self.dense.files, self.dense.stored[dense_name], path)
-            for dense_name, path in paths.items()
-            if names.is_ffn(dense_name)
-        }
+        return {path: self._source(name, path) for name, path in paths.items() if names.is_ffn(name)}
+
+    def _source(self, dense_name: str, name: str) -> TensorSource:
+        source = source_from_file(self.dense.files, self.dense.stored[dense_name], name)
+        if not TORCH_DTYPES[source.info.dtype].is_floating_point:
+            return source
+        fault = ValueError(
+            f"{self.dense.folder} ({self.name}): tensor {self.dense.stored[dense_name]!r} holds NaN or an infinity, "
+            "so it is no expert. Take an earlier checkpoint of that training, or leave it out."
+        )
+        return finite_source(source, fault)
 
     @classmethod
     def open(cls, name: str, source: ResolvedFolder, anchor: DenseCheckpoint, *, shared: Shared | None) -> FineTune:
@@ -122,7 +139,8 @@ def check_shared(anchor: DenseCheckpoint, fine_tunes: Sequence[FineTune], names:
 def averaged_source(name: str, dense_name: str, checkpoints: Sequence[DenseCheckpoint]) -> TensorSource:
     """The mean of the tensor `dense_name` over `checkpoints`, in float32 and rounded once, to be called `name`.
 
-    Integers and booleans cannot be averaged: the first checkpoint's are taken.
+    Integers and booleans cannot be averaged: the first checkpoint's are taken. Drawing a mean that is not finite is a
+    ValueError.
     """
     first = checkpoints[0].infos[dense_name]
     if not TORCH_DTYPES[first.dtype].is_floating_point:
@@ -135,7 +153,13 @@ def averaged_source(name: str, dense_name: str, checkpoints: Sequence[DenseCheck
         streams = [_chunks(checkpoint, dense_name) for checkpoint in checkpoints]
         for parts in zip(*streams, strict=True):  # files of one length are cut at the same places
             values = [torch.frombuffer(bytearray(part), dtype=dtype).to(wide) for part in parts]
-            yield tensor_bytes(torch.stack(values).mean(0).to(dtype))
+            mean = torch.stack(values).mean(0).to(dtype)
+            if not all_finite(mean):
+                raise ValueError(
+                    f"The mean of {dense_name!r} over the anchor and its fine-tunes holds NaN or an infinity. Choose "
+                    "--shared anchor (shared='anchor'), or leave out the fine-tune that has it."
+                )
+            yield tensor_bytes(mean)
 
     return TensorSource(info, chunks)
 

@@ -109,8 +109,11 @@ def graft(
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or no safetensors.
         ValueError: the anchor cannot be one (see `DenseCheckpoint`), a fine-tune or adapter is none of this anchor or
-            differs where it must not (see `FineTune`, `LoraAdapter`, `check_shared`), rows do not fit (see
-            `router_tensors`), the public data has no text that fits, or `out` is or holds what is read.
+            differs where it must not (see `FineTune`, `LoraAdapter`, `check_shared`) or holds numbers that are not
+            finite, rows do not fit (see `router_tensors`), the public data has no text that fits, or `out` is or
+            holds what is read.
+
+    The anchor's own numbers are copied and not looked at: a graft computes what the anchor computes, be it NaN.
     """
     if shared is not None and shared not in SHARED:
         raise ValueError(f"shared={shared!r}: must be one of {', '.join(SHARED)}, or None.")

@@ -34,12 +34,13 @@ from flexmoe.modeling.quantization_flexmoe import check_unquantized
 from flexmoe.modeling.tensor_writer_flexmoe import (
     MAX_SHARD_SIZE,
     TensorSource,
+    finite_source,
     source_from_file,
     source_from_part,
     source_from_tensor,
     write_checkpoint,
 )
-from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, CheckpointFolder, TensorInfo, fingerprint
+from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, CheckpointFolder, TensorInfo, all_finite, fingerprint
 
 FLEX_OLMO = FORMATS["flex_olmo"]
 MODEL_FOLDER = "model"
@@ -140,7 +141,7 @@ class FlexOlmoCheckpoint:
             files=files,
             sites=sites,
             shapes=_network_shapes(dense, sites[0]),
-            rows=[files.read(FLEX_OLMO.gate_name(site)).float() for site in sites],
+            rows=[_finite_rows(files, site) for site in sites],
             biases=[_effective_bias(files, site, config.num_experts) for site in sites],
         )
 
@@ -261,6 +262,14 @@ def _shape(shape: Sequence[int] | None) -> str:
     return "none (there is no such tensor)" if shape is None else str(list(shape))
 
 
+def _finite_rows(files: CheckpointFolder, site: FfnSite) -> Tensor:
+    """A layer's rows, float32 [E, H]; one that is not finite would take every token, or none."""
+    rows_EH = files.read(FLEX_OLMO.gate_name(site)).float()
+    if not all_finite(rows_EH):
+        raise ValueError(f"{files.folder}: tensor {FLEX_OLMO.gate_name(site)!r} holds NaN or an infinity.")
+    return rows_EH
+
+
 def _effective_bias(files: CheckpointFolder, site: FfnSite, experts: int) -> Tensor:
     """min(bias, 0) of a layer's gate, float32 [E]; zeros where none is stored."""
     if _bias_name(site) not in files.infos:
@@ -310,7 +319,13 @@ def _package_sources(stored: FlexOlmoCheckpoint, expert: int) -> Iterator[Tensor
     for layer, site in enumerate(stored.sites):
         at = f"layers.{site.index}"
         for name in stored.shapes:
-            yield stored.matrix(layer, expert, name, f"{at}.ffn.{name}")
+            yield finite_source(
+                stored.matrix(layer, expert, name, f"{at}.ffn.{name}"),
+                ValueError(
+                    f"{stored.folder}: expert {expert} holds NaN or an infinity, in {name} of layer {site.index}. "
+                    "Fetch the checkpoint again; if it is as published, that expert is none."
+                ),
+            )
         for name, value in stored.row(layer, expert).items():
             yield source_from_tensor(f"{at}.router.{name}", value)
 

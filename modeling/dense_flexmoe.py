@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
 )
 
 from .anchors_flexmoe import FfnSite, UnsupportedAnchorError, build_on_meta
+from .configuration_flexmoe import ExpertPackageConfig
 from .tensors_flexmoe import CheckpointFolder, TensorInfo, listed, same_bytes
 
 LISTED = 12  # tensors in a message
@@ -223,6 +224,7 @@ def read_dense_config(folder: Path) -> PreTrainedConfig:
     Raises:
         FileNotFoundError: no config.json.
         UnsupportedAnchorError: it is a FlexMoE or quantised, or transformers does not know its model type.
+        ValueError: it is an expert package.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -230,6 +232,8 @@ def read_dense_config(folder: Path) -> PreTrainedConfig:
     raw, _ = PreTrainedConfig.get_config_dict(folder)
     if raw.get("model_type") == "flexmoe":
         raise UnsupportedAnchorError(f"{folder} is a FlexMoE already: train experts for it, or add packages to it.")
+    if raw.get("model_type") == ExpertPackageConfig.model_type:
+        raise ExpertPackageConfig.error(folder)
     if raw.get("quantization_config"):
         raise UnsupportedAnchorError(
             f"{folder} is quantised ({raw['quantization_config'].get('quant_method', 'unknown method')}); an anchor's "

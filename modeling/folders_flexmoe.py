@@ -63,6 +63,7 @@ def atomic_folder(out: str | Path, overwrite: bool = False, *, durable: bool = T
 
     Raises:
         FileExistsError, NotADirectoryError, ValueError: see `check_new_folder`, before the block runs.
+        OSError: the disk is full, or a quota is used up; says where.
     """
     target = check_new_folder(out, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -76,8 +77,10 @@ def atomic_folder(out: str | Path, overwrite: bool = False, *, durable: bool = T
         _put_in_place(temporary, target, overwrite)
         if durable:
             _sync(target.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_is_full(target, error.errno) from error
         raise
 
 
@@ -133,6 +136,15 @@ def _allowed_roots(folder: Path) -> list[Path]:
         if ancestor.parent.name == "snapshots" and ancestor.parent.parent.name.startswith("models--"):
             roots.append(ancestor.parent.parent / "blobs")
     return roots
+
+
+def _disk_is_full(target: Path, code: int) -> OSError:
+    """What the system says when a write fails names neither the file nor the way out."""
+    return OSError(
+        code,
+        f"{os.strerror(code)} for {target}, of which nothing is left. Make room (a folder that is overwritten stays "
+        "until the new one is whole), or choose another output folder.",
+    )
 
 
 def _temporary_path(target: Path) -> Path:

@@ -27,8 +27,8 @@ from .configuration_flexmoe import ExpertPackageConfig
 from .folders_flexmoe import atomic_folder, file_inside
 from .json_flexmoe import json_text, read_json_object
 from .manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, ExpertManifest, PackageError
-from .tensor_writer_flexmoe import TensorSource, source_from_tensor, write_checkpoint
-from .tensors_flexmoe import TORCH_DTYPES, Chunk, TensorFile, TensorInfo, tensor_from_chunks
+from .tensor_writer_flexmoe import TensorSource, finite_source, source_from_tensor, write_checkpoint
+from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, all_finite, tensor_from_chunks
 
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
@@ -111,8 +111,8 @@ class ExpertPackage:
             if held is not None:
                 yield held
             tensor = tensor_from_chunks(info, _hashed(file.chunks(info.name), digest))
-            if not _all_finite(tensor):
-                raise PackageError(f"{file.path}: tensor {info.name!r} holds NaN or an infinity.")
+            if not all_finite(tensor):
+                raise _not_finite(file.path, info.name)
             held = info.name, tensor
         if digest.hexdigest() != sha256:
             raise PackageError(
@@ -156,7 +156,7 @@ def stream_package(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """`write_package` of tensors that lie elsewhere: one of them is in memory at a time.
+    """`write_package` of tensors that lie elsewhere: a few chunks are in memory at a time.
 
     Args:
         progress: called with the number of bytes just written.
@@ -167,7 +167,7 @@ def stream_package(
     if len(infos) != len(sources):
         raise PackageError(f"{out}: a tensor name is given twice.")
     _check_infos(str(out), manifest, infos)
-    checked = [_finite(source, str(out)) for source in sources]
+    checked = [finite_source(source, _not_finite(out, source.info.name)) for source in sources]
     with atomic_folder(out, overwrite) as folder:
         written = write_checkpoint(folder, checked, stem="expert", hash_files=True, progress=progress)
         manifest = replace(manifest, sha256={name: digest or "" for name, digest in written.files.items()})
@@ -262,22 +262,8 @@ def _hashed(chunks: Iterable[memoryview], digest: "hashlib._Hash") -> Iterator[m
         yield chunk
 
 
-def _finite(source: TensorSource, where: str) -> TensorSource:
-    """The same tensor, refused where it is read if a number in it is not finite."""
-
-    def chunks() -> Iterator[Chunk]:
-        tensor = tensor_from_chunks(source.info, source.chunks())
-        if not _all_finite(tensor):
-            raise PackageError(f"{where}: tensor {source.info.name!r} holds NaN or an infinity.")
-        yield from source_from_tensor(source.info.name, tensor).chunks()
-
-    return TensorSource(source.info, chunks)
-
-
-def _all_finite(tensor: torch.Tensor) -> bool:
-    if tensor.element_size() == 1:  # torch has no isfinite for the eight-bit floats
-        return all(bool(part.float().isfinite().all()) for part in tensor.detach().reshape(-1).split(1 << 24))
-    return bool(tensor.detach().isfinite().all())
+def _not_finite(where: str | Path, name: str) -> PackageError:
+    return PackageError(f"{where}: tensor {name!r} holds NaN or an infinity.")
 
 
 @contextmanager

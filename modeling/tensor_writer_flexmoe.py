@@ -27,6 +27,7 @@ from .tensors_flexmoe import (
     Chunk,
     TensorFile,
     TensorInfo,
+    all_finite,
     expected_bytes,
     tensor_bytes,
     tensor_info,
@@ -92,6 +93,20 @@ def source_from_part(
     if not 0 <= start < stop <= stored.nbytes:
         raise ValueError(f"{file.path}: {name!r} of shape {list(stored.shape)} has no part {index} of {list(shape)}.")
     return TensorSource(info, lambda: file.chunks(name, start=start, stop=stop))
+
+
+def finite_source(source: TensorSource, error: Exception) -> TensorSource:
+    """The same floating-point tensor; while it is drawn, a number that is NaN or an infinity raises `error`."""
+
+    def chunks() -> Iterator[Chunk]:
+        for chunk in source.chunks():
+            if len(chunk) and not all_finite(
+                torch.frombuffer(bytearray(chunk), dtype=TORCH_DTYPES[source.info.dtype])
+            ):
+                raise error
+            yield chunk
+
+    return TensorSource(source.info, chunks)
 
 
 def write_checkpoint(
@@ -334,6 +349,7 @@ __all__ = [
     "MAX_SHARD_SIZE",
     "TensorSource",
     "WrittenCheckpoint",
+    "finite_source",
     "source_from_file",
     "source_from_part",
     "source_from_tensor",

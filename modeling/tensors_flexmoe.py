@@ -282,7 +282,10 @@ def _check_entry(name: str, entry: Any, data_bytes: int, path: str | Path) -> tu
         raise fault("data_offsets must be two byte positions.")
     begin, end = offsets
     if not begin <= end <= data_bytes:
-        raise fault(f"data_offsets {begin:,} to {end:,} lie outside the {data_bytes:,} bytes of data.")
+        raise fault(
+            f"data_offsets {begin:,} to {end:,} lie outside the {data_bytes:,} bytes of data. If the file was cut "
+            "off, fetch it again."
+        )
     if expected_bytes(dtype, shape) != end - begin:
         raise fault(f"{dtype} {shape} does not take {end - begin:,} bytes.")
     return TensorInfo(name, dtype, tuple(shape), end - begin), begin
@@ -339,11 +342,21 @@ def _check_index(index: Path, weight_map: Mapping[str, str], file_of: Mapping[st
     actual = {name: file.path.name for name, file in file_of.items()}
     wrong = sorted(name for name in weight_map.keys() | actual.keys() if weight_map.get(name) != actual.get(name))
     if wrong:
-        name = wrong[0]
+        said, found = weight_map.get(wrong[0]), actual.get(wrong[0])
+        told = f"puts {wrong[0]!r} in {said}" if said else f"does not name {wrong[0]!r}"
+        seen = f"it is in {found}" if found else "no file has it"
         raise ValueError(
-            f"{index} puts {name!r} in {weight_map.get(name)}, but it is in {actual.get(name)} "
-            f"({len(wrong)} tensors differ). Write the index again, or fetch the checkpoint again."
+            f"{index} {told}, but {seen} ({len(wrong)} tensors differ). Fetch the checkpoint again, or write it anew."
         )
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of a floating-point tensor is NaN or an infinity."""
+    flat = tensor.detach().reshape(-1)
+    if flat.element_size() == 1:  # torch neither adds up the eight-bit floats nor looks for infinities in them
+        return all(bool(part.float().isfinite().all()) for part in flat.split(1 << 24))
+    # A finite sum proves it in a tenth of the time of looking at each; one that is not may have run over.
+    return bool(flat.sum().isfinite()) or bool(flat.isfinite().all())
 
 
 def same_bytes(ours: Iterable[memoryview], theirs: Iterable[memoryview]) -> bool:
@@ -365,6 +378,7 @@ __all__ = [
     "Chunk",
     "TensorFile",
     "TensorInfo",
+    "all_finite",
     "expected_bytes",
     "fingerprint",
     "listed",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexmoe.conversion.graft import graft
@@ -165,6 +166,50 @@ def test_another_dtype_names_the_way_out(anchor: Path, tmp_path: Path) -> None:
     other = saved(tmp_path / "other", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=re.escape("from_pretrained(folder, dtype=...)")):
         graft(anchor, tmp_path / "out", {"math": other})
+
+
+def test_fine_tunes_of_a_mixed_checkpoint_are_mixed_alike(tmp_path: Path) -> None:
+    def mixed(folder: Path) -> Path:
+        tensors = {name: t.bfloat16() if ".mlp." in name else t for name, t in stored(folder).items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    anchor, alike = mixed(saved(tmp_path / "anchor")), mixed(tune(tmp_path / "alike"))
+    tensors = stored(graft(anchor, tmp_path / "out", {"math": alike}))
+    assert {t.dtype for name, t in tensors.items() if ".experts." in name} == {torch.bfloat16}
+    with pytest.raises(ValueError, match=r"is not stored as .*F32 .*the anchor's is BF16"):
+        graft(anchor, tmp_path / "none", {"math": tune(tmp_path / "other")})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numbers_that_are_not_finite_are_no_expert(number: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    def broken(model: PreTrainedModel) -> None:
+        model.model.layers[1].mlp.up_proj.weight.data[3, 5] = number
+
+    anchor, math = saved(tmp_path / "anchor", dtype=dtype), tune(tmp_path / "math", broken)
+    saved(math, "llama", broken, dtype=dtype)
+    with pytest.raises(ValueError, match=r"math \(math\): tensor 'model\.layers\.1\.mlp\.up_proj\.weight' holds NaN"):
+        graft(anchor, tmp_path / "out", {"math": math})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["anchor", "math"]
+
+
+def test_large_numbers_are_numbers(tmp_path: Path) -> None:
+    def large(model: PreTrainedModel) -> None:
+        model.model.layers[0].mlp.up_proj.weight.data.fill_(3e38)  # their sum is no number
+
+    anchor, math = saved(tmp_path / "anchor"), saved(tmp_path / "math", "llama", large)
+    assert graft(anchor, tmp_path / "out", {"math": math}).is_dir()
+
+
+def test_a_mean_that_is_not_finite_names_the_way_out(anchor: Path, tmp_path: Path) -> None:
+    def broken(model: PreTrainedModel) -> None:
+        model.model.norm.weight.data[0] = float("nan")
+
+    math = tune(tmp_path / "math", broken)
+    with pytest.raises(ValueError, match=r"mean of 'model\.norm\.weight' .* --shared anchor"):
+        graft(anchor, tmp_path / "out", {"math": math}, shared="average")
+    assert graft(anchor, tmp_path / "out", {"math": math}, shared="anchor").is_dir()
 
 
 @pytest.mark.parametrize(

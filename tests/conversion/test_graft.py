@@ -171,6 +171,35 @@ def test_the_anchors_precision_is_kept(stored_dtype: torch.dtype, tmp_path: Path
         assert torch.equal(grafted(tokens).logits, model(tokens).logits)
 
 
+def test_a_checkpoint_of_mixed_dtypes_is_kept_as_it_is(llama: Path, tmp_path: Path) -> None:
+    tensors = {
+        name: tensor if "norm" in name else tensor.bfloat16()
+        for name, tensor in load_file(llama / "model.safetensors").items()
+    }
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    config = config_of(llama)
+    del config["dtype"]  # then the library goes by the tensors
+    (llama / "config.json").write_text(json.dumps(config))
+    out = graft(llama, tmp_path / "out")
+    written = {name.removeprefix("anchor.").replace(".experts.public.", "."): t for name, t in stored(out).items()}
+    assert {t.dtype for t in tensors.values()} == {torch.float32, torch.bfloat16}
+    assert all(written[name].dtype == t.dtype and torch.equal(written[name], t) for name, t in tensors.items())
+    assert config_of(out)["anchor"]["dtype"] == "mixed"
+    tokens = random_tokens(2, 16)
+    grafted, anchor = (AutoModelForCausalLM.from_pretrained(folder) for folder in (out, llama))
+    with torch.no_grad():
+        assert torch.equal(grafted(tokens).logits, anchor(tokens).logits)
+
+
+def test_an_anchors_own_numbers_are_not_looked_at(llama: Path, tmp_path: Path) -> None:
+    tensors = load_file(llama / "model.safetensors")
+    tensors["model.embed_tokens.weight"][0] = float("nan")  # a row that no token uses
+    save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
+    grafted = AutoModelForCausalLM.from_pretrained(graft(llama, tmp_path / "out"))
+    with torch.no_grad():
+        assert grafted(random_tokens(2, 16)).logits.isfinite().all()
+
+
 def test_settings_reach_the_configuration(llama: Path, tmp_path: Path) -> None:
     plain = config_of(graft(llama, tmp_path / "plain"))
     assert (plain["norm_topk_prob"], plain["num_experts_per_tok"]) == (True, 4)  # Llama: no norm follows its FFN

@@ -1,4 +1,4 @@
-"""Published models by name, in small: grafted from files as they are published, given an expert, exported, restored."""
+"""Published models by name, in small: grafted from files as published, given an expert, exported, and restored."""
 
 import json
 import re

@@ -1,5 +1,6 @@
 """Folders appear whole or not at all, and nothing outside is read or deleted."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -59,6 +60,12 @@ class TestAtomicFolder:
         write(tmp_path / "out", "new", overwrite=True)
         assert text_in(tmp_path / "out") == "new"
         assert os.listdir(tmp_path) == ["out"]
+
+    def test_a_full_disk_is_named_with_the_way_out(self, tmp_path: Path) -> None:
+        message = r"No space left .* for .*/out, of which nothing is left\. Make room"
+        with pytest.raises(OSError, match=message), atomic_folder(tmp_path / "out"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        assert os.listdir(tmp_path) == []
 
     def test_without_the_exchange_of_linux(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(folders_flexmoe, "_exchange", lambda one, other: False)

@@ -1,0 +1,262 @@
+"""Bad input to graft, export, import and compose: exit code 1, one paragraph that says what, and nothing half-written.
+
+Does not cover what each library function refuses by itself (`tests/conversion`), nor damaged packages
+(`tests/modeling/test_packages.py`).
+"""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, FlexOlmoConfig, MixtralConfig
+
+from flexmoe.conversion.graft import graft
+from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.testing import perturb_expert, tiny_anchor
+from flexmoe_cli import main
+
+SHARDS = "30KB"
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What every command reads, each in several shards."""
+    folder = tmp_path_factory.mktemp("originals")
+    for seed, name in enumerate(("anchor", "tuned")):
+        tiny_anchor("llama", seed).save_pretrained(folder / name, max_shard_size=SHARDS)
+    torch.manual_seed(0)
+    flex_olmo = AutoModelForCausalLM.from_config(FlexOlmoConfig(**SIZES, num_experts=2, num_experts_per_tok=2))
+    flex_olmo.save_pretrained(folder / "flex-olmo", max_shard_size=SHARDS)
+    graft(folder / "anchor", folder / "grafted", max_shard_size=30_000)
+    model = FlexMoeForCausalLM.from_pretrained(folder / "grafted")
+    model.add_expert_copy("math")
+    perturb_expert(model, "math")
+    for block in model.flexmoe_blocks():
+        torch.nn.init.zeros_(block.router["math"].bias)
+    model.save_expert("math", folder / "math")
+    model.save_pretrained(folder / "merged", max_shard_size=SHARDS)
+    BertLMHeadModel(BertConfig(**SIZES, is_decoder=True)).save_pretrained(folder / "bert")
+    mixtral = MixtralConfig(**SIZES, num_key_value_heads=4, num_local_experts=2)
+    AutoModelForCausalLM.from_config(mixtral).save_pretrained(folder / "mixtral")
+    tiny_anchor("qwen3").save_pretrained(folder / "qwen3")
+    graft(folder / "qwen3", folder / "grafted-qwen3")
+    return folder
+
+
+@pytest.fixture
+def world(originals: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of all that, to be damaged; also the working directory."""
+    shutil.copytree(originals, tmp_path / "world")
+    monkeypatch.chdir(tmp_path / "world")
+    return tmp_path / "world"
+
+
+# The commands, and which folder of theirs is damaged.
+READS = {
+    "graft": ("graft anchor", "anchor"),
+    "graft --expert": ("graft anchor --expert math=tuned --shared anchor", "tuned"),
+    "compose": ("compose grafted math", "grafted"),
+    "export dense": ("export merged --to dense --expert math", "merged"),
+    "export mixtral": ("export merged --to mixtral", "merged"),
+    "import": ("import flex-olmo --names public,math", "flex-olmo"),
+}
+
+
+def refusal(line: str, capsys: pytest.CaptureFixture[str], out: str = "out") -> str:
+    """The one paragraph that a command fails with; it has left nothing, and changed nothing."""
+    before = listing(Path())
+    capsys.readouterr()
+    assert main([*line.split(), "--out", out]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (error,) = [text for text in printed.err.splitlines() if "Loading" not in text and "Writing" not in text]
+    assert error.startswith("Error: ")
+    assert "not foreseen" not in error
+    assert error.endswith("."), "a whole sentence"
+    assert listing(Path()) == before
+    return error
+
+
+def listing(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def shards(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("model-*.safetensors"))
+    assert len(found) >= 2
+    return found
+
+
+def rewrite_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None:
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    change(content["weight_map"])
+    index.write_text(json.dumps(content))
+
+
+def lose_a_shard(folder: Path) -> None:
+    shards(folder)[-1].unlink()
+
+
+def cut_a_shard(folder: Path) -> None:
+    path = shards(folder)[0]
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap_two_in_the_index(folder: Path) -> None:
+    def swap(weight_map: dict[str, str]) -> None:
+        first = min(weight_map)
+        weight_map[first] = next(name for name in weight_map.values() if name != weight_map[first])
+
+    rewrite_index(folder, swap)
+
+
+def index_what_is_not_there(folder: Path) -> None:
+    rewrite_index(folder, lambda weight_map: weight_map.update(phantom=max(weight_map.values())))
+
+
+def leave_out_of_the_index(folder: Path) -> None:
+    rewrite_index(folder, lambda weight_map: weight_map.pop(min(weight_map)))
+
+
+def store_one_twice(folder: Path) -> None:
+    first, second = shards(folder)[:2]
+    stolen = load_file(first).popitem()
+    save_file({**load_file(second), stolen[0]: stolen[1]}, second, metadata={"format": "pt"})
+
+
+def claim_other_sizes(folder: Path) -> None:
+    path = folder / "config.json"
+    text, count = re.subn(r'"intermediate_size": \d+', '"intermediate_size": 80', path.read_text())
+    assert count == 1
+    path.write_text(text)
+
+
+def garble_the_config(folder: Path) -> None:
+    (folder / "config.json").write_text("{")
+
+
+DAMAGES: dict[Callable[[Path], None], str] = {
+    lose_a_shard: r"the index names model-\S+\.safetensors, which is not there\. Fetch it again",
+    cut_a_shard: r"model-00001-of-\S+: .* lie outside the [\d,]+ bytes of data\. If the file was cut off, fetch it",
+    swap_two_in_the_index: r"index\.json puts '\S+' in model-\S+, but it is in model-\S+ .*Fetch the checkpoint again",
+    index_what_is_not_there: r"index\.json puts 'phantom' in model-\S+, but no file has it",
+    leave_out_of_the_index: r"index\.json does not name '\S+', but it is in model-\S+",
+    store_one_twice: r"'\S+' is in two files, \S+ and \S+",
+    claim_other_sizes: r"whose shape is not the configuration's|intermediate_size|has shape|its shape is",
+    garble_the_config: r"config\.json",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("command", READS)
+def test_damaged_folders(command: str, damage: Callable[[Path], None], world: Path, capsys) -> None:
+    line, folder = READS[command]
+    damage(world / folder)
+    error = refusal(line, capsys)
+    assert re.search(DAMAGES[damage], error), error
+    # compose holds the package against the config, so the first that does not fit is the package's tensor
+    assert ("math" if (command, damage) == ("compose", claim_other_sizes) else folder) in error
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("graft bert", "no list of decoder layers with a feed-forward network in each"),
+        ("graft mixtral", "mixture of experts already"),
+        ("graft grafted", "FlexMoE already"),
+        ("graft math", "is an expert package"),
+        ("graft anchor --expert math=qwen3", r"not a fine-tune of .*model_type \('qwen3', the anchor's is 'llama'\)"),
+        ("graft anchor --expert math=math", "is an expert package"),
+        ("compose anchor math", "'llama' model, not a FlexMoE. Make one of it with `flexmoe graft`"),
+        ("compose grafted-qwen3 math", "fingerprint"),
+        ("compose grafted anchor", "not an expert package"),
+        ("export anchor --to dense --expert public", "'llama' model, not a FlexMoE"),
+        ("export merged --to qwen3_moe", "qwen3_moe is for anchors of type qwen3; .* --to mixtral"),
+        ("export merged --to gguf", "no format 'gguf'"),
+        ("import anchor --names public,math", "'llama' model; imported are 'flex_olmo' ones"),
+        ("import mixtral --names public,math", "'mixtral' model; imported are 'flex_olmo' ones"),
+    ],
+)
+def test_the_wrong_architecture(line: str, fault: str, world: Path, capsys) -> None:
+    assert re.search(fault, error := refusal(line, capsys)), error
+
+
+def break_one_number(folder: Path, pattern: str, number: float) -> str:
+    """Puts `number` into a tensor that the pattern fits; its name."""
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors = load_file(path)
+        for name in sorted(tensors):
+            if re.search(pattern, name):
+                tensors[name].view(-1)[7] = number
+                save_file(tensors, path, metadata={"format": "pt"})
+                return name
+    raise AssertionError(f"no tensor {pattern}")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    ("command", "pattern", "fault"),
+    [
+        ("graft --expert", r"mlp\.down_proj", "tensor '{name}' holds NaN or an infinity, so it is no expert"),
+        ("export mixtral", r"router\.math\.weight", "a router row holds numbers that are not finite"),
+        ("import", r"experts\.1\.up_proj", "expert 1 holds NaN or an infinity, in up_proj.weight of layer"),
+        ("import", r"mlp\.gate\.weight", "tensor '{name}' holds NaN or an infinity"),
+    ],
+)
+def test_numbers_that_are_not_finite(
+    command: str, pattern: str, fault: str, number: float, world: Path, capsys
+) -> None:
+    line, folder = READS[command]
+    name = break_one_number(world / folder, pattern, number)
+    error = refusal(line, capsys)
+    assert fault.format(name=name) in error
+    assert folder in error or command.startswith("export")
+
+
+@pytest.mark.parametrize("command", READS)
+def test_an_output_that_exists(command: str, world: Path, capsys) -> None:
+    line, folder = READS[command]
+    Path("out").mkdir()
+    Path("out", "mine.txt").write_text("kept")
+    assert "exists already. Choose another output folder, or pass --overwrite" in refusal(line, capsys)
+    if command != "compose":  # which may replace the model that it reads
+        assert "which is read. Choose another output folder" in refusal(f"{line} --overwrite", capsys, out=folder)
+    Path("file").write_text("kept")
+    assert "is a file, not a folder" in refusal(f"{line} --overwrite", capsys, out="file")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB; where none can be mounted (that takes root), the test is skipped."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("command", READS)
+def test_a_disk_that_is_full(command: str, world: Path, small_disk: Path, capsys) -> None:
+    line, _ = READS[command]
+    error = refusal(line, capsys, out=str(small_disk / "out"))
+    assert f"No space left on device for {small_disk / 'out'}, of which nothing is left. Make room" in error
+    assert list(small_disk.iterdir()) == []
