@@ -113,7 +113,14 @@ def export(
     exported = TARGETS[to](stored, Choices(expert, drop_bias, densify))
     durable = overwrite  # a new folder can be made again; one that replaces another must not be lost with it
     with atomic_folder(target, overwrite, durable=durable) as folder:
-        write_checkpoint(folder, exported.sources, max_shard_size=max_shard_size, flush=durable, progress=progress)
+        write_checkpoint(
+            folder,
+            exported.sources,
+            max_shard_size=max_shard_size,
+            concurrent=True,
+            flush=durable,
+            progress=progress,
+        )
         copy_companions(stored.folder, folder)
         values = {**json.loads(exported.config.to_json_string()), **exported.aliases}
         (folder / CONFIG_FILE).write_text(json_text(values), encoding="utf-8")  # last: without it nothing loads

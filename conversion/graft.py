@@ -152,6 +152,7 @@ def graft(
             _sources(model, dense, names, grafted, averaged, rows),
             max_shard_size=max_shard_size,
             hash_tensors=fingerprint,
+            concurrent=True,
             flush=durable,
             progress=progress,
         )

@@ -289,7 +289,13 @@ def _write_model(
     names = NameMap(list(stored.sites))
     sources = list(_model_sources(model, stored, names))
     written = write_checkpoint(
-        folder, sources, max_shard_size=max_shard_size, hash_tensors=True, flush=False, progress=progress
+        folder,
+        sources,
+        max_shard_size=max_shard_size,
+        hash_tensors=True,
+        concurrent=True,
+        flush=False,
+        progress=progress,
     )
     config = model.config
     config.anchor = _anchor_record(stored, names, [source.info for source in sources], written.tensor_sha256)

@@ -21,6 +21,10 @@ from .anchors_flexmoe import FfnSite, build_on_meta
 _seen: dict[str, bool] = {}
 
 
+class _Answered(BaseException):
+    """Ends the forward pass: what the layers after this one do changes nothing any more."""
+
+
 def norm_follows_each_ffn(anchor_config: PreTrainedConfig) -> bool:
     """Whether in every decoder layer a norm takes the output of the feed-forward network, and nothing else.
 
@@ -40,6 +44,8 @@ def _see(anchor_config: PreTrainedConfig) -> bool:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _watching(dense, sites) as taken_by_norm:
         try:
             dense(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+        except _Answered:
+            return False
         except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(
                 f"Cannot see whether a norm follows the feed-forward networks of {type(dense).__name__}: its forward "
@@ -50,7 +56,10 @@ def _see(anchor_config: PreTrainedConfig) -> bool:
 
 @contextlib.contextmanager
 def _watching(dense: nn.Module, sites: list[FfnSite]) -> Iterator[set[str]]:
-    """Follows each network's output through its layer; yields the layers where a norm receives it as it is."""
+    """Follows each network's output through its layer; yields the layers where a norm receives it as it is.
+
+    At the end of the first layer where none does, it raises _Answered.
+    """
     taken_by_norm: set[str] = set()
     handles = []
     for site in sites:
@@ -69,9 +78,15 @@ def _watching(dense: nn.Module, sites: list[FfnSite]) -> Iterator[set[str]]:
             elif "norm" in type(module).__name__.lower():
                 taken_by_norm.add(layer)
 
-        network = dense.get_submodule(f"{site.layer}.{site.attributes[-1]}")
-        for module in dense.get_submodule(site.layer).children():
+        def check(_module: nn.Module, _args: tuple, _output: Any, layer: str = site.layer) -> None:
+            if layer not in taken_by_norm:
+                raise _Answered
+
+        whole = dense.get_submodule(site.layer)
+        network = whole.get_submodule(site.attributes[-1])
+        for module in whole.children():
             handles.append(module.register_forward_hook(remember if module is network else follow))
+        handles.append(whole.register_forward_hook(check))
     try:
         yield taken_by_norm
     finally:

@@ -117,6 +117,7 @@ def write_checkpoint(
     max_shard_size: int = MAX_SHARD_SIZE,
     hash_tensors: bool = False,
     hash_files: bool = False,
+    concurrent: bool = False,
     flush: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> WrittenCheckpoint:
@@ -130,16 +131,20 @@ def write_checkpoint(
 
     Args:
         hash_files: also compute SHA-256 of each whole file, in a thread beside the writing.
-        hash_tensors: also compute SHA-256 of each tensor's bytes. Without `hash_files`, several threads then each
-            stream a tensor of their own, so the sources are drawn from at the same time.
+        hash_tensors: also compute SHA-256 of each tensor's bytes.
+        concurrent: let several threads each stream a tensor of their own. Sources are then drawn from at the same
+            time, so they may share nothing that changes; not with `hash_files`, whose bytes come in order.
         flush: send the bytes to the disk on the way, for a folder that is to be `durable`.
         progress: called with the number of bytes just written.
 
     Raises:
-        ValueError: no sources, a name twice, an unknown dtype, or a source with more or fewer bytes than it says.
+        ValueError: no sources, a name twice, an unknown dtype, a source with more or fewer bytes than it says, or
+            `concurrent` with `hash_files`.
         FileExistsError: a file of that name is there.
     """
     _check_sources(sources, max_shard_size)
+    if concurrent and hash_files:
+        raise ValueError("concurrent=True writes a file in no order, so hash_files=True cannot go with it.")
     shards = _deal_to_shards(sources, max_shard_size)
     files: dict[str, str | None] = {}
     tensor_sha256: dict[str, str] = {}
@@ -148,11 +153,11 @@ def write_checkpoint(
         with (
             open(Path(folder, name), "xb") as file,
             _Flusher(file) as flusher,
-            _Hasher(hash_tensors and hash_files, hash_files) as hasher,
+            _Hasher(hash_tensors and not concurrent, hash_files) as hasher,
         ):
             listeners = [*([flusher.written] if flush else []), *([progress] if progress else [])]
-            if hash_tensors and not hash_files:
-                tensor_sha256.update(_write_file_in_threads(file, shard, listeners))
+            if concurrent:
+                tensor_sha256.update(_write_file_in_threads(file, shard, listeners, hash_tensors))
             else:
                 _write_file(file, shard, listeners, hasher)
         files[name] = hasher.file_sha256() if hash_files else None
@@ -262,21 +267,22 @@ def _write_file(
 
 
 def _write_file_in_threads(
-    file: BinaryIO, shard: Sequence[TensorSource], listeners: Sequence[Callable[[int], None]]
+    file: BinaryIO, shard: Sequence[TensorSource], listeners: Sequence[Callable[[int], None]], hash_tensors: bool
 ) -> dict[str, str]:
-    """Writes a file and returns its tensors' SHA-256, which is slower than the page cache and cannot be shared out: so
-    each thread reads, writes and hashes a tensor of its own, at its own place in the file."""
+    """Writes a file and returns its tensors' SHA-256, if asked for. One thread is slower than the page cache, and a
+    hash cannot be shared out: so each reads, writes and hashes a tensor of its own, at its own place in the file."""
     header = _header_bytes([source.info for source in shard])
     descriptor, told = file.fileno(), Lock()
     os.pwrite(descriptor, header, 0)
 
     def stream(source: TensorSource, position: int) -> str:
-        digest, end = hashlib.sha256(), position + source.info.nbytes
+        digest, end = hashlib.sha256(), position + source.info.nbytes  # of nothing, where it is not asked for
         for chunk in source.chunks():
             if position + len(chunk) > end:
                 raise _wrong_size(source.info, position + len(chunk) - end + source.info.nbytes)
             _write_at(descriptor, chunk, position)
-            digest.update(chunk)
+            if hash_tensors:
+                digest.update(chunk)
             position += len(chunk)
             with told:
                 for listener in listeners:
@@ -289,7 +295,8 @@ def _write_file_in_threads(
     pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="flexmoe-stream")
     try:
         jobs = [pool.submit(stream, source, position) for source, position in zip(shard, positions, strict=False)]
-        return {source.info.name: job.result() for source, job in zip(shard, jobs, strict=True)}
+        digests = {source.info.name: job.result() for source, job in zip(shard, jobs, strict=True)}
+        return digests if hash_tensors else {}
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from flexmoe.modeling.json_flexmoe import MAX_JSON_BYTES
 from flexmoe.modeling.tensor_writer_flexmoe import (
@@ -160,16 +160,23 @@ class TestWriting:
 
     def test_hashes_are_right_and_only_made_when_asked_for(self, tmp_path: Path) -> None:
         tensors = {"big": torch.randn(CHUNK_BYTES), "small": torch.ones(1)}
-        for folder, tensors_too, files_too in (
-            ("a", True, False),
-            ("b", False, True),
-            ("c", True, True),
-            ("d", False, False),
+        for folder, tensors_too, files_too, concurrent in (
+            ("a", True, False, False),
+            ("b", False, True, False),
+            ("c", True, True, False),
+            ("d", False, False, False),
+            ("e", True, False, True),
+            ("f", False, False, True),
         ):
             (tmp_path / folder).mkdir()
             written = write_checkpoint(
-                tmp_path / folder, sources_of(tensors), hash_tensors=tensors_too, hash_files=files_too
+                tmp_path / folder,
+                sources_of(tensors),
+                hash_tensors=tensors_too,
+                hash_files=files_too,
+                concurrent=concurrent,
             )
+            assert (tmp_path / folder / "model.safetensors").read_bytes() == save(tensors, {"format": "pt"})
             digest = hashlib.sha256((tmp_path / folder / "model.safetensors").read_bytes()).hexdigest()
             assert written.files == {"model.safetensors": digest if files_too else None}
             assert written.tensor_sha256 == (
@@ -182,19 +189,27 @@ class TestWriting:
         assert sum(counted) == 4 * CHUNK_BYTES
         assert max(counted) == CHUNK_BYTES
 
+    @pytest.mark.parametrize("concurrent", [False, True])
     @pytest.mark.parametrize("given", [b"1234567", b"123456789"])
-    def test_a_source_that_gives_other_bytes_than_it_says(self, given: bytes, tmp_path: Path) -> None:
+    def test_a_source_that_gives_other_bytes_than_it_says(
+        self, given: bytes, concurrent: bool, tmp_path: Path
+    ) -> None:
         source = TensorSource(TensorInfo("x", "F32", (2,), 8), lambda: iter([given]))
         with pytest.raises(ValueError, match=r"x: its source gave"):
-            write_checkpoint(tmp_path, [source])
+            write_checkpoint(tmp_path, [source], concurrent=concurrent)
 
-    def test_an_error_in_a_source_is_the_error(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("concurrent", [False, True])
+    def test_an_error_in_a_source_is_the_error(self, concurrent: bool, tmp_path: Path) -> None:
         def broken() -> Iterator[bytes]:
             yield bytes(4)
             raise OSError("disk gone")
 
         with pytest.raises(OSError, match="disk gone"):
-            write_checkpoint(tmp_path, [TensorSource(TensorInfo("x", "F32", (2,), 8), broken)], hash_tensors=True)
+            write_checkpoint(tmp_path, [TensorSource(TensorInfo("x", "F32", (2,), 8), broken)], concurrent=concurrent)
+
+    def test_a_file_that_is_hashed_is_written_in_order(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="hash_files=True cannot go with it"):
+            write_checkpoint(tmp_path, sources_of({"x": torch.ones(1)}), hash_files=True, concurrent=True)
 
     def test_refusals(self, tmp_path: Path) -> None:
         one = source_from_tensor("x", torch.ones(1))
