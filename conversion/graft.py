@@ -151,7 +151,7 @@ def graft(
             folder,
             _sources(model, dense, names, grafted, averaged, rows),
             max_shard_size=max_shard_size,
-            hash_tensors=fingerprint,
+            hash_tensors={names.to_flexmoe(name) for name in dense.infos} if fingerprint else (),
             concurrent=True,
             flush=durable,
             progress=progress,

@@ -288,11 +288,12 @@ def _write_model(
     folder.mkdir()
     names = NameMap(list(stored.sites))
     sources = list(_model_sources(model, stored, names))
+    hashed = {source.info.name for source in sources}
     written = write_checkpoint(
         folder,
         sources,
         max_shard_size=max_shard_size,
-        hash_tensors=True,
+        hash_tensors=hashed,
         concurrent=True,
         flush=False,
         progress=progress,

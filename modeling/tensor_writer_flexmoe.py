@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -115,7 +115,7 @@ def write_checkpoint(
     *,
     stem: str = "model",
     max_shard_size: int = MAX_SHARD_SIZE,
-    hash_tensors: bool = False,
+    hash_tensors: Collection[str] = (),
     hash_files: bool = False,
     concurrent: bool = False,
     flush: bool = True,
@@ -131,7 +131,7 @@ def write_checkpoint(
 
     Args:
         hash_files: also compute SHA-256 of each whole file, in a thread beside the writing.
-        hash_tensors: also compute SHA-256 of each tensor's bytes.
+        hash_tensors: names of tensors of whose bytes to compute SHA-256, too.
         concurrent: let several threads each stream a tensor of their own. Sources are then drawn from at the same
             time, so they may share nothing that changes; not with `hash_files`, whose bytes come in order.
         flush: send the bytes to the disk on the way, for a folder that is to be `durable`.
@@ -153,7 +153,7 @@ def write_checkpoint(
         with (
             open(Path(folder, name), "xb") as file,
             _Flusher(file) as flusher,
-            _Hasher(hash_tensors and not concurrent, hash_files) as hasher,
+            _Hasher(hash_tensors, hash_files) as hasher,
         ):
             listeners = [*([flusher.written] if flush else []), *([progress] if progress else [])]
             if concurrent:
@@ -178,8 +178,9 @@ class _Hasher:
 
     _AHEAD = 8
 
-    def __init__(self, tensors: bool, file: bool):
-        self._by_tensor: dict[str, Any] | None = {} if tensors else None
+    def __init__(self, tensors: Collection[str], file: bool):
+        self._wanted = tensors
+        self._by_tensor: dict[str, Any] = {}
         self._file = hashlib.sha256() if file else None
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flexmoe-sha256")
         self._pending: deque[Future[None]] = deque()
@@ -193,8 +194,8 @@ class _Hasher:
     def add(self, chunk: Chunk, tensor: str | None = None) -> None:
         """Takes the file's next bytes; `tensor` is the one they belong to, None for the header."""
         targets = [] if self._file is None else [self._file]
-        if self._by_tensor is not None and tensor is not None:
-            targets.append(self._by_tensor.setdefault(tensor, hashlib.sha256()))
+        if tensor in self._by_tensor:
+            targets.append(self._by_tensor[tensor])
         if not targets or not len(chunk):
             return
         while len(self._pending) >= self._AHEAD:
@@ -203,7 +204,7 @@ class _Hasher:
 
     def begin(self, tensor: str) -> None:
         """Announces a tensor, so that one without bytes has a hash too."""
-        if self._by_tensor is not None:
+        if tensor in self._wanted:
             self._by_tensor[tensor] = hashlib.sha256()
 
     def file_sha256(self) -> str:
@@ -213,7 +214,7 @@ class _Hasher:
 
     def tensor_sha256(self) -> dict[str, str]:
         """Each tensor's hash, once the `with` has ended; empty if not asked for."""
-        return {name: digest.hexdigest() for name, digest in (self._by_tensor or {}).items()}
+        return {name: digest.hexdigest() for name, digest in self._by_tensor.items()}
 
 
 def _update_all(targets: Sequence[Any], chunk: Chunk) -> None:
@@ -267,21 +268,25 @@ def _write_file(
 
 
 def _write_file_in_threads(
-    file: BinaryIO, shard: Sequence[TensorSource], listeners: Sequence[Callable[[int], None]], hash_tensors: bool
+    file: BinaryIO,
+    shard: Sequence[TensorSource],
+    listeners: Sequence[Callable[[int], None]],
+    hash_tensors: Collection[str],
 ) -> dict[str, str]:
-    """Writes a file and returns its tensors' SHA-256, if asked for. One thread is slower than the page cache, and a
-    hash cannot be shared out: so each reads, writes and hashes a tensor of its own, at its own place in the file."""
+    """Writes a file and returns the SHA-256 of its tensors that are to be hashed. One thread is slower than the page
+    cache, and a hash cannot be shared out: so each takes a tensor of its own, to its own place in the file."""
     header = _header_bytes([source.info for source in shard])
     descriptor, told = file.fileno(), Lock()
     os.pwrite(descriptor, header, 0)
 
-    def stream(source: TensorSource, position: int) -> str:
-        digest, end = hashlib.sha256(), position + source.info.nbytes  # of nothing, where it is not asked for
+    def stream(source: TensorSource, position: int) -> str | None:
+        digest = hashlib.sha256() if source.info.name in hash_tensors else None
+        end = position + source.info.nbytes
         for chunk in source.chunks():
             if position + len(chunk) > end:
                 raise _wrong_size(source.info, position + len(chunk) - end + source.info.nbytes)
             _write_at(descriptor, chunk, position)
-            if hash_tensors:
+            if digest:
                 digest.update(chunk)
             position += len(chunk)
             with told:
@@ -289,14 +294,14 @@ def _write_file_in_threads(
                     listener(len(chunk))
         if position != end:
             raise _wrong_size(source.info, position - end + source.info.nbytes)
-        return digest.hexdigest()
+        return digest.hexdigest() if digest else None
 
     positions = accumulate((source.info.nbytes for source in shard), initial=len(header))
     pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="flexmoe-stream")
     try:
         jobs = [pool.submit(stream, source, position) for source, position in zip(shard, positions, strict=False)]
         digests = {source.info.name: job.result() for source, job in zip(shard, jobs, strict=True)}
-        return digests if hash_tensors else {}
+        return {name: digest for name, digest in digests.items() if digest}
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -71,7 +71,7 @@ class TestRoundTrip:
             "strided": torch.arange(6.0).reshape(2, 3).T,
             "é/[x]": torch.ones(2),
         }
-        written = write_checkpoint(tmp_path, sources_of(tensors), hash_tensors=True)
+        written = write_checkpoint(tmp_path, sources_of(tensors), hash_tensors=tensors)
         loaded = load_file(tmp_path / "model.safetensors")
         with TensorFile(tmp_path / "model.safetensors") as read:
             for name, tensor in tensors.items():
@@ -160,28 +160,27 @@ class TestWriting:
 
     def test_hashes_are_right_and_only_made_when_asked_for(self, tmp_path: Path) -> None:
         tensors = {"big": torch.randn(CHUNK_BYTES), "small": torch.ones(1)}
-        for folder, tensors_too, files_too, concurrent in (
-            ("a", True, False, False),
-            ("b", False, True, False),
-            ("c", True, True, False),
-            ("d", False, False, False),
-            ("e", True, False, True),
-            ("f", False, False, True),
+        for folder, hashed, files_too, concurrent in (
+            ("a", ["big", "small"], False, False),
+            ("b", [], True, False),
+            ("c", ["big", "small"], True, False),
+            ("d", ["small"], False, False),
+            ("e", ["big", "small"], False, True),
+            ("f", ["big"], False, True),
         ):
             (tmp_path / folder).mkdir()
             written = write_checkpoint(
                 tmp_path / folder,
                 sources_of(tensors),
-                hash_tensors=tensors_too,
+                hash_tensors=hashed,
                 hash_files=files_too,
                 concurrent=concurrent,
             )
             assert (tmp_path / folder / "model.safetensors").read_bytes() == save(tensors, {"format": "pt"})
             digest = hashlib.sha256((tmp_path / folder / "model.safetensors").read_bytes()).hexdigest()
             assert written.files == {"model.safetensors": digest if files_too else None}
-            assert written.tensor_sha256 == (
-                {name: hashlib.sha256(raw_bytes(t)).hexdigest() for name, t in tensors.items()} if tensors_too else {}
-            )
+            digests = {name: hashlib.sha256(raw_bytes(tensors[name])).hexdigest() for name in hashed}
+            assert written.tensor_sha256 == digests
 
     def test_progress_counts_bytes(self, tmp_path: Path) -> None:
         counted: list[int] = []

@@ -39,7 +39,9 @@ from flexmoe.conversion.import_flex_olmo import import_flex_olmo
 from flexmoe.modeling import FlexMoeForCausalLM
 warnings.simplefilter("ignore")  # folders that earlier kills left behind
 command, family, world, out = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
-models = {v: FlexMoeForCausalLM.from_pretrained(world / f"compose-{v}") for v in "12"}
+models = {}
+if command == "save_expert":
+    models = {v: FlexMoeForCausalLM.from_pretrained(world / f"compose-{v}") for v in "12"}
 print("ready", flush=True)
 for version in itertools.cycle("21"):
     if command == "graft":
