@@ -20,6 +20,9 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 
 # Idle threads sleep: spinning ones beside another process make small models several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
+# A comparison with another program runs where that program's Python is given.
+BENCHES := $(filter-out $(if $(MERGEKIT_PYTHON),,%/bench_mergekit.py),$(wildcard tests/bench/bench_*.py))
+
 # A benchmark has the machine to itself, and threads that wait as they do by default.
 AS_USERS_DO := env -u OMP_WAIT_POLICY
 
@@ -60,8 +63,8 @@ results: $(STAMP) ## Run the demo over 3 seeds, with the paper's recipe and the 
 ranks: $(STAMP) ## Compress the demo's experts to several ranks, and train them at those (25 minutes beyond the demo)
 	$(BIN)/python tests/bench/ranks.py $(ARGS)
 
-bench: $(STAMP) ## Run the benchmarks; each asserts the figures it promises
-	@set -e; for file in $(wildcard tests/bench/bench_*.py); do echo "== $$file"; $(AS_USERS_DO) $(BIN)/python $$file; done
+bench: $(STAMP) ## Run the benchmarks; each asserts the figures it promises (MERGEKIT_PYTHON=PATH for that comparison)
+	@set -e; for file in $(BENCHES); do echo "== $$file"; $(AS_USERS_DO) $(BIN)/python $$file; done
 	$(BIN)/python tests/bench/readme_figures.py
 
 soak: $(STAMP) ## Run the long randomised tests

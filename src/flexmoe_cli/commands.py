@@ -23,7 +23,7 @@ from flexmoe_cli.arguments import (
     parse_renames,
     parse_size,
 )
-from flexmoe_cli.output import byte_progress, library_call, print_json
+from flexmoe_cli.output import byte_progress, large_import, library_call, print_json
 from flexmoe_cli.tables import show_export, show_import, show_inspection, show_result, show_scores
 
 ShardSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest weight file, as in 5GB.")]
@@ -112,7 +112,8 @@ def graft(
 ) -> None:
     """Make a FlexMoE model of a dense one: the same weights, ready for experts; dense fine-tunes of it are some."""
     experts, texts = parse_experts(expert or []), parse_domains(router_data or [], "--router-data")
-    from flexmoe.grafting import graft as library_graft
+    with large_import():
+        from flexmoe.grafting import graft as library_graft
 
     with library_call(as_json), byte_progress("Grafting", anchor) as progress:
         folder = library_graft(
@@ -186,7 +187,8 @@ def compose(
     debug: Debug = False,
 ) -> None:
     """Put a grafted model and experts trained apart together, without any training."""
-    from flexmoe.conversion.compose import compose as library_compose
+    with large_import():
+        from flexmoe.conversion.compose import compose as library_compose
 
     with library_call(as_json), byte_progress("Composing", grafted) as progress:
         folder = library_compose(
@@ -316,7 +318,8 @@ def export(
 ) -> None:
     """Write a model for stock transformers, and for engines that read its formats: equal logits, no FlexMoE needed."""
     domains = parse_domains(data or [])
-    from flexmoe.conversion.export import export as library_export
+    with large_import():
+        from flexmoe.conversion.export import export as library_export
 
     with library_call(as_json), byte_progress("Exporting", model) as progress:
         folder = library_export(
@@ -354,7 +357,8 @@ def import_(
 ) -> None:
     """Split a FlexOlmo model into a grafted anchor, OUT/model, and a package per expert, OUT/NAME."""
     owners = parse_names(names)
-    from flexmoe.conversion.import_flex_olmo import import_flex_olmo
+    with large_import():
+        from flexmoe.conversion.import_flex_olmo import import_flex_olmo
 
     with library_call(as_json), byte_progress("Importing", checkpoint) as progress:
         folder = import_flex_olmo(

@@ -4,6 +4,7 @@ Colours follow the terminal and NO_COLOR (rich does). With `--json`, stdout carr
 Not here: which facts are shown (`tables`).
 """
 
+import gc
 import json
 import os
 import sys
@@ -47,6 +48,18 @@ def quiet_libraries() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it too
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def large_import() -> Iterator[None]:
+    """Around imports of the model: their million objects all stay, so no time is spent on looking for garbage."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -55,6 +55,8 @@ def _benchmarks(folder: Path) -> str:
         ("", "measured", "bar"),
         ("---", "---:", "---:"),
         *_graft_rows(results["graft"]),
+        *_start_rows(results.get("graft_start")),
+        *_mergekit_rows(results.get("mergekit")),
         *_training_rows(results["training"]),
         *_loading_rows(results["loading"]),
         *_import_rows(results["import"]),
@@ -65,13 +67,43 @@ def _benchmarks(folder: Path) -> str:
 
 def _graft_rows(graft: dict[str, Any]) -> list[tuple[str, str, str]]:
     private, limit = graft["peak_private_bytes"] / 1e9, graft["private_bytes_limit"] / 1e9
+    speeds, floors = graft["speed_over_copy"], graft["speed_floors"]
+    of = f"graft of {graft['parameters'] / 1e9:.1f} B parameters in bf16"
+    names = {
+        "graft": f"{of} with its fingerprint: speed of `cp -r`",
+        "graft without fingerprint": "the same without the fingerprint",
+    }
+    return [
+        *((names[way], f"{speed:.2f}x", f"≥ {floors[way]}x") for way, speed in speeds.items()),
+        ("its peak private memory", f"{private:.2f} GB", f"< {limit:.0f} GB"),
+    ]
+
+
+def _start_rows(start: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """None: not measured yet."""
+    if start is None:
+        return []
+    of = f"`flexmoe graft` of {start['parameters'] / 1e6:.0f} M parameters, beyond"
+    bars = start["bars"]["seconds_beyond"]
     return [
         (
-            f"graft of {graft['parameters'] / 1e9:.1f} B parameters in bf16 with its fingerprint: speed of `cp -r`",
-            f"{graft['speed_over_copy']:.2f}x",
-            f"≥ {graft['speed_floor']}x",
-        ),
-        ("its peak private memory", f"{private:.2f} GB", f"< {limit:.0f} GB"),
+            f"{of} {what}",
+            f"{seconds:.1f} s",
+            f"≤ {bars[what]} s" + ("" if seconds <= bars[what] else ", missed"),
+        )
+        for what, seconds in start["seconds_beyond"].items()
+    ]
+
+
+def _mergekit_rows(mergekit: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """None: not measured yet."""
+    if mergekit is None:
+        return []
+    of = f"graft of {mergekit['parameters'] / 1e9:.1f} B parameters with two fine-tunes, against mergekit-moe"
+    names = {"seconds": f"{of}: wall time", "peak_private_bytes": "its peak private memory"}
+    return [
+        (name, f"{mergekit['ratios'][figure]:.2f}x", f"≤ {mergekit['bars'][figure]:.2f}x")
+        for figure, name in names.items()
     ]
 
 

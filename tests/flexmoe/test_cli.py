@@ -1,6 +1,7 @@
 """The command line: what each command asks of the library, how it answers, and that help comes quickly."""
 
 import ast
+import gc
 import importlib
 import inspect as signatures
 import json
@@ -22,7 +23,7 @@ from flexmoe.testing import perturb_expert, tiny_anchor
 from flexmoe.training import TrainingSettings
 from flexmoe_cli import app, main
 from flexmoe_cli.arguments import parse_domains, parse_experts, parse_renames, parse_size, spread_files
-from flexmoe_cli.output import human_bytes, human_count, print_json
+from flexmoe_cli.output import human_bytes, human_count, large_import, print_json
 from tests.letters import letter_tokenizer
 
 COMMANDS = ("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate", "export", "import", "demo")
@@ -411,6 +412,17 @@ class TestArguments:
         ]
         assert [human_count(count) for count in (7, 4_330_000_000, 999_999)] == ["7", "4.33 B", "1 M"]
         assert [human_count(count, 4) for count in (33_270_665_440, 999_940, 999_960)] == ["33.27 B", "999.9 K", "1 M"]
+
+    def test_garbage_is_collected_again_after_an_import_that_failed(self) -> None:
+        def failing() -> None:
+            with large_import():
+                assert not gc.isenabled()
+                raise ImportError
+
+        assert gc.isenabled()
+        with pytest.raises(ImportError):
+            failing()
+        assert gc.isenabled()
 
     def test_json_is_standard(self, capsys) -> None:
         print_json({"a": float("nan"), "b": [float("-inf"), 1.5], "c": Path("x"), "d": True, "é": None})
