@@ -97,13 +97,18 @@ def source_from_part(
 
 def finite_source(source: TensorSource, error: Exception) -> TensorSource:
     """The same floating-point tensor; while it is drawn, a number that is NaN or an infinity raises `error`."""
+    dtype = TORCH_DTYPES[source.info.dtype]
 
     def chunks() -> Iterator[Chunk]:
+        # one piece of memory for all: fresh ones of this size cost the system more than the look itself
+        numbers = torch.empty(min(CHUNK_BYTES, source.info.nbytes) // dtype.itemsize, dtype=dtype)
+        room = tensor_bytes(numbers)
         for chunk in source.chunks():
-            if len(chunk) and not all_finite(
-                torch.frombuffer(bytearray(chunk), dtype=TORCH_DTYPES[source.info.dtype])
-            ):
-                raise error
+            for start in range(0, len(chunk), len(room) or 1):
+                part = memoryview(chunk)[start : start + len(room)]
+                room[: len(part)] = part
+                if not all_finite(numbers[: len(part) // dtype.itemsize]):
+                    raise error
             yield chunk
 
     return TensorSource(source.info, chunks)
