@@ -102,6 +102,7 @@ class LowRankExpert(nn.Module):
 
     def forward(self, x: Tensor, public: nn.Module, *residual: Tensor) -> Tensor:
         """What the public network says of `x` with this expert's differences; `residual` as the network takes it."""
+        _check_readable(public)
         if self.form is not None and not residual:
             x_TH = x.reshape(-1, x.shape[-1])
             return mix_sharing(x_TH, x_TH.new_ones(len(x_TH), 1), [self], public, self.form).view(x.shape)
@@ -177,7 +178,7 @@ def _rows(x: Tensor, tokens: Tensor | None) -> Tensor:
 def _add(total: Tensor, said: Tensor, weight_N1: Tensor, tokens: Tensor | None) -> None:
     """Adds the weighted rows to `total`. Compiled code has all tokens, and those of weight 0 may hold NaN."""
     if tokens is not None:
-        total.index_add_(0, tokens, said * weight_N1)
+        total.index_add_(0, tokens, (said * weight_N1).to(total.dtype))  # autocast leaves two dtypes
     elif torch.compiler.is_compiling():
         total += torch.where(weight_N1 != 0, said, 0.0) * weight_N1
     else:

@@ -302,6 +302,20 @@ class TestTraining:
         for block in model.flexmoe_blocks():
             assert all(p.grad is not None and not p.grad.any() for p in block.experts["math"].parameters())
 
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    @pytest.mark.parametrize("k", [1, 2, 4])
+    def test_under_autocast(self, family: str, k: int) -> None:
+        model = tiny(family, num_experts_per_tok=k)
+        model.freeze_except("math")
+        plain = model(random_tokens(2, 9), labels=random_tokens(2, 9)).loss
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(random_tokens(2, 9), labels=random_tokens(2, 9)).loss
+        loss.backward()
+        torch.testing.assert_close(loss.float(), plain, rtol=2e-2, atol=0)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert trained
+        assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+
     def test_with_activation_checkpointing(self) -> None:
         gradients = []
         for checkpointed in (False, True):
