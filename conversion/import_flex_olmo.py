@@ -96,7 +96,8 @@ def import_flex_olmo(
         _write_model(folder / MODEL_FOLDER, model, stored, max_shard_size, progress)
         for expert, name in enumerate(names[1:], 1):
             sources = list(_package_sources(stored, expert))
-            manifest = expert_manifest(model.config, model.flexmoe_blocks(), expert_record(name), _on_meta(sources))
+            networks = [block.experts[PUBLIC] for block in model.flexmoe_blocks()]
+            manifest = expert_manifest(model.config, networks, expert_record(name), _on_meta(sources))
             stream_package(folder / name, manifest, sources, progress=progress)
     return target
 

@@ -365,14 +365,13 @@ def _read_config(anchor: str | Path, revision: str | None, token: str | bool | N
 
 def _recorded_rank(config: FlexMoeConfig) -> int | None:
     """The rank that all owners' experts of a FlexMoE have; None for full ones, or if there are none."""
-    ranks: set[Any] = set()
+    ranks: set[int | None] = set()
     for record in config.expert_records[1:]:  # the first is public
-        rank = None if record["kind"] == "full" else record.get("rank", "unknown")
-        ranks.update(rank if isinstance(rank, list) else [rank])  # a list says it layer by layer
-    if len(ranks) > 1 or "unknown" in ranks:
+        ranks.update(record.get("rank") or [None])
+    if len(ranks) > 1:
         raise ValueError(
-            "The experts of this FlexMoE are of several sizes, or don't say theirs, and a plan is for experts of one: "
-            "give the rank that the next ones will have, or plan full ones from its dense anchor."
+            "The experts of this FlexMoE are of several sizes, and a plan is for experts of one: give the rank that "
+            "the next ones will have, or plan full ones from its dense anchor."
         )
     return next(iter(ranks), None)
 

@@ -26,7 +26,10 @@ from flexmoe_cli.arguments import parse_domains, parse_experts, parse_renames, p
 from flexmoe_cli.output import human_bytes, human_count, large_import, print_json
 from tests.letters import letter_tokenizer
 
-COMMANDS = ("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate", "export", "import", "demo")
+COMMANDS = (
+    *("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate", "export", "import"),
+    *("compress", "densify", "demo"),
+)
 
 
 @pytest.fixture

@@ -207,20 +207,19 @@ class TestSources:
         assert plan(tmp_path, experts=1).k == 1
 
     def test_a_flexmoe_lends_its_rank(self) -> None:
-        def of(*ranks: int | list[int] | None) -> FlexMoeConfig:
+        def of(*ranks: list[int] | None) -> FlexMoeConfig:
             kinds = [{"kind": "full"} if rank is None else {"kind": "low_rank", "rank": rank} for rank in ranks]
             owners = [{"name": name, **kind} for name, kind in zip(OWNERS, kinds, strict=False)]
             return FlexMoeConfig(anchor_config=ANCHOR_CONFIGS["llama"](), experts=[PUBLIC, *owners])
 
-        assert plan(of(4, 4)).rank == 4
-        assert plan(of(4, 4), rank=8).rank == 8
-        assert plan(of([4, 4], 4)).rank == 4
+        assert plan(of([4, 4], [4, 4])).rank == 4
+        assert plan(of([4, 4], [4, 4]), rank=8).rank == 8
         assert plan(of(None, None)).rank is None
         assert plan(of()).experts == 1
         with pytest.raises(ValueError, match="of several sizes"):
-            plan(of(4, 8))
+            plan(of([4, 4], [4, 8]))
         with pytest.raises(ValueError, match="of several sizes"):
-            plan(of(None, 8))
+            plan(of(None, [8, 8]))
         with pytest.raises(ValueError, match="of several sizes"):
             plan(of([4, 8]))
 
