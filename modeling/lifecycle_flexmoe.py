@@ -38,6 +38,7 @@ from .packages_flexmoe import ExpertPackage, write_package
 from .parallel_flexmoe import (
     PLANS,
     Plan,
+    agree_on,
     in_first_process,
     is_fully_sharded,
     is_sharded,
@@ -188,7 +189,11 @@ class ExpertLifecycle(_Model):
         if rank is not None:
             values |= {"kind": "low_rank", "rank": [rank] * len(self.flexmoe_blocks()), "alpha": alpha}
         record = expert_record(values)
-        self._put(record, parts_from_public(self.flexmoe_blocks(), fresh_experts(self.config, record)))
+        parts = parts_from_public(self.flexmoe_blocks(), fresh_experts(self.config, record))
+        if rank is not None and (mesh := tensor_parallel_mesh(self)) is not None:
+            for network, _ in parts:
+                agree_on(network, mesh)  # each process has drawn its own
+        self._put(record, parts)
         return name
 
     def remove_expert(self, name: str) -> None:

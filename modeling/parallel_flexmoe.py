@@ -102,6 +102,13 @@ def shard_by_plan(network: nn.Module, name: str, plan: Plan, mesh: Any) -> None:
             ALL_PARALLEL_STYLES[plan[rule]].install_forward(module, mesh)
 
 
+def agree_on(module: nn.Module, mesh: Any) -> None:
+    """Gives every process of the mesh the numbers that its first one has in the parameters of `module`."""
+    group = mesh.get_group()
+    for parameter in module.parameters():
+        torch.distributed.broadcast(parameter.data, group_src=0, group=group)
+
+
 def tensor_parallel_mesh(model: Any) -> Any | None:
     """The device mesh over which the library sharded the model's matrices; None if it did not."""
     if (getattr(model, "_tp_size", None) or 1) == 1:
@@ -172,6 +179,7 @@ def in_first_process(act: Callable[[], object]) -> None:
 __all__ = [
     "PLANS",
     "Plan",
+    "agree_on",
     "class_without_fsdp",
     "has_company",
     "in_first_process",

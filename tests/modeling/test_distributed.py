@@ -192,10 +192,18 @@ def seen(model: FlexMoeForCausalLM, inputs: Inputs) -> Tensors:
     return {"logits": logits(model), "text": text, **step(model, inputs)}
 
 
+def add_low_rank(model: FlexMoeForCausalLM) -> None:
+    """Adds an expert that begins with random numbers; the processes have drawn different ones."""
+    in_group = torch.distributed.is_initialized()
+    torch.manual_seed(torch.distributed.get_rank() if in_group else 0)
+    model.add_expert_copy("new", rank=3)
+
+
 CHANGES = {
     "load": lambda model, folder: None,
     "add": lambda model, folder: model.add_expert(folder / "code"),
     "copy": lambda model, folder: model.add_expert_copy("twin"),
+    "new": lambda model, folder: add_low_rank(model),
     "replace": lambda model, folder: model.replace_expert("code", folder / "newer"),
     "rename": lambda model, folder: model.rename_expert("legal", "law-2"),
     "remove": lambda model, folder: model.remove_expert("poems"),
@@ -210,7 +218,7 @@ CUT = {
 
 WHOLE = ("gate_proj.A.weight", "up_proj.A.weight", "down_proj.B.weight")
 
-PLACES = ("add", "copy", "replace")
+PLACES = ("add", "copy", "new", "replace")
 """Those that bring new modules."""
 
 
@@ -232,12 +240,17 @@ def save(model: FlexMoeForCausalLM, folder: Path) -> None:
     model.save_expert("law-2", folder / "law-2")
 
 
-def under_tensor_parallel(rank: int, folder: Path, out: Path) -> tuple[dict[str, Tensors], dict, dict]:
+def under_tensor_parallel(rank: int, folder: Path, out: Path) -> tuple[dict[str, Tensors], dict, dict, Tensors]:
     model = load(folder, tp_plan="auto")
     found = after_changes(model, folder, {"input_ids": random_tokens(4, 6)})
     save(model, out)
     shards = {name: value.placements for name, value in model.named_parameters() if isinstance(value, DTensor)}
-    return found, shards, model.tp_plan
+    return found, shards, model.tp_plan, drawn(model)
+
+
+def drawn(model: FlexMoeForCausalLM) -> Tensors:
+    """What a new low-rank expert begins with."""
+    return {name: whole(value).detach() for name, value in model.named_parameters() if ".experts.new." in name}
 
 
 def under_fsdp2(rank: int, folder: Path, out: Path) -> dict[str, Tensors]:
@@ -256,7 +269,11 @@ def under_fsdp2(rank: int, folder: Path, out: Path) -> dict[str, Tensors]:
 def test_tensor_parallel_is_one_process_after_every_change(processes, checkpoint, tmp_path):
     alone = realigned(FlexMoeForCausalLM.from_pretrained(checkpoint / "model"))
     expected = after_changes(alone, checkpoint, {"input_ids": random_tokens(4, 6)})
-    for found, shards, plan in processes.run(under_tensor_parallel, checkpoint, tmp_path):
+    answers = processes.run(under_tensor_parallel, checkpoint, tmp_path)
+    (_, _, _, one), (_, _, _, other) = answers
+    assert any(value.any() for value in one.values())
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    for found, shards, plan, _ in answers:
         for name in CHANGES:
             assert_close(found[name], expected[name], name)
         inside = [name for name, _ in alone.named_parameters() if ".mlp." in name]
