@@ -19,13 +19,13 @@ import torch
 from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import expert_record
 from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
+from flexmoe.modeling.finite_flexmoe import all_finite
 from flexmoe.modeling.hub_flexmoe import ResolvedFolder
 from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, finite_source, source_from_file
 from flexmoe.modeling.tensors_flexmoe import (
     TORCH_DTYPES,
     Chunk,
     TensorInfo,
-    all_finite,
     listed,
     same_bytes,
     tensor_bytes,

@@ -24,6 +24,7 @@ from flexmoe.conversion.stored import CONFIG_FILE
 from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from flexmoe.modeling.dense_flexmoe import FLOATING
+from flexmoe.modeling.finite_flexmoe import all_finite
 from flexmoe.modeling.fitting_flexmoe import expert_manifest
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
 from flexmoe.modeling.hub_flexmoe import resolve_folder
@@ -40,7 +41,7 @@ from flexmoe.modeling.tensor_writer_flexmoe import (
     source_from_tensor,
     write_checkpoint,
 )
-from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, CheckpointFolder, TensorInfo, all_finite, fingerprint
+from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, CheckpointFolder, TensorInfo, fingerprint
 
 FLEX_OLMO = FORMATS["flex_olmo"]
 MODEL_FOLDER = "model"

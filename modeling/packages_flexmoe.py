@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 
 from .configuration_flexmoe import ExpertPackageConfig
+from .finite_flexmoe import all_finite
 from .folders_flexmoe import atomic_folder, file_inside
 from .json_flexmoe import json_text, read_json_object
 from .manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, ExpertManifest, PackageError
 from .tensor_writer_flexmoe import TensorSource, finite_source, source_from_tensor, write_checkpoint
-from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, all_finite, tensor_from_chunks
+from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, tensor_from_chunks
 
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"

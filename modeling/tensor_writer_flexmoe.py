@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .finite_flexmoe import bytes_are_finite
 from .json_flexmoe import json_text
 from .tensors_flexmoe import (
     CHUNK_BYTES,
@@ -27,7 +28,6 @@ from .tensors_flexmoe import (
     Chunk,
     TensorFile,
     TensorInfo,
-    all_finite,
     expected_bytes,
     tensor_bytes,
     tensor_info,
@@ -97,18 +97,11 @@ def source_from_part(
 
 def finite_source(source: TensorSource, error: Exception) -> TensorSource:
     """The same floating-point tensor; while it is drawn, a number that is NaN or an infinity raises `error`."""
-    dtype = TORCH_DTYPES[source.info.dtype]
 
     def chunks() -> Iterator[Chunk]:
-        # one piece of memory for all: fresh ones of this size cost the system more than the look itself
-        numbers = torch.empty(min(CHUNK_BYTES, source.info.nbytes) // dtype.itemsize, dtype=dtype)
-        room = tensor_bytes(numbers)
         for chunk in source.chunks():
-            for start in range(0, len(chunk), len(room) or 1):
-                part = memoryview(chunk)[start : start + len(room)]
-                room[: len(part)] = part
-                if not all_finite(numbers[: len(part) // dtype.itemsize]):
-                    raise error
+            if not bytes_are_finite(chunk, source.info.dtype):
+                raise error
             yield chunk
 
     return TensorSource(source.info, chunks)

@@ -350,15 +350,6 @@ def _check_index(index: Path, weight_map: Mapping[str, str], file_of: Mapping[st
         )
 
 
-def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no number of a floating-point tensor is NaN or an infinity."""
-    flat = tensor.detach().reshape(-1)
-    if flat.element_size() == 1:  # torch neither adds up the eight-bit floats nor looks for infinities in them
-        return all(bool(part.float().isfinite().all()) for part in flat.split(1 << 24))
-    # A finite sum proves it in a tenth of the time of looking at each; one that is not may have run over.
-    return bool(flat.sum().isfinite()) or bool(flat.isfinite().all())
-
-
 def same_bytes(ours: Iterable[memoryview], theirs: Iterable[memoryview]) -> bool:
     """Whether two streams of chunks, cut at the same places, hold the same bytes. Stops at the first difference."""
     return all(a == b for a, b in zip(ours, theirs, strict=True))
@@ -378,7 +369,6 @@ __all__ = [
     "Chunk",
     "TensorFile",
     "TensorInfo",
-    "all_finite",
     "expected_bytes",
     "fingerprint",
     "listed",

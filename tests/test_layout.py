@@ -21,7 +21,7 @@ NOT_TRACKED = {"build", "dist", "flexmoe.egg-info", "runs"}
 # modeling/ bottom-up: a module imports siblings of lower layers, or of its own layer if they stand before it there.
 MODELING_LAYERS = (
     ("folders", "json", "configuration", "context", "loading", "quantization", "compat", "widths"),
-    ("tensors", "tensor_writer"),
+    ("tensors", "finite", "tensor_writer"),
     ("routing", "linear", "forms", "anchors", "parallel", "low_rank"),
     ("identity", "selection", "manifest", "dense", "norms"),
     ("packages",),
@@ -113,7 +113,7 @@ ALLOWED = {
 # Programs, not libraries: nobody imports what is in them, so their modules are documented but not each name.
 PROGRAMS = ("flexmoe.demo.",)
 
-MODELING_PACKAGES = {"torch", "transformers", "safetensors", "huggingface_hub"}
+MODELING_PACKAGES = {"torch", "numpy", "transformers", "safetensors", "huggingface_hub"}
 NETWORK = {"huggingface_hub", "requests", "urllib", "http", "httpx", "aiohttp", "socket", "ftplib"}
 # Checks fields of a configuration; opens no connection.
 NOT_NETWORK = {"huggingface_hub.dataclasses"}
