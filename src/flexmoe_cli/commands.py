@@ -40,7 +40,8 @@ def graft(
     expert: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=FOLDER", help="A dense fine-tune of the anchor, whose networks become an expert; repeat it."
+            metavar="NAME=FOLDER",
+            help="A dense fine-tune of the anchor, or a LoRA adapter on its networks, that becomes an expert; repeat it.",
         ),
     ] = None,
     router_data: Annotated[

@@ -4,7 +4,8 @@ The anchor is random, in bf16 and shards, of 1.1 B parameters unless told otherw
 and share the rest. FlexMoE writes three experts per layer (the anchor's own is one), rows of zeros and the
 fingerprint; mergekit-moe writes the two, with `gate_mode: random`, which is its cheapest. Asserts that FlexMoE takes
 at most a third of its wall time and of its peak private memory (RssAnon, sampled from outside; ru_maxrss, which counts
-mapped files, stands beside it). Both are whole commands in turns, on the CPU, their start included; medians.
+mapped files, stands beside it). Both are whole commands in turns, on the CPU, their start included; medians. Beside
+them stands the work alone: seconds beyond the import of torch and the model's class, per gigabyte written.
 
 mergekit wants an environment of its own, whose Python is given as MERGEKIT_PYTHON or --mergekit-python:
 
@@ -39,6 +40,8 @@ RUNS = 3
 SHARE = 1 / 3  # of mergekit's time and memory
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "mergekit.json"
 OWNERS = ("math", "code")
+
+START = "from transformers import LlamaForCausalLM"
 
 VERSIONS = """
 import importlib.metadata as found, json
@@ -104,6 +107,10 @@ def measure(folder: Path, size: str, runs: int, mergekit: Path) -> dict[str, obj
         }
         for way, ran in took.items()
     }
+    for way, python in {"flexmoe graft": Path(sys.executable), "mergekit-moe": mergekit}.items():
+        start = statistics.median(watch([python, "-c", START]).seconds for _ in range(runs + 1))
+        beyond = (rows[way]["seconds"] - start) / (rows[way]["written_bytes"] / 1e9)
+        rows[way] |= {"start_seconds": start, "seconds_beyond_start_per_gigabyte": beyond}
     ours, theirs = rows["flexmoe graft"], rows["mergekit-moe"]
     ratios = {figure: round(ours[figure] / theirs[figure], 3) for figure in ours}
     bars = {"seconds": round(SHARE, 3), "peak_private_bytes": round(SHARE, 3)}
