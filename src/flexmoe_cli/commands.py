@@ -41,7 +41,7 @@ def graft(
         list[str] | None,
         typer.Option(
             metavar="NAME=FOLDER",
-            help="A dense fine-tune of the anchor, or a LoRA adapter on its networks, that becomes an expert; repeat it.",
+            help="An expert to be: a dense fine-tune of the anchor, or a LoRA adapter on its networks. Repeat it.",
         ),
     ] = None,
     router_data: Annotated[
