@@ -100,11 +100,17 @@ def _mergekit_rows(mergekit: dict[str, Any] | None) -> list[tuple[str, str, str]
     if mergekit is None:
         return []
     of = f"graft of {mergekit['parameters'] / 1e9:.1f} B parameters with two fine-tunes, against mergekit-moe"
-    names = {"seconds": f"{of}: wall time", "peak_private_bytes": "its peak private memory"}
-    return [
-        (name, f"{mergekit['ratios'][figure]:.2f}x", f"≤ {mergekit['bars'][figure]:.2f}x")
-        for figure, name in names.items()
-    ]
+    names = {
+        "seconds": f"{of}: wall time, start included",
+        "seconds_beyond_start_per_gigabyte": "the work alone: seconds beyond the imports, per gigabyte written",
+        "peak_private_bytes": "its peak private memory",
+    }
+    rows = []
+    for figure, name in names.items():
+        ratio, bar = mergekit["ratios"][figure], mergekit["bars"].get(figure)
+        wanted = "none" if bar is None else f"≤ {bar:.2f}x" + ("" if ratio <= bar else ", missed")
+        rows.append((name, f"{ratio:.2f}x", wanted))
+    return rows
 
 
 def _training_rows(training: dict[str, Any]) -> list[tuple[str, str, str]]:

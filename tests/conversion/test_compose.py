@@ -23,20 +23,20 @@ FAMILIES = ("llama", "gpt2", "gemma2", "phi3")  # plain; Conv1D with biases; tie
 
 
 def make_world(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
-    """In `folder`: a graft, and the packages `math`, `code` and `law` of owners who each had the graft alone."""
+    """In `folder`: a graft, and packages of three owners who each had it alone; the one of `code` is of low rank."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny_anchor(family).to(dtype).save_pretrained(folder / "anchor")
     (folder / "text.txt").write_text("Public text.")
     graft(folder / "anchor", folder / "grafted", public_data=[folder / "text.txt"])
     (folder / "grafted" / "tokenizer_config.json").write_text("{}\n")
     for name in ("math", "code", "law"):
-        save_expert(folder / "grafted", folder / name, name, biased=True)
+        save_expert(folder / "grafted", folder / name, name, biased=True, rank=3 if name == "code" else None)
     return folder
 
 
-def save_expert(grafted: Path, out: Path, name: str, *, biased: bool) -> Path:
+def save_expert(grafted: Path, out: Path, name: str, *, biased: bool, rank: int | None = None) -> Path:
     model = FlexMoeForCausalLM.from_pretrained(grafted)
-    model.add_expert_copy(name)
+    model.add_expert_copy(name, rank=rank)
     perturb_expert(model, name)
     if not biased:
         for block in model.flexmoe_blocks():
@@ -153,7 +153,7 @@ class TestRemovalIsExact:
             return compose(llama / "grafted", packages(llama, *names), tmp_path / out, max_shard_size=60_000)
 
         model = sharded("all", "math", "code")
-        assert len(list(model.glob("model-*.safetensors"))) > 3
+        assert len(list(model.glob("model-*.safetensors"))) > 2
         assert remove(model, "math", model, max_shard_size=60_000, overwrite=True) == model
         assert content(model) == content(sharded("never", "code"))
         assert no_traces(tmp_path)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig
 from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
 
 OWNERS = ("math", {"name": "code", "kind": "low_rank", "rank": [3, 4], "alpha": 6.0}, "legal")
-families = pytest.mark.parametrize("family", ["llama", "gpt2"])  # low-rank products shared; public's forward as it is
+families = pytest.mark.parametrize("family", ["llama", "phi3"])  # low-rank products shared; public's forward as it is
 
 
 def model_of(family):
