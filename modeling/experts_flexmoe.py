@@ -197,9 +197,13 @@ class FlexMoeBlock(nn.Module):
     def _sharing(self, names: Sequence[str]) -> tuple[str, ...]:
         """Which of `names` make the public network's products once for all of them: low-rank experts, and public."""
         experts: dict[str, Any] = {name: self.experts[name] for name in names}
-        low_rank = {name for name, expert in experts.items() if isinstance(expert, LowRankExpert) and expert.form}
-        sharing = tuple(name for name in names if name in (*low_rank, PUBLIC) and is_untouched(experts[name]))
-        return sharing if low_rank.intersection(sharing) else ()
+        low_rank = [name for name, expert in experts.items() if isinstance(expert, LowRankExpert) and expert.form]
+        sharing = {name for name in low_rank if is_untouched(experts[name])}
+        if not sharing:
+            return ()
+        if PUBLIC in experts and is_untouched(experts[PUBLIC]):
+            sharing.add(PUBLIC)
+        return tuple(name for name in names if name in sharing)
 
     def _mix_sharing(
         self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, everywhere: bool, sharing: Sequence[str]

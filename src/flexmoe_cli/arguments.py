@@ -17,6 +17,32 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on 
 Debug = Annotated[bool, typer.Option("--debug", help="On an error show the Python traceback.")]
 TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .json and .parquet files that holds the text.")]
 
+ROUTER = "The router row"
+RouterMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--router",
+        help="log_odds, lda, hidden_mean, embedding, random. Default: log_odds.",
+        show_default=False,
+        rich_help_panel=ROUTER,
+    ),
+]
+RouterBias = Annotated[
+    bool | None,
+    typer.Option(
+        "--router-bias/--no-router-bias",
+        help="Fit a bias too. Default: no.",
+        show_default=False,
+        rich_help_panel=ROUTER,
+    ),
+]
+RouterTokens = Annotated[
+    int | None, typer.Option(help="Tokens a side to fit it on. Default: 40000.", rich_help_panel=ROUTER)
+]
+Embedder = Annotated[
+    str | None, typer.Option(help="A sentence-transformers model, for --router embedding.", rich_help_panel=ROUTER)
+]
+
 FILE_OPTIONS = ("--data", "--public-data", "--router-data")
 NAMED_FILE_OPTIONS = ("--data", "--router-data")  # where a command's files have names
 

@@ -11,10 +11,15 @@ from typing import Annotated
 import typer
 
 from flexmoe_cli.arguments import (
+    ROUTER,
     Debug,
+    Embedder,
     Json,
     Out,
     Overwrite,
+    RouterBias,
+    RouterMethod,
+    RouterTokens,
     TextColumn,
     given,
     parse_domains,
@@ -27,7 +32,6 @@ from flexmoe_cli.output import byte_progress, large_import, library_call, print_
 from flexmoe_cli.tables import show_export, show_import, show_inspection, show_result, show_scores
 
 ShardSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest weight file, as in 5GB.")]
-ROWS = "Router rows of grafted experts"
 Model = Annotated[str, typer.Argument(help="FlexMoE model: a folder or a Hub id.", show_default=False)]
 
 
@@ -49,31 +53,13 @@ def graft(
         typer.Option(
             metavar="NAME=FILE",
             help="Prompts or documents that should reach an expert: its row is fitted on them, against public text.",
-            rich_help_panel=ROWS,
+            rich_help_panel=ROUTER,
         ),
     ] = None,
-    router: Annotated[
-        str | None,
-        typer.Option(
-            help="How: log_odds, lda, hidden_mean, embedding, random. Default: log_odds.", rich_help_panel=ROWS
-        ),
-    ] = None,
-    router_bias: Annotated[
-        bool | None,
-        typer.Option(
-            "--router-bias/--no-router-bias",
-            help="Fit a bias too. Default: no.",
-            show_default=False,
-            rich_help_panel=ROWS,
-        ),
-    ] = None,
-    router_tokens: Annotated[
-        int | None, typer.Option(help="Tokens a side to fit it on. Default: 40000.", rich_help_panel=ROWS)
-    ] = None,
-    embedder: Annotated[
-        str | None,
-        typer.Option(help="A sentence-transformers model, for --router embedding.", rich_help_panel=ROWS),
-    ] = None,
+    router: RouterMethod = None,
+    router_bias: RouterBias = None,
+    router_tokens: RouterTokens = None,
+    embedder: Embedder = None,
     recipe: Annotated[
         Path | None,
         typer.Option(help="A YAML file of mergekit-moe: it names the anchor, the experts and their prompts."),

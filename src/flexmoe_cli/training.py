@@ -9,11 +9,21 @@ from typing import Annotated
 
 import typer
 
-from flexmoe_cli.arguments import Debug, Json, Out, Overwrite, given
+from flexmoe_cli.arguments import (
+    Debug,
+    Embedder,
+    Json,
+    Out,
+    Overwrite,
+    RouterBias,
+    RouterMethod,
+    RouterTokens,
+    given,
+)
 from flexmoe_cli.output import library_call
 from flexmoe_cli.tables import show_result
 
-EXPERT, ROUTER, LOOP, LOSS = "The expert", "The router row", "The training loop", "The loss"
+EXPERT, LOOP, LOSS = "The expert", "The training loop", "The loss"
 PAPERS = "The package's papers"
 
 
@@ -55,26 +65,10 @@ def train(
             help="Its differences are scaled by alpha / rank. By default not scaled.", rich_help_panel=EXPERT
         ),
     ] = None,
-    router: Annotated[
-        str | None,
-        typer.Option(help="log_odds, lda, hidden_mean, embedding, random. Default: log_odds.", rich_help_panel=ROUTER),
-    ] = None,
-    router_bias: Annotated[
-        bool | None,
-        typer.Option(
-            "--router-bias/--no-router-bias",
-            help="Fit a bias too. Default: no.",
-            show_default=False,
-            rich_help_panel=ROUTER,
-        ),
-    ] = None,
-    router_tokens: Annotated[
-        int | None, typer.Option(help="Tokens a side to fit it on. Default: 40000.", rich_help_panel=ROUTER)
-    ] = None,
-    embedder: Annotated[
-        str | None,
-        typer.Option(help="A sentence-transformers model, for --router embedding.", rich_help_panel=ROUTER),
-    ] = None,
+    router: RouterMethod = None,
+    router_bias: RouterBias = None,
+    router_tokens: RouterTokens = None,
+    embedder: Embedder = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=LOOP)] = None,
     epochs: Annotated[
         float | None,
