@@ -23,6 +23,7 @@ from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, NameMap
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, expert_record
 from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.modeling.experts_flexmoe import make_expert
+from flexmoe.modeling.finite_flexmoe import all_finite
 from flexmoe.modeling.folders_flexmoe import file_inside
 from flexmoe.modeling.hub_flexmoe import ResolvedFolder
 from flexmoe.modeling.json_flexmoe import read_json_object
@@ -93,7 +94,7 @@ class LoraAdapter:
         layers = [f"{site.layer}." for site in anchor.sites]
         rank = [max([len(a) for path, (a, _) in factors.items() if path.startswith(at)], default=1) for at in layers]
         scales = {path: _scale(config, path, len(a_RI)) for path, (a_RI, _) in factors.items()}
-        # one scale and one rank, as adapters have by default: the factors stay as they are, else they take the scale
+        # one scale and one rank, as adapters have by default: alpha says the scale; else it goes into the factors
         uniform = len(set(scales.values())) == 1 and len({len(a_RI) for a_RI, _ in factors.values()} | set(rank)) == 1
         alpha = next(iter(scales.values())) * rank[0] if uniform else None
         adapter = cls(name, source, rank, alpha, {})
@@ -129,12 +130,18 @@ class LoraAdapter:
                     filled[: given.shape[0], : given.shape[1]] = given.float()
                     if side == "B":
                         filled *= scales.get(module, 1.0)
-                yield start + key, filled.to(TORCH_DTYPES[anchor.infos[weight].dtype])
+                made = filled.to(TORCH_DTYPES[anchor.infos[weight].dtype])
+                if not all_finite(made):
+                    raise ValueError(
+                        f"{self.source.path}: a factor of {module} holds numbers too large for {made.dtype}, the "
+                        "dtype of this anchor. Graft an anchor that is stored in bfloat16 or float32."
+                    )
+                yield start + key, made
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of PEFT and no model."""
-    return (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds an adapter of PEFT and no weights of a model; some trainers save the model's config."""
+    return (folder / CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors*"))
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Does not cover where an anchor keeps its feed-forward networks (`anchors_flexmoe
 """
 
 import copy
+import math
 import re
 from typing import Any, NoReturn
 
@@ -86,13 +87,28 @@ def expert_record(expert: str | dict[str, Any]) -> dict[str, Any]:
     check_expert_name(record.get("name", ""))
     record.setdefault("kind", "full")
     record = {key: record[key] for key in RECORD_KEYS if record.get(key) is not None}
-    ranks = record.get("rank")
-    if (record["kind"] == "low_rank") != (ranks is not None) or not _are_counts(ranks or [1]):
-        raise ValueError(
-            f"Expert {record['name']!r} is of kind {record['kind']!r} with rank {ranks!r}: a low-rank expert has a "
-            "list of positive integers, one per layer; an expert of another kind has none."
-        )
+    _check_size(record)
     return record
+
+
+def _check_size(record: dict[str, Any]) -> None:
+    what = f"Expert {record['name']!r} is of kind {record['kind']!r} with"
+    ranks, alpha, widths = (record.get(key) for key in ("rank", "alpha", "intermediate"))
+    is_low_rank = record["kind"] == "low_rank"
+    if is_low_rank != (ranks is not None) or not _are_counts([1] if ranks is None else ranks):
+        raise ValueError(
+            f"{what} rank {ranks!r}: a low-rank expert has a list of positive integers, one per layer; an expert of "
+            "another kind has none."
+        )
+    if alpha is not None and not (is_low_rank and type(alpha) in (int, float) and math.isfinite(alpha)):
+        raise ValueError(f"{what} alpha {alpha!r}: a low-rank expert may have a finite number; no other has one.")
+    if widths is not None and (record["kind"] != "full" or not _are_counts(widths)):
+        raise ValueError(
+            f"{what} intermediate {widths!r}: a full expert may have a list of positive integers, one per layer; no "
+            "other has one."
+        )
+    if record["name"] == PUBLIC and (is_low_rank or widths is not None):
+        raise ValueError(f"{what} a size of its own; {PUBLIC!r} is the anchor's own network.")
 
 
 def _are_counts(values: Any) -> bool:

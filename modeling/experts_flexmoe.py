@@ -218,9 +218,13 @@ class FlexMoeBlock(nn.Module):
         if everywhere or not others:
             mixed_TH = mix_sharing(x_TH, weights_TM, members, public, form, everywhere)
         else:  # tokens of the others alone need no products of the public network
+            mixed_TH = torch.zeros_like(x_TH)
             tokens = weights_TM.any(-1).nonzero().squeeze(-1)
-            said_NH = mix_sharing(x_TH[tokens], weights_TM[tokens], members, public, form, everywhere)
-            mixed_TH = torch.zeros_like(x_TH).index_add_(0, tokens, said_NH)
+            if not len(tokens) and any(is_awaited(self.experts[name]) for name in sharing):
+                tokens = tokens.new_zeros(1)  # of weight 0
+            if len(tokens):
+                said_NH = mix_sharing(x_TH[tokens], weights_TM[tokens], members, public, form, everywhere)
+                mixed_TH.index_add_(0, tokens, said_NH)
         if not others:
             return mixed_TH
         weights_TO = torch.cat([columns[name] for name in others], -1)

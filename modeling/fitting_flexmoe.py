@@ -203,7 +203,7 @@ def expert_manifest(
         ffn={
             "class": type(networks[0]).__name__,
             "hidden": hidden,
-            "intermediate": [intermediate_size(network, hidden) for network in networks],
+            "intermediate": record.get("intermediate") or [intermediate_size(network, hidden) for network in networks],
         },
         dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         anchor={key: anchor.get(key) for key in ("repo", "revision", "fingerprint", "model_type")},

@@ -27,6 +27,7 @@ from huggingface_hub.errors import (
 DOWNLOADED = (
     "model*.safetensors",
     "expert*.safetensors",
+    "adapter_model.safetensors",
     "router.safetensors",
     "*.json",
     "*.jsonl",

@@ -180,12 +180,14 @@ class ExpertLifecycle(_Model):
             alpha: the differences are scaled by `alpha / rank`; None is 1.
 
         Raises:
-            ValueError: the name is taken or is none, or the rank is no positive integer.
+            ValueError: the name is taken or none, the rank is no positive integer, or there is an alpha and no rank.
             RuntimeError: a `generate` of this model is running, or FSDP2 has sharded it.
         """
         self._refuse_while_generating("add_expert_copy")
         self._refuse_if_fully_sharded("add_expert_copy")
         values: dict[str, Any] = {"name": self._free_name(name)}
+        if rank is None and alpha is not None:
+            raise ValueError(f"alpha={alpha} scales the differences of a low-rank expert: give its rank, too.")
         if rank is not None:
             values |= {"kind": "low_rank", "rank": [rank] * len(self.flexmoe_blocks()), "alpha": alpha}
         record = expert_record(values)

@@ -2,6 +2,7 @@
 
 The public network is handed in at each call and registered nowhere here, so there is one copy of it, and what replaces
 it is seen at once. Its parts are called as modules, so an adapter, a quantiser or offload around them stays in force.
+The network as a whole is not called: hooks on it do not run, and one that must run to move weights is refused.
 
 Shapes: T tokens, N those of one expert, M members, H hidden, I intermediate, R rank. Experts that share a public
 network make its first products once per token, and its last one once for their weighted sum where that is linear:
@@ -125,7 +126,8 @@ def mix_sharing(
         everywhere: every member sees every token; else it sees only those where its weight is not 0.
 
     Raises:
-        ValueError: FSDP2 shards the public network on its own, so that it cannot be read without being called.
+        ValueError: the public network cannot be read without being called: FSDP2 shards it on its own, or a hook on
+            the whole of it brings its weights.
     """
     _check_readable(public)
     parts: dict[str, Any] = public._modules
@@ -135,8 +137,10 @@ def mix_sharing(
         products = {name: parts[name](x_TH) for name in (form.gate, form.up) if name is not None}
         for member, weight_T1 in zip(members, weights_TM.split(1, -1), strict=True):
             tokens = None if everywhere else weight_T1.squeeze(-1).nonzero().squeeze(-1)
-            if tokens is not None and not len(tokens) and not (member and is_awaited(member)):
-                continue
+            if tokens is not None and not len(tokens):
+                if not is_awaited(public if member is None else member):
+                    continue
+                tokens = tokens.new_zeros(1)  # of weight 0; no rows at all are more than some kernels can take
             h_NI = _hidden(x_TH, products, member, parts, form, tokens)
             weight_N1 = _rows(weight_T1, tokens)
             said_NH = None if member is None else member.delta(form.down)(h_NI)
@@ -190,6 +194,12 @@ def _check_readable(public: nn.Module) -> None:
         raise ValueError(
             "A low-rank expert reads the public network, which FSDP2 shards on its own here: give fully_shard the "
             "decoder layers, not the networks in them."
+        )
+    hook = public.__dict__.get("_hf_hook")  # accelerate's
+    if hook is not None and any(getattr(part, "place_submodules", False) for part in getattr(hook, "hooks", (hook,))):
+        raise ValueError(
+            "A low-rank expert reads the public network, whose weights a hook on the whole of it brings here: offload "
+            "without preload_module_classes, so that each of its parts has a hook of its own."
         )
 
 

@@ -95,6 +95,9 @@ class Sources:
 
     def _check_package(self, package: ExpertPackage, record: dict[str, Any]) -> None:
         check_anchor(self.config, package.manifest)
+        for key in ("kind", "rank", "alpha"):  # what shapes may not show
+            if (theirs := getattr(package.manifest, key)) != (ours := record.get(key)):
+                raise ValueError(f"{package.folder}: its {key} is {theirs!r}, the model's expert has {ours!r}.")
         hidden_size = self.config.get_text_config().hidden_size
         wanted: dict[str, tuple[int, ...]] = {}
         for site in self.anchor.sites:

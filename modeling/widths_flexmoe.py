@@ -31,7 +31,8 @@ def resize(network: nn.Module, hidden: int, width: int) -> None:
     old = intermediate_size(network, hidden)
     if old == width:
         return
-    if old == hidden or 2 * old == hidden:
+    is_square = any(set(parameter.shape) == {hidden} for parameter in network.parameters() if parameter.dim() == 2)
+    if is_square or 2 * old == hidden:
         raise ValueError(
             f"{type(network).__name__} has a hidden size of {hidden} and an intermediate size of {old}, which cannot "
             f"be told apart, so it cannot be made {width} wide."
@@ -41,13 +42,14 @@ def resize(network: nn.Module, hidden: int, width: int) -> None:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and not sizes.keys().isdisjoint(tensor.shape):
                 setattr(module, name, _of_shape(tensor, [sizes.get(side, side) for side in tensor.shape]))
+                module.__dict__.pop("_is_hf_initialized", None)  # it is to be drawn, or loaded
         for name in _SIZES:
             if (size := getattr(module, name, None)) in sizes:
                 setattr(module, name, sizes[size])
 
 
 def _of_shape(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    other = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    other = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
     return nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
 
 

@@ -367,6 +367,11 @@ def _recorded_rank(config: FlexMoeConfig) -> int | None:
     """The rank that all owners' experts of a FlexMoE have; None for full ones, or if there are none."""
     ranks: set[int | None] = set()
     for record in config.expert_records[1:]:  # the first is public
+        if "intermediate" in record:
+            raise ValueError(
+                f"The expert {record['name']!r} is of another width than public, and a plan is for experts of one "
+                "size: plan from the dense anchor."
+            )
         ranks.update(record.get("rank") or [None])
     if len(ranks) > 1:
         raise ValueError(

@@ -373,9 +373,8 @@ def _open_work_folder(work: Path, identity: dict[str, Any], resume: bool, *, mai
         return
     if known is None:
         raise FileNotFoundError(f"{record} is not there. The processes of a run must share one file system.")
-    settings = {
-        f"settings.{key}" for key, value in identity["settings"].items() if known["settings"].get(key) != value
-    }
+    before = {**asdict(TrainingSettings()), **known["settings"]}  # an older version knew fewer
+    settings = {f"settings.{key}" for key, value in identity["settings"].items() if before[key] != value}
     changed = settings | {key for key in identity.keys() - {"settings"} if known.get(key) != identity[key]}
     if changed:
         raise ValueError(

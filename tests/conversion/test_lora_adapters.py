@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flexmoe.conversion.graft import graft
+from flexmoe.modeling.hub_flexmoe import DOWNLOADED, NEVER_DOWNLOADED
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.testing import ANCHOR_CONFIGS, random_tokens, tiny_anchor
 from flexmoe_cli import main
@@ -107,6 +109,18 @@ class TestAsAnExpert:
         model = FlexMoeForCausalLM.from_pretrained(tmp_path / "model")
         assert [record["kind"] for record in model.config.expert_records] == ["full", "low_rank", "full"]
 
+    def test_a_config_of_the_model_beside_it(self, tmp_path: Path) -> None:
+        wanted = make_adapter(tmp_path, "llama", MATRICES["llama"][0], r=3)
+        (tmp_path / "adapter" / "config.json").write_bytes((tmp_path / "anchor" / "config.json").read_bytes())
+        graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "adapter"})
+        torch.testing.assert_close(of_expert(tmp_path / "model"), wanted, **CLOSE)
+
+    def test_its_files_are_fetched_from_the_hub(self, tmp_path: Path) -> None:
+        make_adapter(tmp_path, "llama", ["up_proj"], r=3)
+        names = [path.name for path in (tmp_path / "adapter").iterdir()]
+        fetched = set(filter_repo_objects(names, allow_patterns=DOWNLOADED, ignore_patterns=NEVER_DOWNLOADED))
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= fetched
+
     def test_on_the_command_line(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         make_adapter(tmp_path, "llama", MATRICES["llama"][0], r=3)
         line = ["graft", str(tmp_path / "anchor"), "--expert", f"math={tmp_path / 'adapter'}"]
@@ -115,6 +129,13 @@ class TestAsAnExpert:
 
 
 class TestRefusals:
+    def test_numbers_too_large_for_the_anchor(self, tmp_path: Path) -> None:
+        make_adapter(tmp_path, "llama", ["up_proj", "down_proj"], r=2, rank_pattern={"up_proj": 1}, lora_alpha=64)
+        tiny_anchor("llama").to(torch.float16).save_pretrained(tmp_path / "anchor")
+        path = tmp_path / "adapter" / "adapter_model.safetensors"
+        save_file({name: torch.full_like(tensor, 60_000.0) for name, tensor in load_file(path).items()}, path)
+        self.refused(tmp_path, "too large for torch.float16")
+
     def refused(self, tmp_path: Path, fault: str, error: type[Exception] = ValueError) -> None:
         with pytest.raises(error, match=fault):
             graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "adapter"})

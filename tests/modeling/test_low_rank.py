@@ -167,7 +167,7 @@ class TestPublicIsReadWhereItIs:
         gate = model.flexmoe_blocks()[0].experts["public"].gate_proj
         gate.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
         logits(model)
-        assert sum(seen) == 0
+        assert seen == []
 
     def test_watched_modules_are_called(self) -> None:
         model = tiny(num_experts_per_tok=4)
@@ -257,11 +257,19 @@ class TestLifecycle:
             ({"name": "a", "kind": "low_rank", "rank": [4, 0]}, "list of positive integers"),
             ({"name": "a", "rank": [4, 4]}, "an expert of another kind has none"),
             ({"name": "a", "kind": "low_rank", "rank": [4]}, "none for layer 1"),
+            ({"name": "a", "kind": "low_rank", "rank": [4, 4], "alpha": float("nan")}, "finite number"),
+            ({"name": "a", "alpha": 8.0}, "no other has one"),
+            ({"name": "a", "kind": "low_rank", "rank": [4, 4], "intermediate": [8, 8]}, "no other has one"),
+            ({"name": "a", "intermediate": [0, 8]}, "positive integers"),
         ],
     )
     def test_records_that_are_none(self, record: dict[str, Any], fault: str) -> None:
         with pytest.raises(ValueError, match=fault):
             tiny(experts=(record,))
+
+    def test_an_alpha_needs_a_rank(self) -> None:
+        with pytest.raises(ValueError, match="give its rank, too"):
+            tiny().add_expert_copy("new", alpha=8.0)
 
     @pytest.mark.parametrize("rank", [0, -1, 2.0, True])
     def test_ranks_that_are_none(self, rank: Any) -> None:
@@ -292,15 +300,20 @@ class TestTraining:
             torch.testing.assert_close(*rows, rtol=1e-4, atol=1e-5)
             assert all(p.grad is None for p in ours.experts["public"].parameters())
 
+    @pytest.mark.parametrize("everybody", ["code", "legal"], ids=["full", "low-rank"])
+    @pytest.mark.parametrize("name", ["math", "public"])
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
-    def test_one_that_no_token_reaches_takes_part(self, family: str) -> None:
+    def test_one_that_no_token_reaches_takes_part(self, family: str, name: str, everybody: str) -> None:
         model = tiny(family, num_experts_per_tok=1)
-        model.freeze_except("math")
+        model.freeze_except(name)
         for block in model.flexmoe_blocks():
-            block.router["math"].bias.data.fill_(-100.0)
+            block.router[everybody].bias.data.fill_(100.0)
         model(random_tokens(2, 9), labels=random_tokens(2, 9)).loss.backward()
+        is_read = name == "public" and everybody == "legal"  # a low-rank expert learns through public's matrices
         for block in model.flexmoe_blocks():
-            assert all(p.grad is not None and not p.grad.any() for p in block.experts["math"].parameters())
+            gradients = [p.grad for p in block.experts[name].parameters()]
+            assert all(gradient is not None for gradient in gradients)
+            assert any(gradient.any() for gradient in gradients) == is_read
 
     @pytest.mark.parametrize("family", ["llama", "gpt2"])
     @pytest.mark.parametrize("k", [1, 2, 4])
@@ -327,6 +340,16 @@ class TestTraining:
             gradients.append([p.grad for p in model.parameters() if p.requires_grad])
         for one, other in zip(*gradients, strict=True):
             torch.testing.assert_close(one, other, **CLOSE)
+
+
+def test_offload_by_parts_works_and_of_the_whole_network_is_refused() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    wanted = logits(tiny())
+    parts = accelerate.cpu_offload(tiny(), execution_device=torch.device("cpu"))
+    torch.testing.assert_close(logits(parts), wanted, **CLOSE)
+    whole = accelerate.cpu_offload(tiny(), execution_device=torch.device("cpu"), preload_module_classes=["LlamaMLP"])
+    with pytest.raises(ValueError, match="without preload_module_classes"):
+        logits(whole)
 
 
 class TestAdapters:
@@ -372,7 +395,7 @@ class TestUnevenWidths:
     def package(width: int, tmp_path, family: str = "llama"):
         """An expert of this width, and the model with one of public's width that computes the same."""
         config = ANCHOR_CONFIGS[family]()
-        record = {"name": "math", "intermediate": width}
+        record = {"name": "math", "intermediate": [width, width]}
         model = tiny_flexmoe(family, (), anchor=FINGERPRINT)
         wide = FlexMoeForCausalLM(FlexMoeConfig(anchor_config=config, experts=["public", record], anchor=FINGERPRINT))
         perturb_rows(wide)
@@ -397,6 +420,26 @@ class TestUnevenWidths:
         assert (again / "expert.safetensors").read_bytes() == (folder / "expert.safetensors").read_bytes()
         model.remove_expert("math")
         assert torch.equal(logits(model), before)
+
+    @pytest.mark.parametrize("family", ["llama", "phi3"])
+    def test_a_width_that_cannot_be_told_from_the_hidden_size(self, family: str) -> None:
+        config = ANCHOR_CONFIGS[family]()
+        config.intermediate_size = config.hidden_size
+        record = {"name": "math", "intermediate": [24, 24]}
+        with pytest.raises(ValueError, match="cannot be told apart"):
+            FlexMoeForCausalLM(FlexMoeConfig(anchor_config=config, experts=["public", record]))
+
+    def test_an_expert_as_wide_as_the_hidden_size(self, tmp_path) -> None:
+        model, _, folder = self.package(32, tmp_path, "phi3")
+        assert ExpertPackage.open(folder).manifest.ffn["intermediate"] == [32, 32]
+        assert model.add_expert(folder) == "math"
+
+    def test_a_fresh_one_is_drawn(self) -> None:
+        record = {"name": "math", "intermediate": [24, 24]}
+        model = FlexMoeForCausalLM(FlexMoeConfig(anchor_config=ANCHOR_CONFIGS["llama"](), experts=["public", record]))
+        for block in model.flexmoe_blocks():
+            for parameter in block.experts["math"].parameters():
+                assert 0.01 < parameter.std() < 0.03  # what the anchor's own class draws
 
     def test_zeros_make_it_as_wide_as_public(self, tmp_path) -> None:
         _, _, folder = self.package(24, tmp_path)
