@@ -21,6 +21,7 @@ from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
 from flexmoe.modeling.fitting_flexmoe import (
     check_anchor,
+    fresh_networks,
     name_in_package,
     open_package,
     package_record,
@@ -250,7 +251,7 @@ def _has_fitted_public_row(model: StoredModel) -> bool:
 
 
 def _with_experts(config: FlexMoeConfig, newcomers: Sequence[_Newcomer]) -> FlexMoeConfig:
-    config, widths = copy.deepcopy(config), public_widths(config)
+    config, widths = copy.deepcopy(config), public_widths(config, fresh_networks(config))
     for newcomer in newcomers:
         check_expert_name(newcomer.name)
         if newcomer.name in config.expert_names:

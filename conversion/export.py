@@ -55,6 +55,11 @@ class Exported:
     aliases: Mapping[str, Any] = field(default_factory=dict)
 
 
+MergedExperts = Mapping[str, Callable[[str], TensorSource]]
+"""Tensors of low-rank experts as full ones, by the name that a full expert's has in the FlexMoE; each makes its source
+under the name that it gets."""
+
+
 @dataclass(frozen=True)
 class Choices:
     """What the caller decided, as `export` takes it."""
@@ -136,11 +141,8 @@ def as_dense(stored: StoredModel, choices: Choices) -> Exported:
     _check_kinds(stored, [expert], choices, DENSE)
     dense, sites = build_on_meta(_anchor_config(stored))
     paths = NameMap(sites)
-    merged = _merged_experts(stored, [expert])
-    sources = []
-    for name in dense.state_dict():
-        path = paths.to_flexmoe(name, expert)
-        sources += [merged[path](name)] if path in merged else _copies(stored, dense, {name: path})
+    merged = _merged_experts(stored, sites, [expert])
+    sources = _copies(stored, dense, {name: paths.to_flexmoe(name, expert) for name in dense.state_dict()}, merged)
     return Exported(_of_class(dense, stored), sources)
 
 
@@ -159,7 +161,7 @@ def as_native(native: NativeFormat, stored: StoredModel, choices: Choices) -> Ex
         target = AutoModelForCausalLM.from_config(config)
     _check_same_besides_blocks(native, dense, target, sites)
     gates = _gates(native, stored, sites)
-    merged = _merged_experts(stored, stored.config.expert_names)
+    merged = _merged_experts(stored, sites, stored.config.expert_names)
     sources: list[TensorSource] = []
     for site, names in _by_site(dense, sites):
         if site is None:
@@ -201,15 +203,20 @@ def _by_site(dense: PreTrainedModel, sites: Sequence[FfnSite]) -> Iterator[tuple
         yield site, list(names)
 
 
-def _copies(stored: StoredModel, dense: PreTrainedModel, paths: Mapping[str, str]) -> list[TensorSource]:
+def _copies(
+    stored: StoredModel, dense: PreTrainedModel, paths: Mapping[str, str], merged: MergedExperts | None = None
+) -> list[TensorSource]:
     """Stored tensors under the dense model's names; `paths` says what they are called in the FlexMoE.
 
-    Names without a stored tensor are tied to another, or buffers that the model computes.
+    Those in `merged` are computed. Names without a stored tensor are tied to another, or buffers that the model
+    computes.
     """
     state, parameters = dense.state_dict(), dict(dense.named_parameters(remove_duplicate=False))
     sources = []
     for name, path in paths.items():
-        if path in stored.tensors.infos:
+        if merged and path in merged:
+            sources.append(merged[path](name))
+        elif path in stored.tensors.infos:
             _check_stored(stored, path, state[name].shape)
             sources.append(source_from_file(stored.tensors, path, name))
         elif name in parameters and name not in dense.all_tied_weights_keys:
@@ -223,7 +230,7 @@ def _block_sources(
     dense: PreTrainedModel,
     site: FfnSite,
     gate_EH: Tensor,
-    merged: Mapping[str, Callable[[str], TensorSource]],
+    merged: MergedExperts,
 ) -> Iterator[TensorSource]:
     """A layer's rows as one matrix, then each expert's matrices."""
     shapes = {name: tensor.shape for name, tensor in site.ffn(dense).state_dict().items()}
@@ -244,18 +251,14 @@ def _block_sources(
                 yield source_from_file(stored.tensors, path, new_name)
 
 
-def _merged_experts(stored: StoredModel, names: Sequence[str]) -> dict[str, Callable[[str], TensorSource]]:
-    """What the tensors of low-rank experts among `names` amount to, by the name of a full expert's tensor.
-
-    A value makes the tensor's source under the name that it gets.
-    """
+def _merged_experts(stored: StoredModel, sites: Sequence[FfnSite], names: Sequence[str]) -> MergedExperts:
+    """What the low-rank experts among `names` amount to."""
     records = [record for record in stored.config.expert_records if record["name"] in names]
     merged: dict[str, Callable[[str], TensorSource]] = {}
     low_rank = [record for record in records if record["kind"] == "low_rank"]
     if not low_rank:
         return merged
     public = PublicNetworks.of_flexmoe(stored)
-    _, sites = build_on_meta(_anchor_config(stored))
     for record, site in itertools.product(low_rank, sites):
         start = f"{ANCHOR_PREFIX}{site.block}.experts.{record['name']}."
         expert = make_expert(

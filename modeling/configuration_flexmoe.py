@@ -95,14 +95,14 @@ def _check_size(record: dict[str, Any]) -> None:
     what = f"Expert {record['name']!r} is of kind {record['kind']!r} with"
     ranks, alpha, widths = (record.get(key) for key in ("rank", "alpha", "intermediate"))
     is_low_rank = record["kind"] == "low_rank"
-    if is_low_rank != (ranks is not None) or not _are_counts([1] if ranks is None else ranks):
+    if is_low_rank != (ranks is not None) or not is_counts([1] if ranks is None else ranks):
         raise ValueError(
             f"{what} rank {ranks!r}: a low-rank expert has a list of positive integers, one per layer; an expert of "
             "another kind has none."
         )
-    if alpha is not None and not (is_low_rank and type(alpha) in (int, float) and math.isfinite(alpha)):
+    if alpha is not None and not (is_low_rank and is_finite_number(alpha)):
         raise ValueError(f"{what} alpha {alpha!r}: a low-rank expert may have a finite number; no other has one.")
-    if widths is not None and (record["kind"] != "full" or not _are_counts(widths)):
+    if widths is not None and (record["kind"] != "full" or not is_counts(widths)):
         raise ValueError(
             f"{what} intermediate {widths!r}: a full expert may have a list of positive integers, one per layer; no "
             "other has one."
@@ -111,8 +111,19 @@ def _check_size(record: dict[str, Any]) -> None:
         raise ValueError(f"{what} a size of its own; {PUBLIC!r} is the anchor's own network.")
 
 
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value > 0 for value in values)
+def is_count(value: Any) -> bool:
+    """Whether a value from a file is a size: a positive integer, and no wild one."""
+    return type(value) is int and 0 < value < 1 << 31
+
+
+def is_counts(value: Any) -> bool:
+    """Whether a value from a file is a list of sizes."""
+    return isinstance(value, list) and all(map(is_count, value))
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether a value from a file is a number, and neither NaN nor an infinity."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 class ExpertPackageConfig(PreTrainedConfig):
@@ -304,4 +315,7 @@ __all__ = [
     "check_expert_name",
     "check_top_k",
     "expert_record",
+    "is_count",
+    "is_counts",
+    "is_finite_number",
 ]

@@ -36,10 +36,12 @@ def fresh_networks(config: FlexMoeConfig) -> list[nn.Module]:
     return [site.ffn(dense) for site in sites]
 
 
-def fresh_experts(config: FlexMoeConfig, record: Mapping[str, Any]) -> list[nn.Module]:
-    """An expert's networks without weights, one per layer."""
+def fresh_experts(
+    config: FlexMoeConfig, record: Mapping[str, Any], networks: Sequence[nn.Module] | None = None
+) -> list[nn.Module]:
+    """An expert's networks without weights, one per layer, beside `networks` (by default `fresh_networks`)."""
     hidden_size = config.get_text_config().hidden_size
-    networks = fresh_networks(config)
+    networks = fresh_networks(config) if networks is None else networks
     return [make_expert(ffn, record, layer=layer, hidden_size=hidden_size) for layer, ffn in enumerate(networks)]
 
 
@@ -96,10 +98,10 @@ def name_in_package(network: nn.Module, key: str) -> str:
     return packed_name(key) if isinstance(network, LowRankExpert) else key
 
 
-def public_widths(config: FlexMoeConfig) -> list[int]:
-    """The intermediate sizes of the anchor's networks, one per layer."""
+def public_widths(config: FlexMoeConfig, networks: Sequence[nn.Module]) -> list[int]:
+    """The intermediate sizes of the anchor's networks."""
     hidden_size = config.get_text_config().hidden_size
-    return [intermediate_size(network, hidden_size) for network in fresh_networks(config)]
+    return [intermediate_size(network, hidden_size) for network in networks]
 
 
 def package_record(manifest: ExpertManifest, widths: Sequence[int]) -> dict[str, Any]:
@@ -191,9 +193,8 @@ def expert_manifest(
     """The manifest of an expert with this record and these tensors.
 
     Args:
-        networks: one per layer, of the anchor's class and the expert's width; a low-rank expert's is the anchor's.
+        networks: the anchor's, one per layer; an expert of another width has it in its record.
     """
-    hidden = config.get_text_config().hidden_size
     anchor_config: Any = config.anchor_config
     anchor = {**(config.anchor or {}), "model_type": anchor_config.model_type}
     dtypes = {str(value.dtype).removeprefix("torch.") for name, value in tensors.items() if ".ffn." in name}
@@ -202,8 +203,8 @@ def expert_manifest(
         layers=list(range(len(networks))),
         ffn={
             "class": type(networks[0]).__name__,
-            "hidden": hidden,
-            "intermediate": record.get("intermediate") or [intermediate_size(network, hidden) for network in networks],
+            "hidden": config.get_text_config().hidden_size,
+            "intermediate": record.get("intermediate") or public_widths(config, networks),
         },
         dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         anchor={key: anchor.get(key) for key in ("repo", "revision", "fingerprint", "model_type")},

@@ -276,10 +276,9 @@ class ExpertLifecycle(_Model):
         """
         self._check_owned(name, "saved as a package", "it is the anchor itself")
         record = next(record for record in self.config.expert_records if record["name"] == name)
-        networks = fresh_experts(self.config, record)
-        tensors = dict(expert_tensors(self.flexmoe_blocks(), name, networks))
-        beside = fresh_networks(self.config) if record["kind"] == "low_rank" else networks
-        manifest = expert_manifest(self.config, beside, {**record, **manifest_fields}, tensors)
+        networks = fresh_networks(self.config)
+        tensors = dict(expert_tensors(self.flexmoe_blocks(), name, fresh_experts(self.config, record, networks)))
+        manifest = expert_manifest(self.config, networks, {**record, **manifest_fields}, tensors)
         if is_sharded(self):
             in_first_process(lambda: write_package(folder, manifest, tensors.items(), overwrite=overwrite))
             return Path(folder)
@@ -290,9 +289,10 @@ class ExpertLifecycle(_Model):
     def _put_package(self, package: ExpertPackage, name: str, origin: dict[str, str | None] | None) -> None:
         check_anchor(self.config, package.manifest)
         check_layers(self.flexmoe_blocks(), package.manifest)
-        record = package_record(package.manifest, public_widths(self.config))
+        networks = fresh_networks(self.config)
+        record = package_record(package.manifest, public_widths(self.config, networks))
         record = expert_record({**record, "name": name, "source": origin})
-        parts = parts_from_package(self.flexmoe_blocks(), fresh_experts(self.config, record), package)
+        parts = parts_from_package(self.flexmoe_blocks(), fresh_experts(self.config, record, networks), package)
         self._put(record, self._quantized_alike(name, parts))
 
     def _quantized_alike(self, name: str, parts: list[ExpertPart]) -> list[ExpertPart]:

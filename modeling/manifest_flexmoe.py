@@ -3,13 +3,12 @@
 Not here: the weights it speaks of (`packages_flexmoe`), and whether the anchor is the one at hand.
 """
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .configuration_flexmoe import RECORD_KEYS, check_expert_name
+from .configuration_flexmoe import RECORD_KEYS, check_expert_name, is_count, is_counts, is_finite_number
 
 FORMAT_VERSION = 1
 KINDS = ("full", "low_rank")
@@ -129,14 +128,6 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 < value < 1 << 31
-
-
-def _is_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_count, value))
-
-
 def _is_layers(value: Any) -> bool:
     if not isinstance(value, list) or not value or not all(type(layer) is int for layer in value):
         return False
@@ -147,7 +138,7 @@ def _is_ffn(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) != _FFN_KEYS:
         return False
     widths = value["intermediate"]
-    return _is_text(value["class"]) and _is_count(value["hidden"]) and (_is_count(widths) or _is_counts(widths))
+    return _is_text(value["class"]) and is_count(value["hidden"]) and (is_count(widths) or is_counts(widths))
 
 
 def _is_anchor(value: Any) -> bool:
@@ -171,8 +162,8 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "name": ("text", _is_text),
     "version": ("text, 1 to 64 characters", lambda value: _is_text(value) and 1 <= len(value) <= 64),
     "kind": (f"one of {', '.join(KINDS)}", lambda value: _is_text(value) and value in KINDS),
-    "rank": ("a list of positive integers, one per layer", _is_counts),
-    "alpha": ("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value)),
+    "rank": ("a list of positive integers, one per layer", is_counts),
+    "alpha": ("a finite number", is_finite_number),
     "layers": ("an ascending list of layer numbers, at least one", _is_layers),
     "ffn": ("an object with class (text), hidden and intermediate (positive integers, or a list of them)", _is_ffn),
     "dtype": ("text such as 'bfloat16', or 'mixed'", _is_text),
