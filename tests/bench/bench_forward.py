@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from machine import machine
+from machine import keep, machine
 from torch import Tensor, nn
 from transformers import FlexOlmoConfig, FlexOlmoForCausalLM, Olmo2Config, PreTrainedModel
 
@@ -201,10 +201,7 @@ def main() -> None:
         "shapes": {**SIZES, "experts": EXPERTS, "k": K, "prefill": PREFILL, "decode_context": CONTEXT},
         **before,
     }
-    text = json.dumps(result, indent=2)
-    sys.stdout.write(text + "\n")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text + "\n")
+    keep(result, arguments.out)
     missed = [name for name, values in result["rows"].items() if not values["passed"]]
     assert not missed, f"slower than FlexOlmo: {missed}"
 

@@ -13,7 +13,6 @@ which for 7b are 27 GB. Linux only.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -24,7 +23,7 @@ import time
 from pathlib import Path
 
 from llama_files import SHAPES, write_llama
-from machine import machine
+from machine import keep, machine
 from watched import watch
 
 from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
@@ -123,10 +122,7 @@ def main() -> None:
     before = machine()  # its load: other work slows the graft more than cp, because it hashes in a second thread
     with tempfile.TemporaryDirectory(prefix="flexmoe-bench-", dir=arguments.folder) as folder:
         result = measure(Path(folder), arguments.size, arguments.runs) | before
-    text = json.dumps(result, indent=2)
-    sys.stdout.write(text + "\n")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text + "\n")
+    keep(result, arguments.out)
     assert result["passed"], "grafting is slower, or takes more memory, than is promised"
 
 

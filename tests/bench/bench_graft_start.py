@@ -10,7 +10,6 @@ Run: python tests/bench/bench_graft_start.py [--size 100m] [--runs 5] [--folder 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
@@ -18,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from llama_files import SHAPES, write_llama
-from machine import machine
+from machine import keep, machine
 from watched import Watched, watch
 
 RUNS = 5
@@ -71,10 +70,7 @@ def main() -> None:
     before = machine()
     with tempfile.TemporaryDirectory(prefix="flexmoe-bench-", dir=arguments.folder) as folder:
         result = measure(Path(folder), arguments.size, arguments.runs) | before
-    text = json.dumps(result, indent=2)
-    sys.stdout.write(text + "\n")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text + "\n")
+    keep(result, arguments.out)
     assert result["passed"], f"flexmoe graft takes more than {BAR} s beyond {CLASS}"
 
 

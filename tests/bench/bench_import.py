@@ -10,13 +10,12 @@ Run: python tests/bench/bench_import.py [--out JSON].
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
-from machine import machine
+from machine import keep, machine
 
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "import.json"
 RUNS = 7
@@ -68,10 +67,7 @@ def main() -> None:
     arguments = parser.parse_args()
     before = machine()
     result = measure() | before
-    text = json.dumps(result, indent=2)
-    sys.stdout.write(text + "\n")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text + "\n")
+    keep(result, arguments.out)
     assert result["passed"], f"import flexmoe adds {result['added_seconds']} s, more than {BAR} s"
 
 

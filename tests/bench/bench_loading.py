@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 from bench_forward import EXPERTS, NAMES, SIZES, with_its_tensors
-from machine import machine
+from machine import keep, machine
 from transformers import FlexOlmoConfig, FlexOlmoForCausalLM
 
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "loading.json"
@@ -154,10 +154,7 @@ def main() -> None:
         "path": "AutoModelForCausalLM.from_pretrained, fresh processes in turns, page cache warm, 2 threads",
         **before,
     }
-    text = json.dumps(result, indent=2)
-    sys.stdout.write(text + "\n")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text + "\n")
+    keep(result, arguments.out)
     missed = [name for name, values in rows.items() if not values["passed"]]
     assert not missed, f"loading costs more than {BAR} times FlexOlmo's: {missed}"
 

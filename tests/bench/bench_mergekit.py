@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llama_files import SHAPES, write_fine_tune, write_llama
-from machine import machine
+from machine import keep, machine
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from watched import Watched, watch
@@ -145,10 +145,7 @@ def main(words: Sequence[str] | None = None) -> None:
     before = machine()
     with tempfile.TemporaryDirectory(prefix="flexmoe-bench-", dir=arguments.folder) as folder:
         result = measure(Path(folder), arguments.size, arguments.runs, arguments.mergekit_python) | before
-    text = json.dumps(result, indent=2)
-    sys.stdout.write(text + "\n")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(text + "\n")
+    keep(result, arguments.out)
     assert result["passed"], "grafting takes more than a third of mergekit's time or memory"
 
 

@@ -1,11 +1,15 @@
-"""What every benchmark writes beside its figures: when, on what, with which versions, and how busy it was."""
+"""What stands beside a benchmark's figures: when, on what, with which versions, how busy it was; where both are kept."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,4 +35,12 @@ def machine() -> dict[str, object]:
     }
 
 
-__all__ = ["machine"]
+def keep(result: Mapping[str, Any], out: Path) -> None:
+    """Prints a result and writes it to `out`, so that it is there also where a bar is missed."""
+    text = json.dumps(result, indent=2)
+    sys.stdout.write(text + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text + "\n")
+
+
+__all__ = ["keep", "machine"]
