@@ -1,4 +1,4 @@
-"""What stands beside a benchmark's figures: when, on what, with which versions, how busy it was; where both are kept."""
+"""What stands beside a benchmark's figures (when, on what, which versions, how busy), and where both are kept."""
 
 from __future__ import annotations
 
