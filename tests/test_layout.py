@@ -24,9 +24,11 @@ MODELING_LAYERS = (
     ("tensors", "finite", "tensor_writer"),
     ("routing", "linear", "forms", "anchors", "parallel", "low_rank"),
     ("identity", "selection", "manifest", "dense", "norms"),
+    ("cards",),
     ("packages",),
-    ("hub",),
-    ("experts", "usage", "adapters", "fitting"),
+    ("trust",),
+    ("scan", "hub"),
+    ("experts", "usage", "adapters", "admission", "fitting"),
     ("lifecycle", "sources", "composition"),
     ("modeling",),
 )
@@ -64,6 +66,10 @@ ALLOWED = {
     "flexmoe.gpus": set(),
     "flexmoe.planning": {"flexmoe.modeling", "flexmoe.gpus"},
     "flexmoe.testing": {"flexmoe.modeling"},
+    "flexmoe.signing": {"flexmoe.modeling"},
+    "flexmoe.admission": {"flexmoe.modeling", "flexmoe.data", "flexmoe.evaluation"},
+    "flexmoe.cards": {"flexmoe.modeling", "flexmoe.model_cards", "flexmoe.data", "flexmoe.evaluation"},
+    "flexmoe.sharing": {"flexmoe.modeling", "flexmoe.model_cards"},
     "flexmoe.peft": {"flexmoe.modeling"},
     "flexmoe.training": {
         "flexmoe.modeling",
@@ -96,6 +102,11 @@ ALLOWED = {
         "flexmoe.peft",
         "flexmoe.planning",
         "flexmoe.training",
+        "flexmoe.signing",
+        "flexmoe.admission",
+        "flexmoe.cards",
+        "flexmoe.sharing",
+        "flexmoe.model_cards",
     },
     "flexmoe.cli": {"flexmoe_cli"},
     "flexmoe.__main__": {"flexmoe_cli"},
@@ -107,6 +118,10 @@ ALLOWED = {
         "flexmoe.planning",
         "flexmoe.training",
         "flexmoe.demo",
+        "flexmoe.signing",
+        "flexmoe.admission",
+        "flexmoe.cards",
+        "flexmoe.sharing",
     },
 }
 
@@ -115,8 +130,10 @@ PROGRAMS = ("flexmoe.demo.",)
 
 MODELING_PACKAGES = {"torch", "numpy", "transformers", "safetensors", "huggingface_hub"}
 NETWORK = {"huggingface_hub", "requests", "urllib", "http", "httpx", "aiohttp", "socket", "ftplib"}
-# Checks fields of a configuration; opens no connection.
-NOT_NETWORK = {"huggingface_hub.dataclasses"}
+# Check fields of a configuration or of a card; open no connection.
+NOT_NETWORK = {"huggingface_hub.dataclasses", "huggingface_hub.repocard_data"}
+# Not every user of a model has them, so modeling/ imports them in a try, and says what to install where it needs one.
+OPTIONAL = {"triton", "jsonschema", "model_signing"}
 
 
 @dataclass(frozen=True)
@@ -233,8 +250,8 @@ def test_modeling_imports_only_what_travels_with_it(source: Source) -> None:
             # transformers copies a remote-code model's files by following exactly this form
             assert item.module.count(".") == 1, f"{where}: write `from .sibling import name`"
             assert len(item.module) > 1, f"{where}: write `from .sibling import name`"
-        elif item.top == "triton":
-            assert item.in_try, f"{where}: triton is optional, import it in a try"
+        elif item.top in OPTIONAL:
+            assert item.in_try, f"{where}: {item.top} is optional, import it in a try"
         else:
             assert item.top in MODELING_PACKAGES | set(sys.stdlib_module_names), f"{where}: not for modeling/"
 
