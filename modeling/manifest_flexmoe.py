@@ -1,24 +1,21 @@
-"""The manifest of an expert package, `expert_config.json`, format version 1: a table of keys, each with its check.
+"""The manifest of an expert package, `expert_config.json`, format version 1.
 
-Not here: the weights it speaks of (`packages_flexmoe`), and whether the anchor is the one at hand.
+What each key may hold stands in its JSON schema (`manifest_schema_flexmoe`), what they must agree on stands here. Not
+here: the weights it speaks of (`packages_flexmoe`), and whether the anchor is the one at hand.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from .configuration_flexmoe import RECORD_KEYS, check_expert_name, is_count, is_counts, is_finite_number
+from .configuration_flexmoe import RECORD_KEYS, check_expert_name, is_finite_number
+from .manifest_schema_flexmoe import FORMAT_VERSION, KINDS, first_fault
 
-FORMAT_VERSION = 1
-KINDS = ("full", "low_rank")
 MANIFEST_FILE = "expert_config.json"
 WEIGHT_FILE = re.compile(r"expert(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_FFN_KEYS = {"class", "hidden", "intermediate"}
-_ANCHOR_KEYS = {"repo", "revision", "fingerprint", "model_type"}
-_OPTIONAL = {"rank", "alpha", "training", "license", "data_statement"}
+_NOT_WRITTEN = {"expert.safetensors": "0" * 64}  # stands for the hashes of files that are still to be written
 
 
 class PackageError(ValueError):
@@ -64,7 +61,9 @@ class ExpertManifest:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        self._check(MANIFEST_FILE)
+        if fault := first_fault({**self.to_dict(), "sha256": self.sha256 or _NOT_WRITTEN}):
+            raise PackageError(f"{MANIFEST_FILE}: {fault}")
+        self._check_agreement(MANIFEST_FILE)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, where: str = MANIFEST_FILE) -> "ExpertManifest":
@@ -80,17 +79,12 @@ class ExpertManifest:
                 f"{where}: format_version is {version!r}; this FlexMoE reads {FORMAT_VERSION}. "
                 "Update flexmoe if the number is higher."
             )
-        known = [entry.name for entry in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise PackageError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}.")
-        if missing := [key for key in known if key not in values and key not in _OPTIONAL]:
-            raise PackageError(f"{where}: the key {missing[0]!r} is missing.")
+        if fault := first_fault(values):
+            raise PackageError(f"{where}: {fault}")
         manifest = object.__new__(cls)
         for entry in fields(cls):  # not __init__, whose check could not name the file
             object.__setattr__(manifest, entry.name, values.get(entry.name))
-        manifest._check(where)
-        if not manifest.sha256:
-            raise PackageError(f"{where}: key 'sha256' names no weight file.")
+        manifest._check_agreement(where)
         return manifest
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,13 +98,14 @@ class ExpertManifest:
         values = {key: getattr(self, key, None) for key in RECORD_KEYS}
         return {key: value for key, value in values.items() if value is not None}
 
-    def _check(self, where: str) -> None:
-        for key, (allowed, holds) in _RULES.items():
-            value = getattr(self, key)
-            if value is None and key in _OPTIONAL:
-                continue
-            if not holds(value):
-                raise PackageError(f"{where}: key {key!r} must be {allowed}; it is {str(value)[:200]!r}.")
+    def _check_agreement(self, where: str) -> None:
+        """What several keys must agree on, and what a schema cannot say."""
+        if self.layers != sorted(set(self.layers)):
+            raise PackageError(
+                f"{where}: key 'layers' must be an ascending list of layer numbers; it is {str(self.layers)[:200]}."
+            )
+        if self.alpha is not None and not is_finite_number(self.alpha):  # in Python it may be one that JSON has not
+            raise PackageError(f"{where}: key 'alpha' must be a finite number; it is {self.alpha}.")
         try:
             check_expert_name(self.name)
         except ValueError as error:
@@ -123,58 +118,5 @@ class ExpertManifest:
             if isinstance(value, list) and len(value) != len(self.layers):
                 raise PackageError(f"{where}: key {key!r} has {len(value)} entries for {len(self.layers)} layers.")
 
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_layers(value: Any) -> bool:
-    if not isinstance(value, list) or not value or not all(type(layer) is int for layer in value):
-        return False
-    return value[0] >= 0 and value[-1] < 1_000_000 and value == sorted(set(value))
-
-
-def _is_ffn(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) != _FFN_KEYS:
-        return False
-    widths = value["intermediate"]
-    return _is_text(value["class"]) and is_count(value["hidden"]) and (is_count(widths) or is_counts(widths))
-
-
-def _is_anchor(value: Any) -> bool:
-    if not isinstance(value, dict) or set(value) != _ANCHOR_KEYS or not _is_text(value["model_type"]):
-        return False
-    fingerprint = value["fingerprint"]
-    return all(entry is None or _is_text(entry) for entry in value.values()) and (
-        fingerprint is None or bool(_SHA256.fullmatch(fingerprint))
-    )
-
-
-def _is_hashes(value: Any) -> bool:
-    return isinstance(value, dict) and all(
-        _is_text(name) and WEIGHT_FILE.fullmatch(name) and _is_text(digest) and _SHA256.fullmatch(digest)
-        for name, digest in value.items()
-    )
-
-
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "format_version": (f"{FORMAT_VERSION}", lambda value: value == FORMAT_VERSION),
-    "name": ("text", _is_text),
-    "version": ("text, 1 to 64 characters", lambda value: _is_text(value) and 1 <= len(value) <= 64),
-    "kind": (f"one of {', '.join(KINDS)}", lambda value: _is_text(value) and value in KINDS),
-    "rank": ("a list of positive integers, one per layer", is_counts),
-    "alpha": ("a finite number", is_finite_number),
-    "layers": ("an ascending list of layer numbers, at least one", _is_layers),
-    "ffn": ("an object with class (text), hidden and intermediate (positive integers, or a list of them)", _is_ffn),
-    "dtype": ("text such as 'bfloat16', or 'mixed'", _is_text),
-    "anchor": (
-        "an object with model_type (text), repo and revision (text or null) and fingerprint (SHA-256 hex, or null)",
-        _is_anchor,
-    ),
-    "training": ("an object", lambda value: isinstance(value, dict)),
-    "license": ("text", _is_text),
-    "data_statement": ("text", _is_text),
-    "sha256": ("an object from expert*.safetensors file names to SHA-256 in hex", _is_hashes),
-}
 
 __all__ = ["FORMAT_VERSION", "KINDS", "MANIFEST_FILE", "WEIGHT_FILE", "ExpertManifest", "PackageError"]

@@ -25,8 +25,8 @@ import torch
 
 from .configuration_flexmoe import ExpertPackageConfig
 from .finite_flexmoe import all_finite
-from .folders_flexmoe import atomic_folder, file_inside
-from .json_flexmoe import json_text, read_json_object
+from .folders_flexmoe import atomic_folder, file_inside, read_regular_file
+from .json_flexmoe import MAX_JSON_BYTES, json_text, parse_json_object
 from .manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, ExpertManifest, PackageError
 from .tensor_writer_flexmoe import TensorSource, finite_source, source_from_tensor, write_checkpoint
 from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, tensor_from_chunks
@@ -47,11 +47,13 @@ class ExpertPackage:
         folder: where it is.
         manifest: what its `expert_config.json` says.
         infos: what the headers of its weight files say, by tensor name.
+        manifest_sha256: hex digest of the bytes that `manifest` was read from.
     """
 
     folder: Path
     manifest: ExpertManifest
     infos: Mapping[str, TensorInfo]
+    manifest_sha256: str
 
     @classmethod
     def open(cls, folder: str | Path) -> "ExpertPackage":
@@ -68,7 +70,8 @@ class ExpertPackage:
             raise FileNotFoundError(f"{folder} is not an expert package: it has no {MANIFEST_FILE}.")
         with _package_errors():
             path = file_inside(folder, MANIFEST_FILE)
-            manifest = ExpertManifest.from_dict(read_json_object(path), where=str(path))
+            data = read_regular_file(path, max_bytes=MAX_JSON_BYTES)
+            manifest = ExpertManifest.from_dict(parse_json_object(data, str(path)), where=str(path))
             _check_files(folder, manifest)
             infos: dict[str, TensorInfo] = {}
             for name in sorted(manifest.sha256):
@@ -77,7 +80,7 @@ class ExpertPackage:
                         raise PackageError(f"{file.path}: tensor {min(twice)!r} is in another file too.")
                     infos.update(file.infos)
             _check_infos(str(folder), manifest, infos)
-        return cls(folder, manifest, infos)
+        return cls(folder, manifest, infos, hashlib.sha256(data).hexdigest())
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields every (name, CPU tensor), reading each weight file once and hashing what it reads.

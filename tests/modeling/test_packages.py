@@ -5,15 +5,18 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexmoe.modeling import packages_flexmoe
+from flexmoe.modeling import manifest_schema_flexmoe, packages_flexmoe
+from flexmoe.modeling.manifest_schema_flexmoe import SCHEMA
 from flexmoe.modeling.packages_flexmoe import (
     ExpertManifest,
     ExpertPackage,
@@ -22,6 +25,8 @@ from flexmoe.modeling.packages_flexmoe import (
     write_package,
 )
 from flexmoe.modeling.tensor_writer_flexmoe import source_from_tensor, write_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MANIFEST = {
     "format_version": 1,
@@ -180,7 +185,11 @@ class TestManifest:
             ({"anchor": {**MANIFEST["anchor"], "model_type": None}}, "model_type"),
             ({"training": []}, "'training' must be"),
             ({"license": 1}, "'license' must be"),
-            ({"sha256": {}}, "names no weight file"),
+            ({"sha256": {}}, "at least one; it is"),
+            ({"sha256": {"expert.safetensors\n": "f" * 64}}, "file names"),
+            ({"sha256": {"expert.safetensors": "f" * 64 + "\n"}}, "SHA-256 in hex"),
+            ({"layers": list(range(10_001))}, "ascending"),
+            ({"ffn": {"class": "X", "hidden": 4.0, "intermediate": 8}}, "hidden and intermediate"),
             ({"sha256": {"../expert.safetensors": "f" * 64}}, "file names"),
             ({"sha256": {"expert.bin": "f" * 64}}, "file names"),
             ({"sha256": {"expert.safetensors": "f" * 63}}, "file names"),
@@ -204,6 +213,18 @@ class TestManifest:
     def test_is_checked_when_made_in_python_too(self) -> None:
         with pytest.raises(PackageError, match="one of full, low_rank"):
             dataclasses.replace(manifest(), kind="other")
+
+    def test_the_schema_for_other_programs_is_the_one_that_is_used(self) -> None:
+        published = ROOT / "docs" / "expert-package.schema.json"
+        assert published.read_text() == json.dumps(SCHEMA, indent=2) + "\n", "write SCHEMA there"
+        jsonschema.Draft202012Validator.check_schema(SCHEMA)
+        jsonschema.validate(MANIFEST, SCHEMA)
+
+    def test_without_the_validator(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        manifest_schema_flexmoe._validator.cache_clear()
+        monkeypatch.setitem(sys.modules, "jsonschema", None)
+        with pytest.raises(ImportError, match="pip install jsonschema"):
+            manifest()
 
 
 class TestLyingPackages:

@@ -1,0 +1,126 @@
+"""The JSON schema of an expert package's manifest, `expert_config.json`, format version 1, and its validation.
+
+The schema says what each key may hold; `docs/expert-package.schema.json` is the same for other programs. Not here: what
+several keys must agree on, and reserved names (`manifest_flexmoe`).
+
+Source: https://json-schema.org/draft/2020-12
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+FORMAT_VERSION = 1
+KINDS = ("full", "low_rank")
+
+_END = r"$(?!\n)"  # Python's `$` also matches before a last line end
+_DIGEST = {"type": "string", "pattern": f"^[0-9a-f]{{64}}{_END}"}
+_SIZE = {"type": "integer", "minimum": 1, "maximum": (1 << 31) - 1}
+_LAYERS = 10_000  # far above any model; it bounds what a stranger's list costs
+
+
+def _sizes(*types: str) -> dict[str, Any]:
+    return {"type": ["array", *types], "maxItems": _LAYERS, "minItems": 1, "items": _SIZE}
+
+
+SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "$id": f"urn:flexmoe:expert-package:{FORMAT_VERSION}",
+    "title": "Manifest of a FlexMoE expert package",
+    "type": "object",
+    # in this order: of several faults, an unknown key is told first
+    "additionalProperties": False,
+    "required": ["format_version", "name", "version", "kind", "layers", "ffn", "dtype", "anchor", "sha256"],
+    "properties": {
+        "format_version": {"description": f"{FORMAT_VERSION}", "const": FORMAT_VERSION},
+        "name": {"description": "text", "type": "string"},
+        "version": {"description": "text, 1 to 64 characters", "type": "string", "minLength": 1, "maxLength": 64},
+        "kind": {"description": f"one of {', '.join(KINDS)}", "enum": list(KINDS)},
+        "rank": {"description": "a list of positive integers, one per layer", **_sizes("null")},
+        "alpha": {"description": "a finite number", "type": ["number", "null"]},
+        "layers": {
+            "description": "an ascending list of layer numbers, at least one",
+            "type": "array",
+            "maxItems": _LAYERS,
+            "minItems": 1,
+            "items": {"type": "integer", "minimum": 0, "maximum": 999_999},
+        },
+        "ffn": {
+            "description": "an object with class (text), hidden and intermediate (positive integers, or a list of "
+            "them)",
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["class", "hidden", "intermediate"],
+            "properties": {
+                "class": {"type": "string"},
+                "hidden": _SIZE,
+                "intermediate": {"anyOf": [_SIZE, _sizes()]},
+            },
+        },
+        "dtype": {"description": "text such as 'bfloat16', or 'mixed'", "type": "string"},
+        "anchor": {
+            "description": "an object with model_type (text), repo and revision (text or null) and fingerprint "
+            "(SHA-256 hex, or null)",
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["repo", "revision", "fingerprint", "model_type"],
+            "properties": {
+                "repo": {"type": ["string", "null"]},
+                "revision": {"type": ["string", "null"]},
+                "fingerprint": {"anyOf": [_DIGEST, {"type": "null"}]},
+                "model_type": {"type": "string"},
+            },
+        },
+        "training": {"description": "an object", "type": ["object", "null"]},
+        "license": {"description": "text", "type": ["string", "null"]},
+        "data_statement": {"description": "text", "type": ["string", "null"]},
+        "sha256": {
+            "description": "an object from expert*.safetensors file names to SHA-256 in hex, at least one",
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 99_999,
+            "propertyNames": {"pattern": rf"^expert(-[0-9]{{5}}-of-[0-9]{{5}})?\.safetensors{_END}"},
+            "additionalProperties": _DIGEST,
+        },
+    },
+}
+"""A key's `description` is what an error says that it must be."""
+
+
+def first_fault(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with a manifest, as the rest of a sentence that began with its file; None if nothing is.
+
+    Raises:
+        ImportError: `jsonschema` is not installed.
+    """
+    error = next(_validator().iter_errors(values), None)
+    if error is None:
+        return None
+    known = SCHEMA["properties"]
+    if not error.absolute_path:
+        if unknown := sorted(set(values) - set(known)):
+            return f"unknown key {unknown[0][:200]!r}; known are {', '.join(known)}."
+        missing = next(key for key in SCHEMA["required"] if key not in values)
+        return f"the key {missing!r} is missing."
+    key = error.absolute_path[0]
+    return f"key {key!r} must be {known[key]['description']}; it is {str(values[key])[:200]!r}."
+
+
+@lru_cache(maxsize=1)
+def _validator() -> Any:
+    try:
+        from jsonschema import Draft202012Validator
+        from jsonschema.validators import extend
+    except ImportError as error:
+        raise ImportError("Expert packages are checked with jsonschema: pip install jsonschema.") from error
+
+    def is_integer(checker: Any, value: Any) -> bool:
+        return type(value) is int  # to JSON schema 1.0 is one, too; as a size it would break what comes after
+
+    types = Draft202012Validator.TYPE_CHECKER.redefine("integer", is_integer)
+    return extend(Draft202012Validator, type_checker=types)(SCHEMA)
+
+
+__all__ = ["FORMAT_VERSION", "KINDS", "SCHEMA", "first_fault"]
