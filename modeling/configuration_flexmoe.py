@@ -7,6 +7,7 @@ Does not cover where an anchor keeps its feed-forward networks (`anchors_flexmoe
 import copy
 import math
 import re
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 from huggingface_hub.dataclasses import strict
@@ -294,6 +295,23 @@ class FlexMoeConfig(PreTrainedConfig):
             super().__setattr__(name, value)
 
 
+def drop_experts(config: FlexMoeConfig, names: Collection[str]) -> None:
+    """Takes experts out of a config, in place: it is then that of the model which never had them.
+
+    Raises:
+        ValueError: nobody would be left in its active set.
+    """
+    if config.active_experts is not None:
+        active = [name for name in config.active_experts if name not in names]
+        if not active:
+            raise ValueError(
+                f"Without {', '.join(sorted(names))} no active expert is left: choose others with set_active_experts "
+                "first."
+            )
+        config.active_experts = active
+    config.experts = [record for record in config.expert_records if record["name"] not in names]
+
+
 def _anchor_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
     model_type = values.get("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -314,6 +332,7 @@ __all__ = [
     "FlexMoeConfig",
     "check_expert_name",
     "check_top_k",
+    "drop_experts",
     "expert_record",
     "is_count",
     "is_counts",

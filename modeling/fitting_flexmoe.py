@@ -18,12 +18,13 @@ from .adapters_flexmoe import beneath_adapter
 from .anchors_flexmoe import build_on_meta
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .experts_flexmoe import FlexMoeBlock, floating_dtype, make_expert, router_row
-from .hub_flexmoe import resolve_folder
+from .hub_flexmoe import PACKAGE_FILES, HubAccess
 from .low_rank_flexmoe import LowRankDelta, LowRankExpert, packed_name
 from .manifest_flexmoe import ExpertManifest
 from .packages_flexmoe import ExpertPackage
 from .parallel_flexmoe import whole
 from .quantization_flexmoe import copied_quantized, has_quantized_weights
+from .trust_flexmoe import TrustPolicy, resolve_policy
 from .widths_flexmoe import intermediate_size
 
 ExpertPart = tuple[nn.Module, nn.Linear]
@@ -115,14 +116,37 @@ def package_record(manifest: ExpertManifest, widths: Sequence[int]) -> dict[str,
 
 
 def open_package(
-    source: str | Path | ExpertPackage, revision: str | None = None
+    source: str | Path | ExpertPackage,
+    revision: str | None = None,
+    *,
+    hub: HubAccess | None = None,
+    policy: TrustPolicy | str | Path | None = None,
 ) -> tuple[ExpertPackage, dict[str, str | None] | None]:
-    """Opens a folder or a Hub id; also says where on the Hub it came from (`repo`, `revision`), if it did."""
+    """Opens a folder or a Hub id; also says where on the Hub it came from (`repo`, `revision`), if it did.
+
+    Args:
+        policy: whose packages are let in, as `resolve_policy` takes it.
+
+    Raises:
+        FileNotFoundError: no such folder or repository, or it is no expert package.
+        PackageError: the package is not what its manifest says, or the policy does not let it in
+            (`UntrustedPackageError`).
+        PermissionError, ConnectionError: as `resolve_folder`.
+    """
     if not isinstance(source, str | Path):  # an ExpertPackage, perhaps of another copy of this code (remote code)
+        _check_trust(source, None, policy)
         return source, None
-    found = resolve_folder(source, revision=revision)
-    origin = {"repo": found.repo, "revision": found.revision} if found.repo else None
-    return ExpertPackage.open(found.path), origin
+    found = (hub or HubAccess()).resolve(source, revision, allow_patterns=PACKAGE_FILES)
+    if found.repo is None:
+        package = ExpertPackage.open(found.path)
+        _check_trust(package, None, policy)
+        return package, None
+    try:
+        package = ExpertPackage.open(found.path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The Hub repository {found.repo!r} is not an expert package: {error}") from error
+    _check_trust(package, found.repo, policy)
+    return package, {"repo": found.repo, "revision": found.revision}
 
 
 def check_anchor(config: FlexMoeConfig, manifest: ExpertManifest) -> None:
@@ -209,6 +233,11 @@ def expert_manifest(
         dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         anchor={key: anchor.get(key) for key in ("repo", "revision", "fingerprint", "model_type")},
     )
+
+
+def _check_trust(package: ExpertPackage, origin: str | None, policy: TrustPolicy | str | Path | None) -> None:
+    if (followed := resolve_policy(policy)) is not None:
+        followed.check(package, origin)
 
 
 def _plain(module: nn.Module, key: str) -> Tensor:

@@ -7,6 +7,7 @@ Every change is prepared first and made last, so one that fails leaves the model
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from .fitting_flexmoe import (
     parts_from_public,
     public_widths,
 )
+from .hub_flexmoe import HubAccess, Pushed
 from .packages_flexmoe import ExpertPackage, write_package
 from .parallel_flexmoe import (
     PLANS,
@@ -46,8 +48,10 @@ from .parallel_flexmoe import (
     shard_by_plan,
     tensor_parallel_mesh,
 )
+from .publishing_flexmoe import plan_upload, push
 from .quantization_flexmoe import quantized_alike
 from .selection_flexmoe import CacheStamp, Selection, check_names
+from .trust_flexmoe import TrustPolicy
 
 # For type checkers alone: at run time the model classes bring PreTrainedModel in themselves.
 if TYPE_CHECKING:
@@ -145,7 +149,13 @@ class ExpertLifecycle(_Model):
     # Changes
 
     def add_expert(
-        self, source: str | Path | ExpertPackage, name: str | None = None, *, revision: str | None = None
+        self,
+        source: str | Path | ExpertPackage,
+        name: str | None = None,
+        *,
+        revision: str | None = None,
+        policy: str | Path | TrustPolicy | None = None,
+        **hub: Any,
     ) -> str:
         """Adds an expert from a package: a folder, a Hub id, or an `ExpertPackage`. Returns the name that it got.
 
@@ -157,15 +167,19 @@ class ExpertLifecycle(_Model):
             source: where the package is.
             name: what to call the expert here; the package's own name by default.
             revision: branch, tag or commit, for a Hub id.
+            policy: whose packages are let in: a policy file, by default the one that the environment variable
+                FLEXMOE_POLICY names.
+            hub: `token`, `cache_dir`, `local_files_only` and `force_download`, as `from_pretrained` takes them.
 
         Raises:
             ValueError: the name is taken, the expert was made for another anchor, its kind is unknown, or its files
-                are not what its manifest says; or the model's quantiser needs calibration data.
+                are not what its manifest says; it is not let in; or the model's quantiser needs calibration data.
+            FileNotFoundError, PermissionError, ConnectionError: there is no such package, or it can't be had.
             RuntimeError: a `generate` of this model is running, or FSDP2 has sharded it.
         """
         self._refuse_while_generating("add_expert")
         self._refuse_if_fully_sharded("add_expert")
-        package, origin = open_package(source, revision)
+        package, origin = open_package(source, revision, hub=HubAccess(**hub), policy=policy)
         name = self._free_name(name or package.manifest.name)
         self._put_package(package, name, origin)
         return name
@@ -221,8 +235,19 @@ class ExpertLifecycle(_Model):
         del self._serials[name]
         self._plan_for_experts()
 
-    def replace_expert(self, name: str, source: str | Path | ExpertPackage, *, revision: str | None = None) -> None:
+    def replace_expert(
+        self,
+        name: str,
+        source: str | Path | ExpertPackage,
+        *,
+        revision: str | None = None,
+        policy: str | Path | TrustPolicy | None = None,
+        **hub: Any,
+    ) -> None:
         """Puts the package `source` in the place of the expert `name`, which keeps its name and its position.
+
+        Args:
+            revision, policy, hub: as in `add_expert`.
 
         Raises: as `add_expert` and `remove_expert`.
         """
@@ -230,7 +255,7 @@ class ExpertLifecycle(_Model):
         self._refuse_if_fully_sharded("replace_expert")
         self._check_owned(name, "replaced", "graft the other anchor instead")
         self._refuse_under_adapters(name, "replace_expert")
-        package, origin = open_package(source, revision)
+        package, origin = open_package(source, revision, hub=HubAccess(**hub), policy=policy)
         self._put_package(package, name, origin)
 
     def rename_expert(self, old: str, new: str) -> None:
@@ -283,6 +308,65 @@ class ExpertLifecycle(_Model):
             in_first_process(lambda: write_package(folder, manifest, tensors.items(), overwrite=overwrite))
             return Path(folder)
         return write_package(folder, manifest, tensors.items(), overwrite=overwrite)
+
+    def push_expert_to_hub(
+        self,
+        name: str,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        allow_private_text: bool = False,
+        **manifest_fields: Any,
+    ) -> Pushed:
+        """Pushes one expert as a package, and remembers where it is: a composition can then name it.
+
+        Args:
+            name: which one.
+            repo_id: the Hub's model repository, made if it is not there.
+            private: of a repository that is made here.
+            revision: the branch; made if it is not there.
+            create_pr: open a pull request instead. The model then does not remember it.
+            allow_private_text: push although card or manifest hold what looks private.
+            manifest_fields: as in `save_expert`.
+
+        Returns:
+            The repository, its page, and the commit that was made.
+
+        Raises:
+            ValueError: as `save_expert`; `repo_id` is no Hub id; or card or manifest hold an e-mail address, a token
+                or a path of this machine (`PrivateTextError`).
+            PermissionError, ConnectionError: the Hub does not take it.
+            RuntimeError: the model is sharded over several processes.
+        """
+        if is_sharded(self):
+            raise RuntimeError(
+                "push_expert_to_hub of a sharded model: let every process call save_expert, then push that folder "
+                "once, with `flexmoe push`."
+            )
+        with tempfile.TemporaryDirectory(prefix="flexmoe-") as folder:
+            upload = plan_upload(self.save_expert(name, Path(folder) / "package", **manifest_fields))
+            pushed = push(
+                upload,
+                repo_id,
+                allow_private_text=allow_private_text,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+            manifest = ExpertPackage.open(upload.folder).manifest
+        if not create_pr:
+            source = {"repo": pushed.repo, "revision": pushed.revision}
+            self.config.experts = [
+                {**record, **manifest.record(), "source": source} if record["name"] == name else record
+                for record in self.config.expert_records
+            ]
+        return pushed
 
     # How it is done
 

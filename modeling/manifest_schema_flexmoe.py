@@ -1,7 +1,7 @@
 """The JSON schema of an expert package's manifest, `expert_config.json`, format version 1, and its validation.
 
-The schema says what each key may hold; `docs/expert-package.schema.json` is the same for other programs. Not here: what
-several keys must agree on, and reserved names (`manifest_flexmoe`).
+The schema says what each key may hold; `docs/expert-package.schema.json` is the same for other programs. Not here:
+what several keys must agree on, and reserved names (`manifest_flexmoe`).
 
 Source: https://json-schema.org/draft/2020-12
 """

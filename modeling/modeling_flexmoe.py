@@ -23,18 +23,21 @@ from transformers.utils.generic import ModelOutput
 
 from .adapters_flexmoe import AdapterWatch, refuse_wrapped
 from .anchors_flexmoe import ANCHOR_PREFIX, NameMap, find_ffn_sites
-from .composition_flexmoe import HubAccess, check_whole, load_arguments, save_composition
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_top_k
 from .context_flexmoe import checkpoint_with_context, forward_scope, scoped_values
 from .experts_flexmoe import FlexMoeBlock
+from .hub_flexmoe import HubAccess
 from .identity_flexmoe import refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle
 from .loading_flexmoe import check_everyone_is_there
 from .norms_flexmoe import norm_follows_each_ffn
 from .parallel_flexmoe import PLANS, class_without_fsdp, is_sharded, plan_of_public
+from .pulling_flexmoe import check_whole, load_arguments
 from .quantization_flexmoe import warn_if_nothing_was_quantized
+from .referring_flexmoe import save_composition
 from .routing_flexmoe import load_balancing_loss, router_z_loss
 from .selection_flexmoe import select_experts, stamp_cache
+from .trust_flexmoe import TrustPolicy
 
 
 @dataclass
@@ -85,27 +88,32 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         config: Any = None,
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
+        missing_experts: str = "error",
+        policy: str | Path | TrustPolicy | None = None,
         **kwargs: Any,
     ) -> Any:
         """As transformers' own, and a composition's anchor and experts are pulled from where it says.
 
         An expert without its tensors, or tensors without their expert, is an error.
 
+        Args:
+            missing_experts: what to do with experts of a composition that can't be had, because their owners withdrew
+                them or closed the door: "error" names them, "skip" leaves them out with a warning.
+            policy: whose packages a composition may bring: a policy file, by default the one that the environment
+                variable FLEXMOE_POLICY names.
+
         Raises: as `check_everyone_is_there` and `load_arguments`; ValueError if the folder holds another model, such
             as a dense anchor, or an expert package.
         """
         source = pretrained_model_name_or_path
-        if pulled := load_arguments(cls.config_class, source, config, kwargs):
-            config, pretrained_model_name_or_path = config or source, None
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **kwargs,
-            **pulled,
-        )
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
+        with load_arguments(
+            cls.config_class, source, config, kwargs, missing_experts=missing_experts, policy=policy
+        ) as pulled:
+            if pulled:
+                model, info = super().from_pretrained(None, *args, **options, **pulled)
+            else:
+                model, info = super().from_pretrained(source, *args, config=config, **options)
         check_everyone_is_there(model.expert_names, info, ignore_mismatched_sizes)
         if pulled:
             check_whole(source, info)

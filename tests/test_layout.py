@@ -27,9 +27,9 @@ MODELING_LAYERS = (
     ("cards",),
     ("packages",),
     ("trust",),
-    ("scan", "hub"),
+    ("scan", "hub", "publishing"),
     ("experts", "usage", "adapters", "admission", "fitting"),
-    ("lifecycle", "sources", "composition"),
+    ("lifecycle", "sources", "composition", "pulling", "referring"),
     ("modeling",),
 )
 
