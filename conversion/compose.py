@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
+from flexmoe.modeling.cards_flexmoe import model_facts, render_card
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
 from flexmoe.modeling.fitting_flexmoe import (
@@ -29,7 +30,7 @@ from flexmoe.modeling.fitting_flexmoe import (
 )
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder, file_inside
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError
+from flexmoe.modeling.packages_flexmoe import CARD_FILE, ExpertPackage, PackageError
 from flexmoe.modeling.tensor_writer_flexmoe import (
     MAX_SHARD_SIZE,
     TensorSource,
@@ -288,6 +289,8 @@ def _write(
         for stream in streams.values():
             stream.finish()
         _copy_companions(stored.folder, folder)
+        # a function of who is in it, in place of the card that came along
+        (folder / CARD_FILE).write_text(render_card("model", model_facts(config)), encoding="utf-8")
         model.save_code(folder)
         config.save_pretrained(folder)  # last: a folder without it does not load
     return target

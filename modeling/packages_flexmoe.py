@@ -13,7 +13,6 @@ Not here: whether an expert fits a model (`lifecycle_flexmoe`), the Hub (`hub_fl
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from .cards_flexmoe import expert_facts, render_card
 from .configuration_flexmoe import ExpertPackageConfig
 from .finite_flexmoe import all_finite
 from .folders_flexmoe import atomic_folder, file_inside, read_regular_file
@@ -183,39 +183,7 @@ def stream_package(
 
 def default_card(manifest: ExpertManifest) -> str:
     """The README.md of a package: the Hub's front matter, how to use the expert, what it was trained on."""
-    anchor = manifest.anchor
-    fields: dict[str, object] = {"library_name": "flexmoe", "tags": ["flexmoe", "flexmoe-expert"]}
-    if anchor.get("repo"):
-        fields |= {"base_model": anchor["repo"], "base_model_relation": "adapter"}
-    if manifest.license and re.fullmatch(r"[a-z0-9][a-z0-9.-]*", manifest.license):
-        fields["license"] = manifest.license
-    elif manifest.license:  # the Hub takes only its own identifiers here, other names in a second field
-        fields |= {"license": "other", "license_name": manifest.license}
-    front = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in fields.items())
-    base = anchor.get("repo") or f"an anchor of type {anchor['model_type']}"
-    return f"""---
-{front}---
-
-# {manifest.name}
-
-An expert for FlexMoE, version {manifest.version}, kind {manifest.kind}: {len(manifest.layers)} layers of
-{manifest.ffn["class"]}, for {base} with the fingerprint `{anchor.get("fingerprint") or "unknown"}`.
-
-## Usage
-
-```python
-import flexmoe
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/grafted-anchor")
-model.add_expert("path/to/this-folder")  # becomes "{manifest.name}"
-model.remove_expert("{manifest.name}")  # and the model is again the one that never had it
-```
-
-## Data statement
-
-{manifest.data_statement or "The owner gave none."}
-"""
+    return render_card("expert", expert_facts(manifest))
 
 
 def _check_files(folder: Path, manifest: ExpertManifest) -> None:

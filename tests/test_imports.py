@@ -40,6 +40,7 @@ def test_import_flexmoe_brings_in_its_configuration_alone():
     assert added("import transformers; from transformers import AutoModelForCausalLM", "import flexmoe") == [
         "flexmoe",
         "flexmoe.modeling",
+        "flexmoe.modeling.cards_flexmoe",  # the standard library only: templates are told of here, and read when used
         "flexmoe.modeling.configuration_flexmoe",
         "flexmoe.registration",
     ]

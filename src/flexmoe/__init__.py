@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from flexmoe.modeling.cards_flexmoe import register_card_renderer
 from flexmoe.modeling.configuration_flexmoe import ExpertPackageConfig, FlexMoeConfig
-from flexmoe.registration import LazyModelClass
+from flexmoe.registration import LazyModelClass, full_card
 
 if TYPE_CHECKING:
     from flexmoe.conversion.compose import add, compose, remove
@@ -31,6 +32,7 @@ AutoConfig.register("flexmoe", FlexMoeConfig, exist_ok=True)
 AutoConfig.register("flexmoe_expert", ExpertPackageConfig, exist_ok=True)  # it says what an expert package is for
 AutoModel.register(FlexMoeConfig, LazyModelClass("FlexMoeModel"), exist_ok=True)
 AutoModelForCausalLM.register(FlexMoeConfig, LazyModelClass("FlexMoeForCausalLM"), exist_ok=True)
+register_card_renderer(full_card)
 
 # Imported on first use: a config needs no model, and loading a model neither datasets nor a trainer.
 _LAZY = {

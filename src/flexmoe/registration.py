@@ -1,4 +1,4 @@
-"""How the Auto classes know FlexMoE before its code is imported.
+"""How the Auto classes know FlexMoE before its code is imported, and cards their templates.
 
 The library's modelling code takes seconds to import, and `from transformers import AutoModelForCausalLM` leaves it for
 later; so does `import flexmoe`. Does not cover which classes there are (`flexmoe/__init__.py`).
@@ -6,6 +6,7 @@ later; so does `import flexmoe`. Does not cover which classes there are (`flexmo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -48,4 +49,9 @@ class LazyModelClass:
         return getattr(import_module("flexmoe.modeling"), self.__name__)
 
 
-__all__ = ["LazyModelClass"]
+def full_card(kind: str, facts: Mapping[str, Any]) -> str:
+    """The card by its template; jinja2 is imported when the first one is written."""
+    return import_module("flexmoe.model_cards.rendering").render(kind, facts)
+
+
+__all__ = ["LazyModelClass", "full_card"]

@@ -121,19 +121,20 @@ class TestRoundTrip:
     def test_card(self, folder: Path) -> None:
         card = (folder / "README.md").read_text()
         for line in (
-            'library_name: "flexmoe"',
-            'tags: ["flexmoe", "flexmoe-expert"]',
-            'base_model: "owner/anchor"',
-            'base_model_relation: "adapter"',
-            'license: "apache-2.0"',
-            "Worked problems.",
+            "library_name: flexmoe",
+            "- flexmoe-expert",
+            "base_model: owner/anchor",
+            "base_model_relation: adapter",
+            "license: apache-2.0",
+            "> Worked problems.",
         ):
             assert line in card.splitlines()
 
     def test_a_card_of_ones_own_and_a_licence_with_a_name(self, tmp_path: Path) -> None:
         named = manifest(license="Our terms: ask!", anchor={**MANIFEST["anchor"], "repo": None})
         card = (write_package(tmp_path / "a", named, tensors().items()) / "README.md").read_text()
-        assert 'license: "other"\nlicense_name: "Our terms: ask!"\n' in card
+        assert "license: other\nlicense_name: our-terms-ask\n" in card  # the form that the Hub asks for
+        assert "| licence | Our terms: ask! |" in card
         assert "base_model" not in card
         assert (write_package(tmp_path / "b", named, tensors().items(), card="Hi") / "README.md").read_text() == "Hi"
 
