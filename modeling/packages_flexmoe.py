@@ -24,18 +24,19 @@ import torch
 
 from .cards_flexmoe import expert_facts, render_card
 from .configuration_flexmoe import ExpertPackageConfig
-from .finite_flexmoe import all_finite
+from .finite_flexmoe import bytes_are_finite
 from .folders_flexmoe import atomic_folder, file_inside, read_regular_file
+from .hashing_flexmoe import BackgroundHasher
 from .json_flexmoe import MAX_JSON_BYTES, json_text, parse_json_object
 from .manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, ExpertManifest, PackageError
 from .tensor_writer_flexmoe import TensorSource, finite_source, source_from_tensor, write_checkpoint
-from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, tensor_from_chunks
+from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, empty_tensor
 
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
 
 _TENSOR_NAME = re.compile(
-    r"layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<part>ffn\.[\w.]+|router\.weight|router\.bias)", re.ASCII
+    r"layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<part>ffn\.[\w.]{1,200}|router\.weight|router\.bias)", re.ASCII
 )
 
 
@@ -107,21 +108,24 @@ class ExpertPackage:
         return rows
 
     def _verified(self, file: TensorFile, sha256: str) -> Iterator[tuple[str, torch.Tensor]]:
-        digest = hashlib.sha256(file.header)
         held: tuple[str, torch.Tensor] | None = None  # one tensor behind: the last waits for the hash
-        for info in file.infos.values():
-            if self.infos.get(info.name) != info:
-                raise PackageError(f"{file.path}: tensor {info.name!r} changed since the package was opened.")
-            if held is not None:
-                yield held
-            tensor = tensor_from_chunks(info, _hashed(file.chunks(info.name), digest))
-            if not all_finite(tensor):
-                raise _not_finite(file.path, info.name)
-            held = info.name, tensor
-        if digest.hexdigest() != sha256:
+        with BackgroundHasher(file=True) as hasher:
+            hasher.add(file.header)
+            for info in file.infos.values():
+                if self.infos.get(info.name) != info:
+                    raise PackageError(f"{file.path}: tensor {info.name!r} changed since the package was opened.")
+                if held is not None:
+                    yield held
+                tensor = empty_tensor(info)
+                for part in file.fill(info.name, tensor):
+                    hasher.add(part)
+                    if not bytes_are_finite(part, info.dtype):
+                        raise _not_finite(file.path, info.name)
+                held = info.name, tensor
+        if (found := hasher.file_sha256()) != sha256:
             raise PackageError(
-                f"{file.path}: its SHA-256 is {digest.hexdigest()}, the manifest says {sha256}. The file was damaged "
-                "or changed: fetch the package again, from its owner."
+                f"{file.path}: its SHA-256 is {found}, the manifest says {sha256}. The file was damaged or changed: "
+                "fetch the package again, from its owner."
             )
         if held is not None:
             yield held
@@ -221,17 +225,11 @@ def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, Tenso
         raise PackageError(f"{where}: there is no tensor {lacking}.")
     dtype_name = dtypes.pop() if len(dtypes) == 1 else "mixed"
     if dtype_name != manifest.dtype:
-        raise PackageError(f"{where}: the manifest says dtype {manifest.dtype!r}, the weights are {dtype_name}.")
+        raise PackageError(f"{where}: the manifest says dtype {manifest.dtype[:40]!r}, the weights are {dtype_name}.")
 
 
 def _span(layers: list[int]) -> str:
     return f"{layers[0]} to {layers[-1]}"
-
-
-def _hashed(chunks: Iterable[memoryview], digest: "hashlib._Hash") -> Iterator[memoryview]:
-    for chunk in chunks:
-        digest.update(chunk)
-        yield chunk
 
 
 def _not_finite(where: str | Path, name: str) -> PackageError:

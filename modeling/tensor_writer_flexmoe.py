@@ -8,7 +8,6 @@ Source: https://github.com/huggingface/safetensors#format
 import hashlib
 import json
 import os
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from .finite_flexmoe import bytes_are_finite
+from .hashing_flexmoe import BackgroundHasher
 from .json_flexmoe import json_text
 from .tensors_flexmoe import (
     CHUNK_BYTES,
@@ -151,7 +151,7 @@ def write_checkpoint(
         with (
             open(Path(folder, name), "xb") as file,
             _Flusher(file) as flusher,
-            _Hasher(hash_tensors, hash_files) as hasher,
+            BackgroundHasher(hash_tensors, file=hash_files) as hasher,
         ):
             listeners = [*([flusher.written] if flush else []), *([progress] if progress else [])]
             if concurrent:
@@ -168,56 +168,6 @@ def write_checkpoint(
         }
         Path(folder, f"{stem}.safetensors.index.json").write_text(json_text(index), encoding="utf-8")
     return WrittenCheckpoint(files, tensor_sha256)
-
-
-class _Hasher:
-    """SHA-256 of tensors and of the file they are in, in a thread beside the one that writes (hashlib lets go of the
-    GIL). At most `_AHEAD` chunks wait, which bounds memory and keeps a fast disk from running away."""
-
-    _AHEAD = 8
-
-    def __init__(self, tensors: Collection[str], file: bool):
-        self._wanted = tensors
-        self._by_tensor: dict[str, Any] = {}
-        self._file = hashlib.sha256() if file else None
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="flexmoe-sha256")
-        self._pending: deque[Future[None]] = deque()
-
-    def __enter__(self) -> "_Hasher":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True)
-
-    def add(self, chunk: Chunk, tensor: str | None = None) -> None:
-        """Takes the file's next bytes; `tensor` is the one they belong to, None for the header."""
-        targets = [] if self._file is None else [self._file]
-        if tensor in self._by_tensor:
-            targets.append(self._by_tensor[tensor])
-        if not targets or not len(chunk):
-            return
-        while len(self._pending) >= self._AHEAD:
-            self._pending.popleft().result()
-        self._pending.append(self._pool.submit(_update_all, targets, chunk))
-
-    def begin(self, tensor: str) -> None:
-        """Announces a tensor, so that one without bytes has a hash too."""
-        if tensor in self._wanted:
-            self._by_tensor[tensor] = hashlib.sha256()
-
-    def file_sha256(self) -> str:
-        """The whole file's hash, once the `with` has ended."""
-        assert self._file is not None
-        return str(self._file.hexdigest())
-
-    def tensor_sha256(self) -> dict[str, str]:
-        """Each tensor's hash, once the `with` has ended; empty if not asked for."""
-        return {name: digest.hexdigest() for name, digest in self._by_tensor.items()}
-
-
-def _update_all(targets: Sequence[Any], chunk: Chunk) -> None:
-    for target in targets:
-        target.update(chunk)
 
 
 class _Flusher:
@@ -245,7 +195,7 @@ class _Flusher:
 
 
 def _write_file(
-    file: BinaryIO, shard: Sequence[TensorSource], listeners: Sequence[Callable[[int], None]], hasher: _Hasher
+    file: BinaryIO, shard: Sequence[TensorSource], listeners: Sequence[Callable[[int], None]], hasher: BackgroundHasher
 ) -> None:
     header = _header_bytes([source.info for source in shard])
     file.write(header)

@@ -21,7 +21,7 @@ NOT_TRACKED = {"build", "dist", "flexmoe.egg-info", "runs"}
 # modeling/ bottom-up: a module imports siblings of lower layers, or of its own layer if they stand before it there.
 MODELING_LAYERS = (
     ("folders", "json", "configuration", "context", "loading", "quantization", "compat", "widths", "manifest_schema"),
-    ("tensors", "finite", "tensor_writer"),
+    ("tensors", "finite", "hashing", "tensor_writer"),
     ("routing", "linear", "forms", "anchors", "parallel", "low_rank"),
     ("identity", "selection", "manifest", "dense", "norms"),
     ("cards",),
