@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK, read_regular_file
-from flexmoe.modeling.hub_flexmoe import DOWNLOADED, NEVER_DOWNLOADED
+from flexmoe.modeling.hub_flexmoe import PACKAGE_FILES
 from flexmoe.modeling.packages_flexmoe import ExpertPackage
 from flexmoe.modeling.trust_flexmoe import (
     MAX_KEY_BYTES,
@@ -139,11 +139,12 @@ def _check_private_key(path: Path, password: str | None) -> None:
 def _check_fetched(package: ExpertPackage, digests: dict[str, str]) -> None:
     """A signed file that no reader fetches would be missed by each."""
     for name in sorted(digests):
-        fetched = any(fnmatchcase(name, pattern) for pattern in DOWNLOADED)
-        if not fetched or any(fnmatchcase(name, pattern) for pattern in NEVER_DOWNLOADED):
+        if not any(fnmatchcase(name, pattern) for pattern in PACKAGE_FILES):
             raise ValueError(
-                f"{package.folder}: readers who fetch the package from the Hub don't get {name!r}, so they would find "
-                "the signature broken. Move the file out of the folder; allowed are " + ", ".join(DOWNLOADED) + "."
+                f"{package.folder}: {name!r} is no file of a package: who fetches the package from the Hub does not "
+                "get it, and would find the signature broken. Move it out of the folder; allowed are "
+                + ", ".join(PACKAGE_FILES)
+                + "."
             )
 
 

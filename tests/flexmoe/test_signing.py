@@ -6,16 +6,17 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 from cryptography.hazmat.primitives import serialization
 from typer.testing import CliRunner
 
 from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError
-from flexmoe.modeling.tensors_flexmoe import TensorFile
 from flexmoe.modeling.trust_flexmoe import Signer, TrustPolicy
 from flexmoe.signing import keygen, sign
 from flexmoe_cli import app, main
@@ -114,8 +115,14 @@ class TestSign:
 
     def test_the_weights_are_read_once(self, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read: list[str] = []
-        real = TensorFile.chunks
-        monkeypatch.setattr(TensorFile, "chunks", lambda self, name, *a: read.append(name) or real(self, name, *a))
+        real = ExpertPackage.tensors
+
+        def counted(self: ExpertPackage) -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in real(self):
+                read.append(name)
+                yield name, tensor
+
+        monkeypatch.setattr(ExpertPackage, "tensors", counted)
         real_open = builtins.open  # what the library would read them with
 
         def guarded(file: Any, *args: Any, **kwargs: Any) -> Any:
@@ -135,10 +142,11 @@ class TestSign:
             sign(package, keygen(tmp_path / "key").private)
         assert not (package / "model.sig").exists()
 
-    @pytest.mark.parametrize("name", ["plot.png", "code.py", ".DS_Store"])
+    @pytest.mark.parametrize("name", ["plot.png", "code.py", ".DS_Store", "eval/README.md"])
     def test_what_readers_do_not_fetch_is_not_signed(self, name: str, package: Path, tmp_path: Path) -> None:
+        (package / name).parent.mkdir(exist_ok=True)
         (package / name).touch()
-        with pytest.raises(ValueError, match=f"don't get '{re.escape(name)}'"):
+        with pytest.raises(ValueError, match=f"'{re.escape(name)}' is no file of a package"):
             sign(package, keygen(tmp_path / "key").private)
 
     def test_passwords(self, package: Path, tmp_path: Path) -> None:

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import model_signing
 import pytest
 from safetensors.torch import load_file, save_file
 
-from flexmoe.modeling import folders_flexmoe, trust_flexmoe
+from flexmoe.conversion.graft import graft
+from flexmoe.modeling import FlexMoeForCausalLM, folders_flexmoe, trust_flexmoe
 from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError
 from flexmoe.modeling.tensors_flexmoe import TensorFile
 from flexmoe.modeling.trust_flexmoe import (
@@ -25,6 +27,7 @@ from flexmoe.modeling.trust_flexmoe import (
     resolve_policy,
 )
 from flexmoe.signing import KeyPair, keygen, sign
+from flexmoe.testing import tiny_anchor
 from tests.signed_packages import KEYS, small_package, write_keys, write_policy
 
 
@@ -105,7 +108,9 @@ class TestSigned:
         (package / "eval").mkdir()
         (package / "eval" / "scores.json").write_text("{}")
         assert "not signed: 'eval/scores.json'" in refusal(policy, package)
-        sign(package, signed[1].private, overwrite=True)
+        (package / SIGNATURE_FILE).unlink()
+        config = model_signing.signing.Config().use_elliptic_key_signer(private_key=signed[1].private)
+        config.sign(package, package / SIGNATURE_FILE)  # ours signs what readers fetch: no folders
         assert policy.check(ExpertPackage.open(package), "hospital/derm")
         (package / "eval" / "scores.json").write_text("[]")
         assert "changed: 'eval/scores.json'" in refusal(policy, package)
@@ -308,8 +313,6 @@ class TestSignatureFile:
         assert "damaged or forged" in refusal(policy, package)
 
     def test_by_other_digests(self, signed: tuple[Path, KeyPair], policy: TrustPolicy, package: Path) -> None:
-        import model_signing
-
         (package / SIGNATURE_FILE).unlink()
         hashing = model_signing.hashing.Config().use_file_serialization(hashing_algorithm="blake2")
         config = model_signing.signing.Config().use_elliptic_key_signer(private_key=signed[1].private)
@@ -471,3 +474,63 @@ def test_the_signature_is_read_once(policy: TrustPolicy, package: Path, monkeypa
     monkeypatch.setattr(folders_flexmoe, "open_regular_file", counted)
     assert policy.check(ExpertPackage.open(package), "hospital/derm")
     assert opened.count(SIGNATURE_FILE) == 1
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense anchor, the package of an expert for it, signed, a composition of both, and a policy for its key."""
+    folder = tmp_path_factory.mktemp("world")
+    tiny_anchor("llama").save_pretrained(folder / "anchor")
+    graft(folder / "anchor", folder / "grafted")
+    model = FlexMoeForCausalLM.from_pretrained(folder / "grafted")
+    model.add_expert_copy("derm")
+    model.save_expert("derm", folder / "derm")
+    model = FlexMoeForCausalLM.from_pretrained(folder / "grafted")
+    model.add_expert(folder / "derm")
+    model.save_composition(folder / "composition", sources={"public": folder / "anchor", "derm": folder / "derm"})
+    keys = keygen(folder / "hospital")
+    sign(folder / "derm", keys.private)
+    write_policy(folder / "policy.json", ("*", [keys.public.name]))
+    keygen(folder / "other")
+    write_policy(folder / "strange.json", ("*", ["other.pub"]))
+    return folder
+
+
+class TestModels:
+    """Everything that takes a package in asks the policy first."""
+
+    @pytest.mark.parametrize("how", ["add", "replace"])
+    def test_an_expert_of_somebody_else_leaves_the_model_as_it_was(
+        self, how: str, world: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = FlexMoeForCausalLM.from_pretrained(world / "grafted")
+        if how == "replace":
+            model.add_expert(world / "derm", policy=world / "policy.json")
+        before, names = {key: value.clone() for key, value in model.state_dict().items()}, model.expert_names
+
+        def take(**options: Any) -> None:
+            if how == "replace":
+                model.replace_expert("derm", world / "derm", **options)
+            else:
+                model.add_expert(world / "derm", **options)
+
+        with pytest.raises(UntrustedPackageError, match="says that the key"):
+            take(policy=world / "strange.json")
+        monkeypatch.setenv("FLEXMOE_POLICY", str(world / "strange.json"))
+        with pytest.raises(UntrustedPackageError, match="says that the key"):
+            take()
+        assert model.expert_names == names
+        assert model.state_dict().keys() == before.keys()
+        assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+        take(policy=TrustPolicy.load(world / "policy.json"))
+        assert model.expert_names == ["public", "derm"]
+
+    def test_compositions(self, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        composition = world / "composition"
+        with pytest.raises(UntrustedPackageError, match="says that the key"):
+            FlexMoeForCausalLM.from_pretrained(composition, policy=world / "strange.json")
+        monkeypatch.setenv("FLEXMOE_POLICY", str(world / "strange.json"))
+        with pytest.raises(UntrustedPackageError, match="says that the key"):
+            FlexMoeForCausalLM.from_pretrained(composition)
+        loaded = FlexMoeForCausalLM.from_pretrained(composition, policy=world / "policy.json")
+        assert loaded.expert_names == ["public", "derm"]
