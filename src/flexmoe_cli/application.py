@@ -1,7 +1,7 @@
 """The application: its commands, its version, and what happens when one of them fails.
 
 Exit codes: 0 done, 1 the command failed (one paragraph on stderr says why), 2 the command line is not a valid one,
-130 interrupted. Not here: what the commands do (`commands`, `low_rank`, `planning`, `training`, `demo`).
+130 interrupted. Not here: what the commands do (`commands`, `low_rank`, `planning`, `training`, `trust`, `demo`).
 """
 
 import sys
@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe_cli import commands, demo, low_rank, planning, training
+from flexmoe_cli import commands, demo, low_rank, planning, training, trust
 from flexmoe_cli.arguments import FilesCommand, NamedFilesCommand
 from flexmoe_cli.output import quiet_libraries, report_error, show_warning
 
@@ -39,6 +39,8 @@ for function in (
     commands.import_,
     low_rank.compress,
     low_rank.densify,
+    trust.keygen,
+    trust.sign,
     demo.demo,
 ):
     named = (commands.graft, commands.evaluate, commands.export)
