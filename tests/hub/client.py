@@ -1,0 +1,52 @@
+"""How the real client comes to speak to a server on the loopback, in this process or in a fresh one.
+
+Does not cover other libraries' own ideas of the Hub's address, or `ModelCard.validate` of a client before 2.0, which
+goes to huggingface.co whatever HF_ENDPOINT says.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.request import getproxies
+
+import pytest
+from huggingface_hub import close_session, constants, hf_api
+
+
+def settings(url: str, token: str | None) -> dict[str, str]:
+    """The client's environment variables; those of a token and a cache that were set before must go."""
+    told = {
+        "HF_ENDPOINT": url,
+        "HF_HUB_OFFLINE": "0",
+        # From 2.0 on, a client that has hf_xet uploads large files by Xet, whatever the server answers.
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_UPDATE_CHECK": "1",  # the `hf` command asks PyPI for its newest version
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }
+    return told | ({"HF_TOKEN": token} if token else {})
+
+
+def environment(url: str, home: Path, *, token: str | None = None) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    return {**inherited, **settings(url, token), "HF_HOME": str(home)}
+
+
+def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch, *, token: str | None = None) -> None:
+    """Lets this process's client speak to `url`, as the user of `token` or as nobody.
+
+    The client reads its environment once, on import, so its constants change too, and the instance of `HfApi` behind
+    its functions (`create_repo`, `upload_file`, ...).
+    """
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings(url, token).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(hf_api.api, "endpoint", url)
+    if getproxies():
+        close_session()  # an open one goes by the NO_PROXY of its time
