@@ -9,7 +9,7 @@ Not here: where facts come from, which licences go together (`licenses`), files 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from math import isfinite
 from pathlib import Path
@@ -153,7 +153,7 @@ def _environment() -> Environment:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown, not HTML: the filters escape
     )
-    environment.filters |= {
+    filters: dict[str, Callable[..., Any]] = {
         "cell": _cell,
         "code": _code,
         "number": _number,
@@ -163,6 +163,7 @@ def _environment() -> Environment:
         "settings": _settings,
         "span": _span,
     }
+    environment.filters |= filters
     return environment
 
 

@@ -157,11 +157,11 @@ def _quoted(json_text: str) -> str:
 
 def _short_expert(facts: Facts) -> str:
     anchor = facts["anchor"]
+    base = anchor["repo"] or f"an anchor of type {anchor['model_type']}"
     return f"""# {facts["name"]}
 
-An expert for FlexMoE, version {table_cell(facts["version"])}, kind {facts["kind"]}: {len(facts["layers"])} layers of
-{table_cell(facts["ffn"]["class"])}, for {table_cell(anchor["repo"] or "an anchor of type " + anchor["model_type"])}
-with the fingerprint `{anchor["fingerprint"] or "unknown"}`.
+An expert for FlexMoE, version {table_cell(facts["version"])}, kind {facts["kind"]}, of {len(facts["layers"])} layers.
+It is for {table_cell(base)} with the fingerprint {table_cell(anchor["fingerprint"]) or "unknown"}.
 Licence: {table_cell(facts["license"]) or "none given"}.
 
 ```python
@@ -217,7 +217,7 @@ def _parts_table(facts: Facts) -> str:
         cells = (part["name"], part["repo"] or part["folder"], part["revision"], part["license"])
         lines.append(f"| {' | '.join(map(table_cell, cells))} |")
     fingerprint = table_cell(anchor["fingerprint"]) or "unknown"
-    return "\n".join([*lines, "", f"The anchor's fingerprint is `{fingerprint}`."])
+    return "\n".join([*lines, "", f"The anchor's fingerprint is {fingerprint}."])
 
 
 _LOAD = """```python

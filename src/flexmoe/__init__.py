@@ -14,6 +14,7 @@ from flexmoe.modeling.configuration_flexmoe import ExpertPackageConfig, FlexMoeC
 from flexmoe.registration import LazyModelClass, full_card
 
 if TYPE_CHECKING:
+    from flexmoe.cards import write_card
     from flexmoe.conversion.compose import add, compose, remove
     from flexmoe.conversion.export import export
     from flexmoe.conversion.import_flex_olmo import import_flex_olmo
@@ -41,6 +42,7 @@ _LAZY = {
     "FlexMoeModel": "flexmoe.modeling",
     "UnsupportedAnchorError": "flexmoe.modeling",
     "track_usage": "flexmoe.modeling",
+    "write_card": "flexmoe.cards",
     "add": "flexmoe.conversion.compose",
     "compose": "flexmoe.conversion.compose",
     "remove": "flexmoe.conversion.compose",
@@ -87,4 +89,5 @@ __all__ = [
     "remove",
     "track_usage",
     "train_expert",
+    "write_card",
 ]

@@ -1,7 +1,8 @@
 """The application: its commands, its version, and what happens when one of them fails.
 
 Exit codes: 0 done, 1 the command failed (one paragraph on stderr says why), 2 the command line is not a valid one,
-130 interrupted. Not here: what the commands do (`commands`, `low_rank`, `planning`, `training`, `trust`, `demo`).
+130 interrupted. Not here: what the commands do (`cards`, `commands`, `low_rank`, `planning`, `training`, `trust`,
+`demo`).
 """
 
 import sys
@@ -12,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe_cli import commands, demo, low_rank, planning, training, trust
+from flexmoe_cli import cards, commands, demo, low_rank, planning, training, trust
 from flexmoe_cli.arguments import FilesCommand, NamedFilesCommand
 from flexmoe_cli.output import quiet_libraries, report_error, show_warning
 
@@ -41,9 +42,10 @@ for function in (
     low_rank.densify,
     trust.keygen,
     trust.sign,
+    cards.card,
     demo.demo,
 ):
-    named = (commands.graft, commands.evaluate, commands.export)
+    named = (commands.graft, commands.evaluate, commands.export, cards.card)
     kind = NamedFilesCommand if function in named else FilesCommand
     app.command(function.__name__.removesuffix("_"), cls=kind)(function)
 

@@ -28,7 +28,7 @@ from tests.letters import letter_tokenizer
 
 COMMANDS = (
     *("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate", "export", "import"),
-    *("compress", "densify", "keygen", "sign", "demo"),
+    *("compress", "densify", "keygen", "sign", "card", "demo"),
 )
 
 

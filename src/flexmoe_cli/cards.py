@@ -1,0 +1,57 @@
+"""The command on model cards: card.
+
+Not here: what a card says (`flexmoe.model_cards`), and how it gets into its folder (`flexmoe.cards`).
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from flexmoe_cli.arguments import Debug, Json, TextColumn, parse_domains
+from flexmoe_cli.output import library_call, print_json, print_line, show_warning
+
+
+def card(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of an expert package, a composition or a model.", show_default=False)
+    ],
+    evaluation: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Scores to show: what `flexmoe evaluate --json` printed.")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE", help="Instead: text to score the model on now, and to count its experts' use on."
+        ),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option("--license", metavar="ID", help="Licence of the whole, for example apache-2.0.")
+    ] = None,
+    anchor_license: Annotated[
+        str | None, typer.Option(metavar="ID", help="Licence of the anchor, which a model's files do not tell.")
+    ] = None,
+    text_column: TextColumn = "text",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the README.md anew: who is in it, licences that don't go together, scores, how experts are used.
+
+    Example: flexmoe card model --data prose=held-out.txt --license apache-2.0
+    """
+    if evaluation is not None and data:
+        raise ValueError("--evaluation and --data: scores come from a file or are measured now. Give one of them.")
+    domains = parse_domains(data or [])
+    from flexmoe.cards import license_conflicts, measure, write_card
+
+    with library_call(as_json):
+        scores, usages = measure(folder, domains, text_column=text_column) if domains else (evaluation, None)
+        path = write_card(folder, evaluation=scores, routing=usages, license=license, anchor_license=anchor_license)
+        conflicts = license_conflicts(folder, license=license, anchor_license=anchor_license)
+    if as_json:
+        print_json({"path": str(folder), "card": str(path), "license_conflicts": conflicts})
+        return
+    print_line(f"[bold]{escape(str(path))}[/] is the card.")
+    for conflict in conflicts:
+        show_warning(conflict, UserWarning, "", 0)
