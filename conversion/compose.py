@@ -10,23 +10,27 @@ Not here: live models (`flexmoe.modeling.lifecycle_flexmoe`), training of any ki
 import copy
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 
 import torch
 
+from flexmoe.conversion.newcomers import (
+    PRIOR_WITH_BIASES,
+    Newcomer,
+    PackageLike,
+    PolicyLike,
+    choose_prior,
+    rename,
+    with_experts,
+)
 from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
 from flexmoe.modeling.cards_flexmoe import model_facts, render_card
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, drop_experts
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
 from flexmoe.modeling.fitting_flexmoe import (
-    check_anchor,
-    fresh_networks,
+    cast_finite,
     name_in_package,
-    open_package,
-    package_record,
-    public_widths,
+    naming,
 )
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder, file_inside
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
@@ -41,12 +45,7 @@ from flexmoe.modeling.tensor_writer_flexmoe import (
 from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk, TensorInfo, expected_bytes
 
 CODE = "_flexmoe.py"  # what files of FlexMoE's own code end with; an older copy's may have others than ours
-PRIOR_WITH_BIASES = 0.5
-"""Public's log prior odds where owners' rows have biases. Source: 3 owners, 40 % replay; docs/results.md."""
-
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx"}
-
-PackageLike = str | Path | ExpertPackage
 
 
 def compose(
@@ -57,6 +56,7 @@ def compose(
     names: Mapping[str, str] | None = None,
     public_prior: float | None = None,
     num_experts_per_tok: int | None = None,
+    policy: PolicyLike = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -71,6 +71,7 @@ def compose(
             0.5 if none is; a default that depended on who is there would make removal inexact. A model whose public
             row is not zero (an imported one) brings its own prior, which is then the default.
         num_experts_per_tok: k of the top-k; the graft's by default.
+        policy: whose packages are let in: a policy file, by default the one that FLEXMOE_POLICY names.
         max_shard_size: bytes per weight file.
         progress: called with the number of bytes just written.
 
@@ -78,7 +79,8 @@ def compose(
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError: no such model or package.
         ValueError: an expert is for another anchor, of an unknown kind or shape, its name is taken, its package is
-            not what it says (`PackageError`), or rows with and without bias meet and no `public_prior` is given.
+            not what it says or not let in (`PackageError`), or rows with and without bias meet and no `public_prior`
+            is given.
         TypeError: `packages` is one package and no list.
     """
     if isinstance(packages, str | Path | ExpertPackage):
@@ -91,12 +93,10 @@ def compose(
         )
     if not packages:
         raise ValueError("There is no package to compose with: give at least one.")
-    newcomers = [_Newcomer.open(package) for package in packages]
-    _rename(newcomers, packages, names or {})
-    prior = _default_prior(model, newcomers) if public_prior is None else public_prior
-    if prior is not None and not isfinite(prior):
-        raise ValueError(f"public_prior must be a finite number; it is {prior}.")
-    config = _with_experts(model.config, newcomers)
+    newcomers = [Newcomer.open(package, policy) for package in packages]
+    rename(newcomers, packages, names or {})
+    prior = choose_prior(model, newcomers, public_prior)
+    config = with_experts(model.config, newcomers)
     if num_experts_per_tok is not None:
         config.num_experts_per_tok = num_experts_per_tok
     return _write(model, config, newcomers, out, overwrite, max_shard_size, progress, public_prior=prior)
@@ -108,6 +108,7 @@ def add(
     out: str | Path,
     *,
     name: str | None = None,
+    policy: PolicyLike = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -120,9 +121,9 @@ def add(
 
     Raises: as `compose`.
     """
-    stored, newcomer = StoredModel(model), _Newcomer.open(package)
+    stored, newcomer = StoredModel(model), Newcomer.open(package, policy)
     newcomer.name = name or newcomer.name
-    config = _with_experts(stored.config, [newcomer])
+    config = with_experts(stored.config, [newcomer])
     return _write(stored, config, [newcomer], out, overwrite, max_shard_size, progress)
 
 
@@ -149,36 +150,8 @@ def remove(
         raise ValueError(f"{PUBLIC!r} is the anchor's own network and cannot be removed, only masked.")
     if name not in config.expert_names:
         raise ValueError(f"{model} has no expert {name!r}; it has {', '.join(config.expert_names)}.")
-    if config.active_experts == [name]:
-        raise ValueError(
-            f"{name!r} is the only active expert of {model}: choose others with set_active_experts first."
-        )
-    if config.active_experts is not None:
-        config.active_experts = [other for other in config.active_experts if other != name]
-    config.experts = [record for record in config.experts if record["name"] != name]
+    drop_experts(config, {name})
     return _write(stored, config, [], out, overwrite, max_shard_size, progress)
-
-
-@dataclass
-class _Newcomer:
-    """A package on its way into a model, under `name`."""
-
-    package: ExpertPackage
-    name: str
-    source: dict[str, str | None] | None
-    rows: dict[str, torch.Tensor]
-
-    @classmethod
-    def open(cls, given: PackageLike) -> "_Newcomer":
-        package, origin = open_package(given)
-        return cls(package, package.manifest.name, origin, package.read_rows())
-
-    def record(self, widths: Sequence[int]) -> dict[str, object]:
-        record = package_record(self.package.manifest, widths)
-        return expert_record({**record, "name": self.name, "source": self.source})
-
-    def has_bias(self) -> bool:
-        return any(bool(row.any()) for name, row in self.rows.items() if name.endswith(".router.bias"))
 
 
 class _PackageStream:
@@ -188,7 +161,7 @@ class _PackageStream:
     beforehand (a composition's prior depends on them) and are compared here with the verified ones.
     """
 
-    def __init__(self, newcomer: _Newcomer):
+    def __init__(self, newcomer: Newcomer):
         self._newcomer = newcomer
         self._stream = newcomer.package.tensors()
         self._waiting: dict[str, torch.Tensor] = {}
@@ -217,58 +190,10 @@ class _PackageStream:
         return True
 
 
-def _rename(newcomers: Sequence[_Newcomer], packages: Sequence[PackageLike], names: Mapping[str, str]) -> None:
-    unused = set(names)
-    for newcomer, given in zip(newcomers, packages, strict=True):
-        for key in (str(given), newcomer.name):
-            if key in names:
-                newcomer.name = names[key]
-                unused.discard(key)
-                break
-    if unused:
-        own = ", ".join(newcomer.package.manifest.name for newcomer in newcomers)
-        raise ValueError(f"There is no package {min(unused)!r} to give another name; the packages are {own}.")
-
-
-def _default_prior(model: StoredModel, newcomers: Sequence[_Newcomer]) -> float | None:
-    """The prior where none is given; None is the one that is stored."""
-    if _has_fitted_public_row(model):
-        return None
-    biased = [newcomer.name for newcomer in newcomers if newcomer.has_bias()]
-    if not biased:
-        return 0.0
-    if len(biased) == len(newcomers):
-        return PRIOR_WITH_BIASES
-    free = [newcomer.name for newcomer in newcomers if not newcomer.has_bias()]
-    raise ValueError(
-        f"The rows of {', '.join(biased)} have biases, those of {', '.join(free)} have none, so there is no default "
-        f"for the public prior: give --public-prior (public_prior=), for example {PRIOR_WITH_BIASES}."
-    )
-
-
-def _has_fitted_public_row(model: StoredModel) -> bool:
-    rows = [name for name in model.tensors.infos if name.endswith(f".router.{PUBLIC}.weight")]
-    return any(bool(model.tensors.read(name).any()) for name in rows)
-
-
-def _with_experts(config: FlexMoeConfig, newcomers: Sequence[_Newcomer]) -> FlexMoeConfig:
-    config, widths = copy.deepcopy(config), public_widths(config, fresh_networks(config))
-    for newcomer in newcomers:
-        check_expert_name(newcomer.name)
-        if newcomer.name in config.expert_names:
-            raise ValueError(
-                f"There is an expert {newcomer.name!r} already, beside {', '.join(config.expert_names)}: give "
-                f"{newcomer.package.folder} another name (--name)."
-            )
-        check_anchor(config, newcomer.package.manifest)
-        config.experts = [*(config.experts or []), newcomer.record(widths)]
-    return config
-
-
 def _write(
     stored: StoredModel,
     config: FlexMoeConfig,
-    newcomers: Sequence[_Newcomer],
+    newcomers: Sequence[Newcomer],
     out: str | Path,
     overwrite: bool,
     max_shard_size: int,
@@ -280,7 +205,7 @@ def _write(
     check_apart(target, *(newcomer.package.folder for newcomer in newcomers))
     if stored.folder.resolve() != target:  # a model may be replaced by what is made of it
         check_apart(target, stored.folder)
-    with torch.device("meta"):
+    with naming(*(newcomer.package for newcomer in newcomers)), torch.device("meta"):
         model = FlexMoeForCausalLM(config)
     streams = {newcomer.name: _PackageStream(newcomer) for newcomer in newcomers}
     sources = _sources(stored, model, {newcomer.name: newcomer for newcomer in newcomers}, streams, public_prior)
@@ -299,7 +224,7 @@ def _write(
 def _sources(
     stored: StoredModel,
     model: FlexMoeForCausalLM,
-    newcomers: Mapping[str, _Newcomer],
+    newcomers: Mapping[str, Newcomer],
     streams: Mapping[str, _PackageStream],
     public_prior: float | None,
 ) -> list[TensorSource]:
@@ -321,25 +246,22 @@ def _sources(
 
 
 def _newcomer_source(
-    stored: StoredModel, newcomer: _Newcomer, stream: _PackageStream, key: str, inside: str, shape: Sequence[int]
+    stored: StoredModel, newcomer: Newcomer, stream: _PackageStream, key: str, inside: str, shape: Sequence[int]
 ) -> TensorSource:
     """A tensor of a package under its name in the model, in the dtype of public's own; rows are float32."""
+    what = f"{newcomer.package.folder}: {inside!r}"
     if inside in newcomer.rows:
-        return source_from_tensor(key, newcomer.rows[inside].to(torch.float32))
+        return source_from_tensor(key, cast_finite(newcomer.rows[inside], torch.float32, what))
     code = stored.tensors.infos[_twin(key, newcomer)].dtype
-    folder = newcomer.package.folder
 
     def chunks() -> Iterator[Chunk]:
-        tensor = stream.take(inside)
-        cast = tensor.to(TORCH_DTYPES[code])
-        if cast.dtype != tensor.dtype and not bool(cast.isfinite().all()):
-            raise ValueError(f"{folder}: {inside!r} holds numbers too large for {code}, the dtype of this anchor.")
+        cast = cast_finite(stream.take(inside), TORCH_DTYPES[code], what)
         yield from source_from_tensor(key, cast).chunks()
 
     return TensorSource(TensorInfo(key, code, tuple(shape), expected_bytes(code, shape)), chunks)
 
 
-def _twin(key: str, newcomer: _Newcomer) -> str:
+def _twin(key: str, newcomer: Newcomer) -> str:
     """The public network's tensor beside a newcomer's; beside a low-rank expert's factors, the matrix they change."""
     twin = key.replace(f".experts.{newcomer.name}.", f".experts.{PUBLIC}.")
     if newcomer.package.manifest.kind == "low_rank":
@@ -363,7 +285,7 @@ def _places(model: FlexMoeForCausalLM) -> dict[str, tuple[str, str]]:
 
 
 def _check_newcomers(
-    newcomers: Mapping[str, _Newcomer], state: Mapping[str, torch.Tensor], places: Mapping[str, tuple[str, str]]
+    newcomers: Mapping[str, Newcomer], state: Mapping[str, torch.Tensor], places: Mapping[str, tuple[str, str]]
 ) -> None:
     for name, newcomer in newcomers.items():
         wanted = {inside: tuple(state[key].shape) for key, (owner, inside) in places.items() if owner == name}
@@ -380,7 +302,7 @@ def _check_stored(
     stored: StoredModel,
     state: Mapping[str, torch.Tensor],
     places: Mapping[str, tuple[str, str]],
-    newcomers: Mapping[str, _Newcomer],
+    newcomers: Mapping[str, Newcomer],
 ) -> None:
     """Every expert that stays is there whole, shapes are right, and nothing is stored that nobody owns."""
     infos = stored.tensors.infos
