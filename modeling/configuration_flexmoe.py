@@ -54,8 +54,8 @@ def check_expert_name(name: str) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name) or len(name) > _NAME_LENGTH:
         raise ValueError(
-            f"{name!r} is not an expert name: lower-case letters and digits, in parts joined by '-' or '_', "
-            f"beginning with a letter, at most {_NAME_LENGTH} characters, for example 'math' or 'code-2'."
+            f"{str(name)[:_NAME_LENGTH]!r} is not an expert name: lower-case letters and digits, in parts joined by "
+            f"'-' or '_', beginning with a letter, at most {_NAME_LENGTH} characters, for example 'math' or 'code-2'."
         )
     if name in _RESERVED:
         raise ValueError(f"The expert name {name!r} is reserved (PyTorch or PEFT uses it): choose another one.")

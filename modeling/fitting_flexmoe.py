@@ -8,6 +8,7 @@ cover making them part of one (`lifecycle_flexmoe`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from .adapters_flexmoe import beneath_adapter
 from .anchors_flexmoe import build_on_meta
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .experts_flexmoe import FlexMoeBlock, floating_dtype, make_expert, router_row
+from .finite_flexmoe import all_finite
 from .hub_flexmoe import PACKAGE_FILES, HubAccess
 from .low_rank_flexmoe import LowRankDelta, LowRankExpert, packed_name
 from .manifest_flexmoe import ExpertManifest
@@ -75,7 +77,8 @@ def parts_from_package(
         networks: a fresh expert's, as the package's record describes it; the tensors go there.
 
     Raises:
-        ValueError: a tensor is missing, has no place in these networks, or has another shape.
+        ValueError: a tensor is missing, has no place in these networks, has another shape, or holds numbers that are
+            too large for the dtype.
     """
     parts = [(network, _fresh_row(block)) for block, network in zip(blocks, networks, strict=True)]
     places: dict[str, tuple[FlexMoeBlock, nn.ModuleDict, nn.Module, str]] = {}
@@ -84,14 +87,25 @@ def parts_from_package(
         for key in network.state_dict():
             places[f"{at}.ffn.{name_in_package(network, key)}"] = (block, block.experts, network, key)
         places |= {f"{at}.router.{key}": (block, block.router, row, key) for key in row.state_dict()}
+    _check_shapes(package, {name: module.state_dict()[key].shape for name, (_, _, module, key) in places.items()})
     for name, tensor in package.tensors():
-        if name not in places:
-            raise ValueError(f"{package.folder}: {name!r} has no place in this model's networks.")
-        block, beside, module, key = places.pop(name)
-        _assign(module, key, _moved(tensor, block, beside[PUBLIC]), f"{package.folder}: {name}")
-    if places:
-        raise ValueError(f"{package.folder} lacks {len(places)} tensors, for example {next(iter(places))!r}.")
+        block, beside, module, key = places[name]
+        _assign(module, key, _moved(tensor, block, beside[PUBLIC], f"{package.folder}: {name!r}"))
     return parts
+
+
+def _check_shapes(package: ExpertPackage, wanted: Mapping[str, torch.Size]) -> None:
+    """By the headers alone: a stranger's tensor may be too large to be read."""
+    for name, info in package.infos.items():
+        if name not in wanted:
+            raise ValueError(f"{package.folder}: {name!r} has no place in this model's networks.")
+        if info.shape != tuple(wanted[name]):
+            raise ValueError(
+                f"{package.folder}: {name} has shape {list(info.shape)}; this model's networks have "
+                f"{list(wanted[name])}."
+            )
+    if missing := sorted(wanted.keys() - package.infos.keys()):
+        raise ValueError(f"{package.folder} lacks {len(missing)} tensors, for example {missing[0]!r}.")
 
 
 def name_in_package(network: nn.Module, key: str) -> str:
@@ -168,15 +182,15 @@ def check_fingerprint(ours: str | None, manifest: ExpertManifest) -> None:
         )
 
 
-def check_layers(blocks: Sequence[FlexMoeBlock], manifest: ExpertManifest) -> None:
-    """Checks that an expert has a network for each of these blocks, and no other.
+def check_layers(layers: Sequence[int], manifest: ExpertManifest) -> None:
+    """Checks that an expert has a network for each of these layers, and no other.
 
     Raises:
         ValueError: its layers are others.
     """
-    layers = [block.layer_index for block in blocks]
-    if list(manifest.layers) != layers:
-        raise ValueError(f"Expert {manifest.name!r} has the layers {manifest.layers}; this model has {layers}.")
+    if manifest.layers != list(layers):
+        theirs, ours = (str(list(numbers))[:200] for numbers in (manifest.layers, layers))
+        raise ValueError(f"Expert {manifest.name!r} has the layers {theirs}; this model has {ours}.")
 
 
 def expert_tensors(
@@ -294,23 +308,46 @@ def _offload_hooks(module: nn.Module) -> list[Any]:
     return [part for part in getattr(hook, "hooks", (hook,)) if hasattr(part, "weights_map")]
 
 
-def _moved(tensor: Tensor, block: FlexMoeBlock, public: nn.Module) -> Tensor:
+def _moved(tensor: Tensor, block: FlexMoeBlock, public: nn.Module, what: str) -> Tensor:
     """`tensor` where the public module is, in its dtype; in the tensor's own beside a quantised one."""
-    return tensor.to(device=_home(block), dtype=floating_dtype(public) or tensor.dtype)
+    return cast_finite(tensor, floating_dtype(public) or tensor.dtype, what).to(_home(block))
 
 
-def _assign(module: nn.Module, key: str, tensor: Tensor, what: str) -> None:
+def cast_finite(tensor: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """A tensor of finite numbers in another floating-point dtype.
+
+    Raises:
+        ValueError: one of them is too large for it; `what` names the tensor.
+    """
+    cast = tensor.to(dtype)
+    if cast.dtype != tensor.dtype and not all_finite(cast):
+        raise ValueError(f"{what} holds numbers too large for {dtype}, the dtype of this anchor.")
+    return cast
+
+
+def _assign(module: nn.Module, key: str, tensor: Tensor) -> None:
     """Puts `tensor` where the module has `key`."""
     owner_name, _, leaf = key.rpartition(".")
     owner = module.get_submodule(owner_name)
-    empty = getattr(owner, leaf)
-    if empty.shape != tensor.shape:
-        raise ValueError(f"{what} has shape {list(tensor.shape)}; this model's networks have {list(empty.shape)}.")
-    setattr(owner, leaf, nn.Parameter(tensor) if isinstance(empty, nn.Parameter) else tensor)
+    is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
+    setattr(owner, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+
+
+@contextmanager
+def naming(*packages: ExpertPackage) -> Iterator[None]:
+    """What keeps packages out of a model names their folders, whoever noticed it."""
+    folders = [str(package.folder) for package in packages]
+    try:
+        yield
+    except ValueError as error:
+        if not folders or any(folder in str(error) for folder in folders):
+            raise
+        raise ValueError(f"{', '.join(folders)}: {error}") from error
 
 
 __all__ = [
     "ExpertPart",
+    "cast_finite",
     "check_anchor",
     "check_fingerprint",
     "check_layers",
@@ -319,6 +356,7 @@ __all__ = [
     "fresh_experts",
     "fresh_networks",
     "name_in_package",
+    "naming",
     "open_package",
     "package_record",
     "parts_from_package",

@@ -4,21 +4,28 @@ Not here: what the keys must be. Each format checks its own.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
 from .folders_flexmoe import read_regular_file
 
-MAX_JSON_BYTES = 32 << 20  # the largest open checkpoints need 1 MiB; parsing takes up to 50 bytes for one
+MAX_JSON_BYTES = 32 << 20  # the largest open checkpoints need 1 MiB
+MAX_JSON_PARTS = (
+    1_000_000  # commas and opening brackets, eight for a tensor: an empty list of 3 bytes takes 64 in memory
+)
+_SHOWN = 200  # characters of a key, in an error
 
 
 def parse_json_object(data: bytes, where: str) -> dict[str, Any]:
     """Parses `data` (UTF-8 JSON) into a dictionary; `where` names the file in errors.
 
     Raises:
-        ValueError: not UTF-8, not JSON, not an object, a key given twice, NaN or an infinity, nested too deep, or
-            text that UTF-8 cannot write back (lone surrogates).
+        ValueError: not UTF-8, not JSON, not an object, of more than `MAX_JSON_PARTS` parts, a key given twice, NaN or
+            an infinity, nested too deep, or text that UTF-8 cannot write back (lone surrogates).
     """
+    if (parts := sum(map(data.count, (b",", b"[", b"{")))) > MAX_JSON_PARTS:
+        raise ValueError(f"{where}: JSON of about {parts:,} parts; at most {MAX_JSON_PARTS:,} are read.")
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")  # also finds 1e999, which parses to inf
@@ -49,8 +56,8 @@ def json_text(value: dict[str, Any]) -> str:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is given twice")
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {twice[:_SHOWN]!r} is given twice")
     return result
 
 

@@ -29,6 +29,7 @@ from .fitting_flexmoe import (
     expert_tensors,
     fresh_experts,
     fresh_networks,
+    naming,
     open_package,
     package_record,
     parts_from_package,
@@ -180,7 +181,8 @@ class ExpertLifecycle(_Model):
         self._refuse_while_generating("add_expert")
         self._refuse_if_fully_sharded("add_expert")
         package, origin = open_package(source, revision, hub=HubAccess(**hub), policy=policy)
-        name = self._free_name(name or package.manifest.name)
+        with naming(package):
+            name = self._free_name(name or package.manifest.name)
         self._put_package(package, name, origin)
         return name
 
@@ -371,12 +373,13 @@ class ExpertLifecycle(_Model):
     # How it is done
 
     def _put_package(self, package: ExpertPackage, name: str, origin: dict[str, str | None] | None) -> None:
-        check_anchor(self.config, package.manifest)
-        check_layers(self.flexmoe_blocks(), package.manifest)
-        networks = fresh_networks(self.config)
-        record = package_record(package.manifest, public_widths(self.config, networks))
-        record = expert_record({**record, "name": name, "source": origin})
-        parts = parts_from_package(self.flexmoe_blocks(), fresh_experts(self.config, record, networks), package)
+        with naming(package):
+            check_anchor(self.config, package.manifest)
+            check_layers([block.layer_index for block in self.flexmoe_blocks()], package.manifest)
+            networks = fresh_networks(self.config)
+            record = package_record(package.manifest, public_widths(self.config, networks))
+            record = expert_record({**record, "name": name, "source": origin})
+            parts = parts_from_package(self.flexmoe_blocks(), fresh_experts(self.config, record, networks), package)
         self._put(record, self._quantized_alike(name, parts))
 
     def _quantized_alike(self, name: str, parts: list[ExpertPart]) -> list[ExpertPart]:

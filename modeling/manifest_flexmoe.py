@@ -76,7 +76,7 @@ class ExpertManifest:
         version = values.get("format_version")
         if type(version) is not int or version != FORMAT_VERSION:
             raise PackageError(
-                f"{where}: format_version is {version!r}; this FlexMoE reads {FORMAT_VERSION}. "
+                f"{where}: format_version is {repr(version)[:40]}; this FlexMoE reads {FORMAT_VERSION}. "
                 "Update flexmoe if the number is higher."
             )
         if fault := first_fault(values):
