@@ -49,9 +49,9 @@ class Newcomer:
     rows: dict[str, torch.Tensor]
 
     @classmethod
-    def open(cls, given: PackageLike, policy: PolicyLike = None) -> Newcomer:
+    def open(cls, given: PackageLike, policy: PolicyLike = None, revision: str | None = None) -> Newcomer:
         """Opens a folder or a Hub id that the policy lets in. Raises: as `open_package`."""
-        package, origin = open_package(given, policy=policy)
+        package, origin = open_package(given, revision, policy=policy)
         return cls(package, package.manifest.name, origin, package.read_rows())
 
     def record(self, widths: Sequence[int]) -> dict[str, object]:

@@ -20,7 +20,7 @@ from .anchors_flexmoe import build_on_meta
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .experts_flexmoe import FlexMoeBlock, floating_dtype, make_expert, router_row
 from .finite_flexmoe import all_finite
-from .hub_flexmoe import PACKAGE_FILES, HubAccess
+from .hub_flexmoe import PACKAGE_FILES, HubAccess, is_hub_id
 from .low_rank_flexmoe import LowRankDelta, LowRankExpert, packed_name
 from .manifest_flexmoe import ExpertManifest
 from .packages_flexmoe import ExpertPackage
@@ -150,7 +150,10 @@ def open_package(
     if not isinstance(source, str | Path):  # an ExpertPackage, perhaps of another copy of this code (remote code)
         _check_trust(source, None, policy)
         return source, None
-    found = (hub or HubAccess()).resolve(source, revision, allow_patterns=PACKAGE_FILES)
+    hub = hub or HubAccess()
+    if is_hub_id(source):  # who took a repository away has withdrawn the expert, whatever is in the cache
+        hub.check_access(str(source))
+    found = hub.resolve(source, revision, allow_patterns=PACKAGE_FILES)
     if found.repo is None:
         package = ExpertPackage.open(found.path)
         _check_trust(package, None, policy)

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm
+from transformers.utils import logging
 
 # Weights as safetensors under the names that transformers and FlexMoE write, and everything a tokenizer is made of.
 # Not asked for: pickles, code, second copies of the weights (`consolidated.safetensors`, `original/`, ONNX, GGUF).
@@ -184,7 +184,8 @@ class HubAccess:
         remote = sum(is_hub_id(part.source) for part in wanted.values())
         with ThreadPoolExecutor(max_workers=4, thread_name_prefix="flexmoe-pull") as pool:
             jobs = {key: pool.submit(resolve_one, key) for key in wanted}
-            shown = tqdm(jobs.items(), desc="Pulling the parts of a model", disable=None if remote > 1 else True)
+            hidden = None if remote > 1 else True  # None: unless nobody is at a terminal to see it
+            shown = logging.tqdm(jobs.items(), desc="Pulling the parts of a model", disable=hidden)
             return {key: job.result() for key, job in shown}
 
     def check_access(self, repo: str) -> None:

@@ -79,7 +79,7 @@ def _find_sources(config: FlexMoeConfig, given: Mapping[str, str | Path], hub: H
             "expert its package (save_expert makes one). Or save the whole model with save_pretrained."
         )
     found = {}
-    for name, source in hub.resolve_all(wanted).items():
+    for name, source in hub.resolve_all(wanted, still_there=config.expert_names[1:]).items():
         if isinstance(source, OSError):
             raise source
         found[name] = source
