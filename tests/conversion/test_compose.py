@@ -1,5 +1,6 @@
 """Composing, adding and removing on disk: what a live model would be, and the bytes of one that never had them."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -247,6 +248,21 @@ class TestRefusals:
         (bad / "expert.safetensors").write_bytes(data)
         with pytest.raises(PackageError, match="SHA-256"):
             compose(llama / "grafted", [bad], tmp_path / "out")
+        assert os.listdir(tmp_path) == ["bad"]
+
+    @pytest.mark.parametrize("name", ["layers.1.router.weight", "layers.0.ffn.up_proj.weight"])
+    def test_numbers_that_the_model_cannot_hold(self, name: str, llama: Path, tmp_path: Path) -> None:
+        bad = shutil.copytree(llama / "math", tmp_path / "bad")
+        values = load_file(bad / "expert.safetensors")
+        values[name] = torch.full_like(values[name], 1e300, dtype=torch.float64)
+        save_file(values, bad / "expert.safetensors")
+        manifest = json.loads((bad / "expert_config.json").read_text())
+        digest = hashlib.sha256((bad / "expert.safetensors").read_bytes()).hexdigest()
+        manifest["sha256"] = {"expert.safetensors": digest}
+        manifest["dtype"] = "mixed" if ".ffn." in name else "float32"
+        (bad / "expert_config.json").write_text(json.dumps(manifest))
+        with pytest.raises(ValueError, match=f"bad: '{name}' holds numbers too large"):
+            compose(llama / "grafted", [bad], tmp_path / "out", public_prior=0.0)
         assert os.listdir(tmp_path) == ["bad"]
 
     def test_outputs_are_kept_apart_from_inputs(self, llama: Path, tmp_path: Path) -> None:

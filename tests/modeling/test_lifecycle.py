@@ -1,13 +1,17 @@
 """Experts come, go, change places and names, on a live model; what fails leaves no trace."""
 
 import copy
+import hashlib
 import json
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from flexmoe.modeling import ExpertPackage, FlexMoeConfig, FlexMoeForCausalLM
 from flexmoe.testing import ANCHOR_CONFIGS, perturb_expert, random_tokens, tiny_flexmoe
+from tests.mutators.packages import read_file, read_tensors, write_file, write_tensors
 
 OWNERS = ("math", "code", "legal")
 FINGERPRINT = {"repo": "org/anchor", "revision": "abc", "fingerprint": "f" * 64, "model_type": "llama"}
@@ -177,12 +181,40 @@ def _last_bit(folder, tmp_path):
     return folder
 
 
+def _hole(folder, tmp_path):
+    """A tensor of 1 TB that takes no room on the disk, and would in memory."""
+    path, grown = folder / "expert.safetensors", "layers.1.ffn.up_proj.weight"
+    write_tensors(path, sorted(read_tensors(path), key=lambda tensor: tensor.name == grown))  # the last one
+    header, data = read_file(path)
+    begin, _ = header[grown]["data_offsets"]
+    header[grown] |= {"shape": [1 << 38], "data_offsets": [begin, begin + (1 << 40)]}
+    write_file(path, header, data[:begin])
+    os.truncate(path, path.stat().st_size + (1 << 40))
+    return folder
+
+
+def _too_large(name):
+    def make(folder, tmp_path):
+        values = load_file(folder / "expert.safetensors")
+        values[name] = values[name].double()
+        values[name].view(-1)[0] = 1e300
+        save_file(values, folder / "expert.safetensors")
+        digest = hashlib.sha256((folder / "expert.safetensors").read_bytes()).hexdigest()
+        dtype = "mixed" if ".ffn." in name else "float32"
+        return _edit_manifest(sha256={"expert.safetensors": digest}, dtype=dtype)(folder, tmp_path)
+
+    return make
+
+
 UNFIT = {
     "another anchor": (_other_fingerprint, "f{64}|a{64}"),
     "another hidden size": (_other_hidden_size, r"shape"),
     "fewer layers": (_edit_manifest(layers=[0]), r"layer"),
     "unknown kind": (_edit_manifest(kind="sparse"), r"kind"),
     "a flipped bit": (_last_bit, r"SHA-256"),
+    "a hole": (_hole, r"up_proj.weight has shape \[274877906944\]"),
+    "a number too large": (_too_large("layers.1.ffn.up_proj.weight"), "up_proj.weight' holds numbers too large"),
+    "a number too large in a row": (_too_large("layers.1.router.weight"), "router.weight' holds numbers too large"),
 }
 
 
@@ -192,9 +224,17 @@ def test_packages_that_do_not_fit_change_nothing(model, tmp_path, case, call):
     spoil, words = UNFIT[case]
     folder = spoil(model.save_expert("math", tmp_path / "math"), tmp_path)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words) as caught:
         model.add_expert(folder, name="news") if call == "add_expert" else model.replace_expert("code", folder)
+    assert str(folder) in str(caught.value)
     assert_unchanged(model, before)
+
+
+def test_a_name_that_is_taken_names_the_package(model, tmp_path):
+    folder = model.save_expert("math", tmp_path / "math")
+    with pytest.raises(ValueError, match="has an expert 'math' already") as caught:
+        model.add_expert(folder)
+    assert str(folder) in str(caught.value)
 
 
 def test_missing_package_says_so(model, tmp_path):
