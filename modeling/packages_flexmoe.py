@@ -30,7 +30,7 @@ from .hashing_flexmoe import BackgroundHasher
 from .json_flexmoe import MAX_JSON_BYTES, json_text, parse_json_object
 from .manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, ExpertManifest, PackageError
 from .tensor_writer_flexmoe import TensorSource, finite_source, source_from_tensor, write_checkpoint
-from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, empty_tensor
+from .tensors_flexmoe import FILL_BYTES, TORCH_DTYPES, TensorFile, TensorInfo, empty_tensor
 
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
@@ -107,6 +107,30 @@ class ExpertPackage:
                     rows.update({key: file.read(key) for key in file.infos if ".router." in key})
         return rows
 
+    def copy_weights(self, folder: Path, progress: Callable[[int], None] | None = None) -> None:
+        """Copies the weight files into `folder`, byte for byte, hashing and checking what is copied.
+
+        Raises: as `tensors`; what is in `folder` then is not to be used.
+        """
+        with _package_errors():
+            for name, sha256 in sorted(self.manifest.sha256.items()):
+                with (
+                    TensorFile(file_inside(self.folder, name)) as file,
+                    open(folder / name, "xb") as copy,
+                    BackgroundHasher(file=True) as hasher,
+                ):
+                    hasher.add(file.header)
+                    copy.write(file.header)
+                    for info in file.infos.values():
+                        for chunk in file.chunks(info.name, FILL_BYTES):
+                            hasher.add(chunk)
+                            if not bytes_are_finite(chunk, info.dtype):
+                                raise _not_finite(file.path, info.name)
+                            copy.write(chunk)
+                            if progress:
+                                progress(len(chunk))
+                _check_hash(file.path, hasher.file_sha256(), sha256)
+
     def _verified(self, file: TensorFile, sha256: str) -> Iterator[tuple[str, torch.Tensor]]:
         held: tuple[str, torch.Tensor] | None = None  # one tensor behind: the last waits for the hash
         with BackgroundHasher(file=True) as hasher:
@@ -122,11 +146,7 @@ class ExpertPackage:
                     if not bytes_are_finite(part, info.dtype):
                         raise _not_finite(file.path, info.name)
                 held = info.name, tensor
-        if (found := hasher.file_sha256()) != sha256:
-            raise PackageError(
-                f"{file.path}: its SHA-256 is {found}, the manifest says {sha256}. The file was damaged or changed: "
-                "fetch the package again, from its owner."
-            )
+        _check_hash(file.path, hasher.file_sha256(), sha256)
         if held is not None:
             yield held
 
@@ -230,6 +250,14 @@ def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, Tenso
 
 def _span(layers: list[int]) -> str:
     return f"{layers[0]} to {layers[-1]}"
+
+
+def _check_hash(path: Path, found: str, wanted: str) -> None:
+    if found != wanted:
+        raise PackageError(
+            f"{path}: its SHA-256 is {found}, the manifest says {wanted}. The file was damaged or changed: fetch the "
+            "package again, from its owner."
+        )
 
 
 def _not_finite(where: str | Path, name: str) -> PackageError:

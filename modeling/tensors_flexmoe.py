@@ -393,6 +393,7 @@ def listed(names: Iterable[str], count: int = 5) -> str:
 __all__ = [
     "CHUNK_BYTES",
     "DTYPE_CODES",
+    "FILL_BYTES",
     "TORCH_DTYPES",
     "CheckpointFolder",
     "Chunk",

@@ -14,17 +14,23 @@ from flexmoe.modeling.configuration_flexmoe import ExpertPackageConfig, FlexMoeC
 from flexmoe.registration import LazyModelClass, full_card
 
 if TYPE_CHECKING:
+    from flexmoe.admission import verify
     from flexmoe.cards import write_card
+    from flexmoe.conversion.by_reference import compose_by_reference
     from flexmoe.conversion.compose import add, compose, remove
     from flexmoe.conversion.export import export
     from flexmoe.conversion.import_flex_olmo import import_flex_olmo
     from flexmoe.conversion.low_rank import compress, densify
+    from flexmoe.conversion.pins import update_composition
     from flexmoe.evaluation import evaluate
     from flexmoe.grafting import graft
     from flexmoe.inspection import inspect
     from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, track_usage
+    from flexmoe.modeling.trust_flexmoe import TrustPolicy
     from flexmoe.peft import expert_lora_config
     from flexmoe.planning import Plan, plan
+    from flexmoe.sharing import pull, push
+    from flexmoe.signing import keygen, sign
     from flexmoe.training import TrainingSettings, train_expert
 
 __version__ = "0.1.0"
@@ -42,10 +48,13 @@ _LAZY = {
     "FlexMoeModel": "flexmoe.modeling",
     "UnsupportedAnchorError": "flexmoe.modeling",
     "track_usage": "flexmoe.modeling",
+    "TrustPolicy": "flexmoe.modeling.trust_flexmoe",
     "write_card": "flexmoe.cards",
     "add": "flexmoe.conversion.compose",
     "compose": "flexmoe.conversion.compose",
+    "compose_by_reference": "flexmoe.conversion.by_reference",
     "remove": "flexmoe.conversion.compose",
+    "update_composition": "flexmoe.conversion.pins",
     "export": "flexmoe.conversion.export",
     "import_flex_olmo": "flexmoe.conversion.import_flex_olmo",
     "compress": "flexmoe.conversion.low_rank",
@@ -56,8 +65,13 @@ _LAZY = {
     "expert_lora_config": "flexmoe.peft",
     "Plan": "flexmoe.planning",
     "plan": "flexmoe.planning",
+    "keygen": "flexmoe.signing",
+    "pull": "flexmoe.sharing",
+    "push": "flexmoe.sharing",
+    "sign": "flexmoe.signing",
     "TrainingSettings": "flexmoe.training",
     "train_expert": "flexmoe.training",
+    "verify": "flexmoe.admission",
 }
 
 
@@ -74,9 +88,11 @@ __all__ = [
     "FlexMoeModel",
     "Plan",
     "TrainingSettings",
+    "TrustPolicy",
     "UnsupportedAnchorError",
     "add",
     "compose",
+    "compose_by_reference",
     "compress",
     "densify",
     "evaluate",
@@ -85,9 +101,15 @@ __all__ = [
     "graft",
     "import_flex_olmo",
     "inspect",
+    "keygen",
     "plan",
+    "pull",
+    "push",
     "remove",
+    "sign",
     "track_usage",
     "train_expert",
+    "update_composition",
+    "verify",
     "write_card",
 ]

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.modeling.composition_flexmoe import Composition
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
 from flexmoe.modeling.json_flexmoe import read_json_object
 from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE
 from flexmoe.modeling.packages_flexmoe import ExpertPackage
@@ -33,11 +34,12 @@ def inspect(path: str | Path) -> dict[str, Any]:
     """What is in the folder.
 
     Returns:
-        `kind` ("model" or "package"), `path`, `anchor` (its record), `layers` (how many have experts), `parameters`,
-        `bytes`, and `experts`, a list in the model's order (one entry for a package) with `name`, `kind`, `active`,
-        `parameters`, `bytes`, `row_norms` and `biases` (one per layer), `rank`, `alpha`, `version`, `license`,
-        `data_statement`, `training`, `source`; None where nothing is recorded. A model has also `model_type`,
-        `num_experts_per_tok`, `norm_topk_prob`, `public_prior` (None where layers differ), `public_sample`.
+        `kind` ("model", "composition" or "package"), `path`, `anchor` (its record), `layers` (how many have experts),
+        `parameters`, `bytes`, and `experts`, a list in the model's order (one entry for a package) with `name`,
+        `kind`, `active`, `parameters`, `bytes`, `row_norms` and `biases` (one per layer), `rank`, `alpha`, `version`,
+        `license`, `data_statement`, `training`, `source`; None where nothing is recorded. A model has also
+        `model_type`, `num_experts_per_tok`, `norm_topk_prob`, `public_prior` (None where layers differ),
+        `public_sample`. A composition holds no weights, so their figures are None; `source` says where a part is.
 
     Raises:
         FileNotFoundError: no such folder, or neither a model nor a package in it.
@@ -63,10 +65,7 @@ def _inspect_model(folder: Path) -> dict[str, Any]:
         )
     config = FlexMoeConfig.from_pretrained(folder)
     if config.composition is not None:
-        raise ValueError(
-            f"{folder} is a composition, which names its parts and holds no weights; its README.md lists them. "
-            "Inspect the packages that it names, or the whole model, written out with save_pretrained."
-        )
+        return _inspect_composition(folder, config)
     with CheckpointFolder(folder) as checkpoint:
         rows = _rows({name: checkpoint.read(name) for name in checkpoint.infos if _ROW_TENSOR.fullmatch(name)})
         tensors = _by_expert(checkpoint.infos.values())
@@ -88,6 +87,33 @@ def _inspect_model(folder: Path) -> dict[str, Any]:
         "num_experts_per_tok": config.num_experts_per_tok,
         "norm_topk_prob": config.norm_topk_prob,
         "public_prior": priors.pop() if len(priors) == 1 else None,
+        "public_sample": config.public_sample,
+        "experts": experts,
+    }
+
+
+def _inspect_composition(folder: Path, config: FlexMoeConfig) -> dict[str, Any]:
+    composition = Composition.from_config(config)
+    anchor_config: Any = config.anchor_config
+    active = set(config.expert_names if config.active_experts is None else config.active_experts)
+    references = {PUBLIC: composition.anchor, **composition.experts}
+    experts = [
+        _expert(record, [], {}) | {"parameters": None, "bytes": None, "active": record["name"] in active}
+        for record in config.expert_records
+    ]
+    for expert in experts:
+        expert["source"] = references[expert["name"]].to_dict()
+    return {
+        "kind": "composition",
+        "path": str(folder),
+        "model_type": config.model_type,
+        "anchor": {"model_type": anchor_config.model_type, **(config.anchor or {}), **composition.anchor.to_dict()},
+        "layers": None,
+        "parameters": None,
+        "bytes": None,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "norm_topk_prob": config.norm_topk_prob,
+        "public_prior": None,
         "public_sample": config.public_sample,
         "experts": experts,
     }

@@ -1,8 +1,8 @@
 """The application: its commands, its version, and what happens when one of them fails.
 
 Exit codes: 0 done, 1 the command failed (one paragraph on stderr says why), 2 the command line is not a valid one,
-130 interrupted. Not here: what the commands do (`cards`, `commands`, `low_rank`, `planning`, `training`, `trust`,
-`demo`).
+3 `verify` has done its work and refuses the expert, 130 interrupted. Not here: what the commands do (`admission`,
+`cards`, `commands`, `composing`, `low_rank`, `planning`, `sharing`, `training`, `trust`, `demo`).
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from flexmoe_cli import cards, commands, demo, low_rank, planning, training, trust
+from flexmoe_cli import admission, cards, commands, composing, demo, low_rank, planning, sharing, training, trust
 from flexmoe_cli.arguments import FilesCommand, NamedFilesCommand
 from flexmoe_cli.output import quiet_libraries, report_error, show_warning
 
@@ -22,32 +22,24 @@ app = typer.Typer(
     help="Mixture-of-experts language models whose training data stays with its owners: graft a dense model, train "
     "each owner's expert where its data is, compose them, and take one out exactly.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-for function in (
-    planning.plan,
-    commands.graft,
-    training.train,
-    commands.compose,
-    commands.add,
-    commands.remove,
-    commands.inspect,
-    commands.evaluate,
-    commands.export,
-    commands.import_,
-    low_rank.compress,
-    low_rank.densify,
-    trust.keygen,
-    trust.sign,
-    cards.card,
-    demo.demo,
-):
-    named = (commands.graft, commands.evaluate, commands.export, cards.card)
-    kind = NamedFilesCommand if function in named else FilesCommand
-    app.command(function.__name__.removesuffix("_"), cls=kind)(function)
+COMMANDS = {
+    "Make a model": (planning.plan, commands.graft, training.train, composing.compose, composing.add, commands.remove),
+    "Look at it": (commands.inspect, commands.evaluate),
+    "Share experts": (cards.card, trust.keygen, trust.sign, sharing.push, sharing.pull, admission.verify),
+    "Into other forms": (commands.export, commands.import_, low_rank.compress, low_rank.densify),
+    "See all of it work": (demo.demo,),
+}
+"""By what they are for, in the order of the work."""
+NAMED_FILES = (commands.graft, commands.evaluate, commands.export, cards.card)
+
+for panel, functions in COMMANDS.items():
+    for function in functions:
+        kind = NamedFilesCommand if function in NAMED_FILES else FilesCommand
+        app.command(function.__name__.removesuffix("_"), cls=kind, rich_help_panel=panel)(function)
 
 
 def print_version(asked: bool) -> None:

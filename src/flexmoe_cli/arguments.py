@@ -15,7 +15,16 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write. It appears wh
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="On an error show the Python traceback.")]
+Policy = Annotated[
+    Path | None,
+    typer.Option(
+        help="Whose packages are let in: a policy file. Default: the one that FLEXMOE_POLICY names, if it is set.",
+        show_default=False,
+    ),
+]
 TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .json and .parquet files that holds the text.")]
+
+Model = Annotated[str, typer.Argument(help="FlexMoE model: a folder or a Hub id.", show_default=False)]
 
 ROUTER = "The router row"
 RouterMethod = Annotated[
@@ -106,6 +115,9 @@ def parse_size(text: str) -> int:
     return size
 
 
+ShardSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest weight file, as in 5GB.")]
+
+
 def split_name(value: str) -> tuple[str, str]:
     """(name, file) of `name=file`; the name is empty where there is none."""
     name, separator, file = value.partition("=")
@@ -165,6 +177,19 @@ def parse_experts(values: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"--expert {value}: {name!r} already is {experts[name]}. Give each its own name.")
         experts[name] = checkpoint
     return experts
+
+
+def parse_revisions(values: Sequence[str]) -> dict[str, str | None]:
+    """Revisions by expert, from `name` or `name=revision`. ValueError: not written so, or a name twice."""
+    revisions: dict[str, str | None] = {}
+    for value in values:
+        name, separator, revision = value.partition("=")
+        if not name or (separator and not revision):
+            raise ValueError(f"--expert {value}: write a name, or name=revision, for example --expert math=v2.")
+        if name in revisions:
+            raise ValueError(f"--expert {value}: {name!r} is given twice.")
+        revisions[name] = revision or None
+    return revisions
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The commands on models and packages: graft, compose, add, remove, inspect, evaluate, export, import.
+"""The commands on models and packages: graft, remove, inspect, evaluate, export, import.
 
 The library is imported inside the functions: `--help` and a mistyped option should not wait for torch.
-Not here: `plan` (`planning`), `train` (`training`) and `demo` (`demo`).
+Not here: putting parts together (`composing`), planning, training, the demo, and all that contributors need.
 """
 
 from collections.abc import Sequence
@@ -15,24 +15,21 @@ from flexmoe_cli.arguments import (
     Debug,
     Embedder,
     Json,
+    Model,
     Out,
     Overwrite,
     RouterBias,
     RouterMethod,
     RouterTokens,
+    ShardSize,
     TextColumn,
     given,
     parse_domains,
     parse_experts,
     parse_names,
-    parse_renames,
-    parse_size,
 )
 from flexmoe_cli.output import byte_progress, large_import, library_call, print_json
 from flexmoe_cli.tables import show_export, show_import, show_inspection, show_result, show_scores
-
-ShardSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Largest weight file, as in 5GB.")]
-Model = Annotated[str, typer.Argument(help="FlexMoE model: a folder or a Hub id.", show_default=False)]
 
 
 def graft(
@@ -145,68 +142,6 @@ def _about_zero_rows(experts: Sequence[str], routed: Sequence[str]) -> str | Non
         )
     without = [name for name in experts if name not in routed]
     return f"Without router data, so its row is zero as public's is: {', '.join(without)}." if without else None
-
-
-def compose(
-    grafted: Annotated[
-        str, typer.Argument(help="What `flexmoe graft` wrote: a folder or a Hub id.", show_default=False)
-    ],
-    packages: Annotated[
-        list[str], typer.Argument(help="Expert packages in the order wanted: folders or Hub ids.", show_default=False)
-    ],
-    out: Out,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(metavar="PACKAGE=NAME", help="Call an expert otherwise; PACKAGE as given, or its own name."),
-    ] = None,
-    public_prior: Annotated[
-        float | None,
-        typer.Option(
-            help="Log prior odds of public. By default 0 for experts without a bias, 0.5 for those with one."
-        ),
-    ] = None,
-    num_experts_per_tok: Annotated[
-        int | None, typer.Option(help="Experts per token (k). By default the graft's.")
-    ] = None,
-    max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Put a grafted model and experts trained apart together, without any training."""
-    with large_import():
-        from flexmoe.conversion.compose import compose as library_compose
-
-    with library_call(as_json), byte_progress("Composing", grafted) as progress:
-        folder = library_compose(
-            grafted,
-            packages,
-            out,
-            names=parse_renames(name or []),
-            public_prior=public_prior,
-            num_experts_per_tok=num_experts_per_tok,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    show_result(folder, as_json, f"An owner opts out with: flexmoe remove {folder} NAME --out FOLDER")
-
-
-def add(
-    model: Model,
-    package: Annotated[str, typer.Argument(help="Expert package: a folder or a Hub id.", show_default=False)],
-    out: Out,
-    name: Annotated[str | None, typer.Option(help="Call the expert so. By default the package's own name.")] = None,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Add one expert to a model."""
-    from flexmoe.conversion.compose import add as library_add
-
-    with library_call(as_json):
-        folder = library_add(model, package, out, name=name, overwrite=overwrite)
-    show_result(folder, as_json)
 
 
 def remove(

@@ -13,12 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
-from flexmoe_cli.output import human_bytes, human_count, print_json, print_line, print_table
+from flexmoe_cli.output import human_bytes, human_count, print_json, print_line, print_table, show_warning
 
 if TYPE_CHECKING:
     from flexmoe.conversion.low_rank import CompressedLayer
     from flexmoe.evaluation import DomainScore
     from flexmoe.planning import Plan, Training
+
+
+_HOLDS = {
+    "package": "holds the expert",
+    "model": "holds a model with the experts",
+    "composition": "names the parts of a model with the experts",
+}
 
 
 def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
@@ -30,8 +37,8 @@ def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
         print_json(found)
         return
     names = ", ".join(expert["name"] for expert in found["experts"])
-    what = "the expert" if found["kind"] == "package" else "a model with the experts"
-    print_line(f"[bold]{escape(str(folder))}[/] holds {what} {names} ({human_bytes(found['bytes'])}).")
+    size = "" if found["bytes"] is None else f" ({human_bytes(found['bytes'])})"
+    print_line(f"[bold]{escape(str(folder))}[/] {_HOLDS[found['kind']]} {names}{size}.")
     if inactive := [expert["name"] for expert in found["experts"] if not expert["active"]]:
         print_line(
             f"Note: {', '.join(inactive)} will take no part: the model has a choice of active experts, made with "
@@ -39,6 +46,15 @@ def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
         )
     if hint:
         print_line(escape(hint))
+
+
+def show_composed(folder: Path, as_json: bool, hint: str | None = None) -> None:
+    """As `show_result`, of parts that were put together; on stderr, licences of theirs that do not go together."""
+    from flexmoe.cards import license_conflicts
+
+    show_result(folder, as_json, hint)
+    for conflict in license_conflicts(folder):
+        show_warning(conflict, UserWarning, "", 0)
 
 
 def show_export(folder: Path, as_json: bool, losses: Mapping[str, tuple[float, float]] | None = None) -> None:
@@ -96,8 +112,20 @@ def show_inspection(found: Mapping[str, Any]) -> None:
     for label, value in _facts(found).items():
         if value is not None:
             print_line(f"[bold]{label:<18}[/] {escape(str(value))}")
-    columns = ("expert", "kind", "params", "size", "row norm", "bias", "license", "version", "active")
-    print_table("Experts", columns, [_expert_row(expert) for expert in found["experts"]])
+    columns = (
+        "expert",
+        "kind",
+        "params",
+        "size",
+        "row norm",
+        "bias",
+        "from",
+        "commit",
+        "license",
+        "version",
+        "active",
+    )
+    print_table("Experts", columns, [_expert_row(expert, found["kind"]) for expert in found["experts"]])
 
 
 def show_scores(model: str, scores: Mapping[str, DomainScore]) -> None:
@@ -172,13 +200,13 @@ def _facts(found: Mapping[str, Any]) -> dict[str, Any]:
     anchor = found["anchor"]
     facts = {
         "folder": found["path"],
-        "kind": "expert package" if found["kind"] == "package" else "model",
+        "kind": "expert package" if found["kind"] == "package" else found["kind"],
         "anchor": " ".join(filter(None, (anchor.get("repo"), anchor.get("revision")))) or anchor.get("model_type"),
         "fingerprint": anchor.get("fingerprint"),
-        "parameters": human_count(found["parameters"]),
-        "size": human_bytes(found["bytes"]),
+        "parameters": None if found["parameters"] is None else human_count(found["parameters"]),
+        "size": None if found["bytes"] is None else human_bytes(found["bytes"]),
     }
-    if found["kind"] == "model":
+    if found["kind"] != "package":
         facts |= {
             "experts per token": found["num_experts_per_tok"],
             "weights sum to one": "yes" if found["norm_topk_prob"] else "no",
@@ -189,14 +217,17 @@ def _facts(found: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
-def _expert_row(expert: Mapping[str, Any]) -> list[str]:
+def _expert_row(expert: Mapping[str, Any], kind: str) -> list[str]:
+    source = (expert["source"] or {}) if kind == "composition" else {}
     return [
         expert["name"],
         f"low-rank {_spread(expert['rank'])}" if expert["rank"] else expert["kind"],
-        human_count(expert["parameters"]),
-        human_bytes(expert["bytes"]),
+        "" if expert["parameters"] is None else human_count(expert["parameters"]),
+        "" if expert["bytes"] is None else human_bytes(expert["bytes"]),
         _spread(expert["row_norms"]),
         _spread(expert["biases"]),
+        source.get("repo") or source.get("folder") or "",
+        (source.get("revision") or "")[:12],
         expert["license"] or "",
         expert["version"] or "",
         "" if expert["active"] else "no",

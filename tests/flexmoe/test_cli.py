@@ -27,8 +27,18 @@ from flexmoe_cli.output import human_bytes, human_count, large_import, print_jso
 from tests.letters import letter_tokenizer
 
 COMMANDS = (
-    *("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate", "export", "import"),
-    *("compress", "densify", "keygen", "sign", "card", "demo"),
+    *("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate"),
+    *("card", "keygen", "sign", "push", "pull", "verify", "export", "import", "compress", "densify", "demo"),
+)
+
+
+SHOWN = (
+    "commands.show_result",
+    "commands.show_export",
+    "commands.show_import",
+    "composing.show_composed",
+    "sharing.show_result",
+    "training.show_result",
 )
 
 
@@ -46,7 +56,7 @@ def call(monkeypatch: pytest.MonkeyPatch):
             return result
 
         monkeypatch.setattr(function, recorder)
-        for shown in ("commands.show_result", "commands.show_export", "commands.show_import", "training.show_result"):
+        for shown in SHOWN:
             monkeypatch.setattr(f"flexmoe_cli.{shown}", lambda *_: None)
         return kept
 
@@ -199,6 +209,7 @@ class TestCalls:
             "package": "p",
             "out": Path("o"),
             "name": "math-2",
+            "policy": None,
             "overwrite": True,
         }
         calls = call("flexmoe.conversion.compose.remove")

@@ -363,8 +363,14 @@ class TestRefusalsToLoad:
     def test_commands_that_want_weights(self, llama, tmp_path):
         with pytest.raises(ValueError, match="composition, which names its parts"):
             remove(llama.composition, "math", tmp_path / "out")
-        with pytest.raises(ValueError, match="composition, which names its parts"):
-            inspect(llama.composition)
+
+    def test_inspection_says_where_the_parts_are(self, llama):
+        found = inspect(llama.composition)
+        assert (found["kind"], found["bytes"], found["parameters"]) == ("composition", None, None)
+        assert found["anchor"]["folder"] == "../anchor"
+        assert {expert["name"]: expert["source"]["folder"] for expert in found["experts"]} == {
+            "public": "../anchor", "math": "../math", "code": "../code",
+        }  # fmt: skip
 
 
 class TestOnTheHub:

@@ -1,0 +1,154 @@
+"""The commands that put parts together: compose, add.
+
+Not here: what comes of it (`flexmoe.conversion`), and taking an expert out (`commands`).
+"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from flexmoe_cli.arguments import Debug, Json, Model, Out, Overwrite, Policy, ShardSize, parse_renames, parse_revisions
+from flexmoe_cli.output import byte_progress, large_import, library_call, print_json, print_line, print_table
+from flexmoe_cli.tables import show_composed
+
+REFERENCE = "By reference"
+
+
+def compose(
+    base: Annotated[
+        str,
+        typer.Argument(help="What `flexmoe graft` wrote, or a composition: folder or Hub id.", show_default=False),
+    ],
+    out: Out,
+    packages: Annotated[
+        list[str] | None,
+        typer.Argument(help="Expert packages in the order wanted: folders or Hub ids.", show_default=False),
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PACKAGE=NAME", help="Call an expert otherwise; PACKAGE as given, or its own name."),
+    ] = None,
+    public_prior: Annotated[
+        float | None,
+        typer.Option(
+            help="Log prior odds of public. By default 0 for experts without a bias, 0.5 for those with one."
+        ),
+    ] = None,
+    num_experts_per_tok: Annotated[
+        int | None, typer.Option(help="Experts per token (k). By default the graft's.")
+    ] = None,
+    by_reference: Annotated[
+        bool,
+        typer.Option(
+            "--by-reference",
+            help="Name the parts instead of copying weights. PACKAGES may then be compositions, too, if BASE is one.",
+            rich_help_panel=REFERENCE,
+        ),
+    ] = False,
+    anchor: Annotated[
+        str | None,
+        typer.Option(help="The dense model, if it was not grafted from the Hub.", rich_help_panel=REFERENCE),
+    ] = None,
+    update: Annotated[
+        bool,
+        typer.Option(
+            "--update", help="Move BASE's pins to what its repositories hold now.", rich_help_panel=REFERENCE
+        ),
+    ] = False,
+    expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=REVISION]", help="With --update: only this one; repeat it.", rich_help_panel=REFERENCE
+        ),
+    ] = None,
+    policy: Policy = None,
+    max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Put a grafted model and experts trained apart together, without any training.
+
+    Examples: flexmoe compose grafted math-package org/code-expert --out model;
+    flexmoe compose grafted org/math-expert --by-reference --out composition;
+    flexmoe compose composition --update --out newer
+    """
+    if update:
+        _update(base, out, packages or [], expert or [], policy, overwrite, as_json)
+        return
+    if expert:
+        raise ValueError("--expert goes with --update; packages are given by their folders or Hub ids.")
+    names = parse_renames(name or [])
+    with large_import():
+        from flexmoe.conversion.by_reference import compose_by_reference
+        from flexmoe.conversion.compose import compose as library_compose
+
+    shared: dict[str, Any] = {"names": names, "public_prior": public_prior, "num_experts_per_tok": num_experts_per_tok}
+    with library_call(as_json), byte_progress("Composing", base) as progress:
+        if by_reference:
+            folder = compose_by_reference(
+                base, packages or [], out, anchor=anchor, policy=policy, overwrite=overwrite, **shared
+            )
+        else:
+            folder = library_compose(
+                base,
+                packages or [],
+                out,
+                policy=policy,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+                progress=progress,
+                **shared,
+            )
+    hint = None if by_reference else f"An owner opts out with: flexmoe remove {folder} NAME --out FOLDER"
+    show_composed(folder, as_json, hint)
+
+
+def _update(
+    composition: str,
+    out: Path,
+    packages: list[str],
+    experts: list[str],
+    policy: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    if packages:
+        raise ValueError("--update moves the pins of one composition: give no packages. Add them in a second step.")
+    from flexmoe.conversion.pins import update_composition
+
+    with library_call(as_json):
+        moves = update_composition(
+            composition, out, experts=parse_revisions(experts) or None, policy=policy, overwrite=overwrite
+        )
+    if as_json:
+        print_json({"path": str(out), "moved": [move.to_dict() for move in moves]})
+        return
+    print_line(f"[bold]{escape(str(out))}[/]: {len(moves)} of its pins moved.")
+    rows = [[m.name, *(value or "" for value in (m.old_version, m.new_version, m.old_revision, m.new_revision))]
+            for m in moves]  # fmt: skip
+    if rows:
+        print_table("Moved", ("expert", "version", "now", "commit", "now"), rows)
+
+
+def add(
+    model: Model,
+    package: Annotated[str, typer.Argument(help="Expert package: a folder or a Hub id.", show_default=False)],
+    out: Out,
+    name: Annotated[str | None, typer.Option(help="Call the expert so. By default the package's own name.")] = None,
+    policy: Policy = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Add one expert to a model.
+
+    Example: flexmoe add model org/law-expert --out model-with-law
+    """
+    from flexmoe.conversion.compose import add as library_add
+
+    with library_call(as_json):
+        folder = library_add(model, package, out, name=name, policy=policy, overwrite=overwrite)
+    show_composed(folder, as_json)

@@ -1,0 +1,89 @@
+"""The commands on the Hub: push, pull.
+
+Not here: what goes and what is checked (`flexmoe.sharing`), and logging in (`hf auth login`).
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from flexmoe_cli.arguments import Debug, Json, Out, Overwrite, Policy
+from flexmoe_cli.output import byte_progress, human_bytes, library_call, print_json, print_line, print_table
+from flexmoe_cli.tables import show_result
+
+
+def push(
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of an expert package, a composition or a model.", show_default=False)
+    ],
+    repo: Annotated[str, typer.Argument(help="Hub id to push to; made if it is not there.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, and send nothing.")] = False,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository. Default: as your account has it.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if it is not there.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    allow_private_text: Annotated[
+        bool,
+        typer.Option("--allow-private-text", help="Push although card or manifest hold an address, token or path."),
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Push an expert package, a composition or a model to the Hub. Log in before: hf auth login
+
+    Example: flexmoe push math-package my-organisation/math-expert --dry-run
+    """
+    from flexmoe.sharing import plan_upload
+    from flexmoe.sharing import push as library_push
+
+    if dry_run:
+        with library_call(as_json):
+            plan = plan_upload(folder)
+        if as_json:
+            print_json({**plan.to_dict(), "repo": repo})
+            return
+        rows = [[file.name, human_bytes(file.nbytes), file.sha256] for file in plan.files]
+        print_table(f"Would go to {repo}, as a {plan.kind}", ("file", "size", "SHA-256"), rows)
+        if plan.left_out:
+            print_line(escape(f"Stays here: {', '.join(plan.left_out)}"))
+        for found in plan.discoveries:
+            print_line(f"[bold yellow]Looks private:[/] {escape(str(found))}")
+        return
+    with library_call(as_json):
+        pushed = library_push(
+            folder,
+            repo,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=message,
+            allow_private_text=allow_private_text,
+        )
+    if as_json:
+        print_json(vars(pushed))
+        return
+    print_line(f"[bold]{escape(pushed.pull_request or pushed.url)}[/] has it, commit {pushed.revision}.")
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(help="Hub id of a package, a composition or a model.", show_default=False)],
+    out: Out,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    policy: Policy = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Pull an expert package, a composition or a model from the Hub into a folder, checked on the way.
+
+    Example: flexmoe pull my-organisation/math-expert --out math-package
+    """
+    from flexmoe.sharing import pull as library_pull
+
+    with library_call(as_json), byte_progress("Copying") as progress:
+        folder = library_pull(repo, out, revision=revision, policy=policy, overwrite=overwrite, progress=progress)
+    show_result(folder, as_json)
