@@ -90,7 +90,7 @@ def lie_of_version(folder: Path, chance: random.Random) -> str:
 
 NAMES = (
     # reserved, taken, too long, or none at all
-    *("public", "code", "keys", "default", "base_layer", "__class__"),
+    *("public", "keys", "default", "base_layer", "__class__"),
     *("", "a" * 65, "a" * 10_000, "a.b", "../math", "a/b", "Math", "0a", "a b", "a--b", "-a", "a-"),
     *("m\u00e4th", "\u202ea", "a\n", "a\0", "a\x1b[2J"),
 )

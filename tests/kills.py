@@ -1,0 +1,311 @@
+"""Commands that write folders, killed with SIGKILL: what they leave is the old folder or the new one, to the byte.
+
+A kill comes at a point, just before the n-th call that touches the disk (so that kills lie all over the writing,
+between the files and around the renaming, whatever takes how long), or at a time, from outside. Writers are forked
+from a warm process that has imported everything.
+
+Not here: power cuts, which a process cannot make, and two runs that write one folder at once.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from flexmoe.conversion.compose import compose
+from flexmoe.conversion.export import export
+from flexmoe.conversion.graft import graft
+from flexmoe.conversion.import_flex_olmo import import_flex_olmo
+from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM
+from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK, atomic_folder
+from flexmoe.testing import perturb_expert, tiny_anchor
+from tests.processes import PRELOADED
+
+VERSIONS = ("1", "2")  # of everything: what is killed while it writes one finds the other in its place
+EXPORTS = {"dense": "llama", "mixtral": "llama", "flex_olmo": "olmo2", "qwen3_moe": "qwen3"}  # and the anchor's family
+SECONDS = 60  # that a writer may take
+
+DISK_CALLS = {
+    # functions in C that change the disk, or let go of what was written
+    *("open", "write", "pwrite", "writelines", "flush", "close", "__exit__", "truncate", "ftruncate", "fsync"),
+    *("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "symlink", "sendfile", "utime", "chmod"),
+}
+FILES = (io.BufferedWriter, io.TextIOWrapper, io.FileIO, type(os))  # whose functions those are; the last of modules
+EXCHANGE = "_exchange"  # of two folders, by a system call that is no function in C: before it, and after
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill: where it was to come, and what it left.
+
+    Attributes:
+        at: the number of the point, of how many; or the seconds after which it came.
+        found: the version that the folder is.
+        writing: whether a half-written folder lay beside it.
+    """
+
+    command: str
+    at: str
+    found: str
+    writing: bool
+
+
+# What is written
+
+
+def write(command: str, version: str, world: Path, out: Path, models: dict[str, FlexMoeForCausalLM]) -> None:
+    """One of the commands, over the folder that is there."""
+    if command == "graft":
+        graft(world / f"anchor-{version}", out, overwrite=True)
+    elif command == "compose":
+        package = world / f"save_expert-{version}"
+        compose(world / f"graft-{version}", [package], out, public_prior=0.0, overwrite=True)
+    elif command == "save_expert":
+        models[version].save_expert("math", out, overwrite=True)
+    elif command == "import":
+        import_flex_olmo(world / f"flex_olmo-{version}", out, names=["public", "math"], overwrite=True)
+    else:
+        expert = "math" if command == "dense" else None
+        export(world / f"{EXPORTS[command]}-{version}", out, to=command, expert=expert, overwrite=True)
+
+
+def make_world(folder: Path, commands: Sequence[str]) -> Path:
+    """What the commands read, and what each of them writes, in two versions: `<command>-<version>`."""
+    exported = {EXPORTS[command] for command in commands if command in EXPORTS}
+    families = sorted({"llama", *exported, *(["olmo2"] if "import" in commands else [])})
+    for version, family in itertools.product(VERSIONS, families):
+        tiny_anchor(family, seed=int(version)).save_pretrained(folder / "anchor")
+        graft(folder / "anchor", folder / "grafted")
+        model = FlexMoeForCausalLM.from_pretrained(folder / "grafted")
+        model.add_expert_copy("math")
+        perturb_expert(model, "math", seed=int(version))
+        for block in model.flexmoe_blocks():
+            torch.nn.init.zeros_(block.router["math"].bias)
+        package = model.save_expert("math", folder / "package")
+        compose(folder / "grafted", [package], folder / f"{family}-{version}", public_prior=0.0)
+        for made, name in {"anchor": "anchor", "grafted": "graft", "package": "save_expert"}.items():
+            if family == "llama":
+                shutil.move(folder / made, folder / f"{name}-{version}")
+            else:
+                shutil.rmtree(folder / made)
+        if family == "olmo2":
+            export(folder / f"olmo2-{version}", folder / f"flex_olmo-{version}", to="flex_olmo")
+    return folder
+
+
+def load(command: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The folder's tensors, loaded as its users load it, with every check that this includes."""
+    if command == "save_expert":
+        return dict(ExpertPackage.open(folder).tensors())
+    if command == "import":
+        model = load("graft", folder / "model")
+        return model | {f"math.{name}": tensor for name, tensor in load("save_expert", folder / "math").items()}
+    return dict(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+
+
+# Who writes
+
+
+def _maker(pipe: Connection, command: str, world: Path) -> None:
+    """Writes each version once, undisturbed; tells the seconds that one takes."""
+    models = _begin(command, world)
+    for version in VERSIONS:
+        begin = time.monotonic()
+        write(command, version, world, world / f"made-{command}-{version}", models)
+    pipe.send(time.monotonic() - begin)
+
+
+def _counter(pipe: Connection, command: str, world: Path, out: Path) -> None:
+    """Writes the version that does not lie in `out`, and tells how many points that had: in a fresh process, because
+    what is imported or cached on the way is read once."""
+    models = _begin(command, world)
+    pipe.send(with_points(lambda: write(command, _other(out, command, world), world, out, models), None))
+
+
+def _victim(pipe: Connection, command: str, world: Path, out: Path, point: int) -> None:
+    """As `_counter`, and dies at a point."""
+    models = _begin(command, world)
+    with_points(lambda: write(command, _other(out, command, world), world, out, models), point)
+
+
+def _writer(pipe: Connection, command: str, world: Path, out: Path) -> None:
+    """Says that it is ready, and writes one version after the other until it is killed."""
+    models = _begin(command, world)
+    pipe.send("ready")
+    for version in itertools.cycle(reversed(VERSIONS)):
+        write(command, version, world, out, models)
+
+
+def _begin(command: str, world: Path) -> dict[str, FlexMoeForCausalLM]:
+    warnings.simplefilter("ignore")  # folders that earlier kills left behind
+    torch.set_num_threads(1)
+    if command != "save_expert":
+        return {}
+    return {version: FlexMoeForCausalLM.from_pretrained(world / f"llama-{version}") for version in VERSIONS}
+
+
+def _other(out: Path, command: str, world: Path) -> str:
+    """The version that does not lie there."""
+    return next(version for version in VERSIONS if contents(out) != contents(world / f"made-{command}-{version}"))
+
+
+def with_points(step: Step, fatal: int | None) -> int:
+    """Runs `step` and counts its calls that touch the disk, from the one on that makes the folder to be written.
+
+    Kills this process just before the call number `fatal`.
+    """
+    count, began = 0, False
+
+    def hear(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal began
+        began = began or (event == "os.mkdir" and TEMPORARY_MARK in str(arguments[0]))
+
+    def watch(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        is_exchange = event in ("call", "return") and frame.f_code.co_name == EXCHANGE
+        if began and (is_exchange or (event == "c_call" and _touches_disk(argument))):
+            if count == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += 1
+
+    sys.addaudithook(hear)
+    sys.setprofile(watch)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def _touches_disk(function: Any) -> bool:
+    return function.__name__ in DISK_CALLS and isinstance(getattr(function, "__self__", None), FILES)
+
+
+class Killer:
+    """Kills writers of one command, again and again, over one folder `out`."""
+
+    def __init__(self, command: str, world: Path, scratch: Path) -> None:
+        self.command, self.world, self.out = command, world, scratch / "out"
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([*PRELOADED, "tests.kills"])
+        self.seconds = self._told(*self._start(_maker))
+        self.versions = {version: contents(world / f"made-{command}-{version}") for version in VERSIONS}
+        assert self.versions["1"] != self.versions["2"]
+        self.tensors = {version: load(command, world / f"made-{command}-{version}") for version in VERSIONS}
+        shutil.copytree(world / f"made-{command}-1", self.out)
+        self.points = self._told(*self._start(_counter, self.out))
+
+    def at_point(self, point: int, *, loading: bool) -> Kill:
+        """Lets a writer die just before the call number `point`."""
+        _, process = self._start(_victim, self.out, point)
+        process.join(SECONDS)
+        assert process.exitcode == -signal.SIGKILL, f"{self.command}: it ended by itself ({process.exitcode})"
+        return self._left(f"{point} of {self.points}", loading)
+
+    def after(self, seconds: float, *, loading: bool) -> Kill:
+        """Kills a writer that writes without end, after some time."""
+        here, process = self._start(_writer, self.out)
+        assert here.poll(SECONDS), f"{self.command} did not begin in {SECONDS} s"
+        time.sleep(seconds)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, f"{self.command}: it ended by itself ({process.exitcode})"
+        return self._left(f"{seconds:.3f} s", loading)
+
+    def _told(self, pipe: Connection, process: Any) -> Any:
+        assert pipe.poll(SECONDS), f"{self.command} did not end in {SECONDS} s"
+        answer = pipe.recv()
+        process.join()
+        return answer
+
+    def _start(self, target: Callable[..., None], *arguments: Any) -> tuple[Connection, Any]:
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=target, args=(there, self.command, self.world, *arguments), daemon=True)
+        process.start()
+        there.close()
+        return here, process
+
+    def _left(self, at: str, loading: bool) -> Kill:
+        now = contents(self.out)
+        found = [version for version, files in self.versions.items() if files == now]
+        differences = {version: _differences(files, now) for version, files in self.versions.items()}
+        assert len(found) == 1, f"{self.command}, killed at {at}: neither version, but for {differences}"
+        if loading:
+            loaded, wanted = load(self.command, self.out), self.tensors[found[0]]
+            assert loaded.keys() == wanted.keys()
+            assert all(torch.equal(tensor, wanted[name]) for name, tensor in loaded.items())
+        beside = [path for path in self.out.parent.iterdir() if path != self.out]
+        assert all(TEMPORARY_MARK in path.name for path in beside), f"{self.command}, killed at {at}: left {beside}"
+        if beside:
+            self._next_run_names(beside)
+        for stray in beside:
+            shutil.rmtree(stray)
+        return Kill(self.command, at, found[0], bool(beside))
+
+    def _next_run_names(self, strays: Sequence[Path]) -> None:
+        """The next run into the folder says what was left; this one stops before it has written anything."""
+        names = ".*".join(re.escape(path.name) for path in sorted(strays))
+        named = pytest.warns(UserWarning, match=f"interrupted.*{names}")
+        with named, pytest.raises(KeyboardInterrupt), atomic_folder(self.out, overwrite=True):
+            raise KeyboardInterrupt
+
+
+def kill(command: str, count: int, world: Path, scratch: Path, *, seed: int = 0) -> Iterator[Kill]:
+    """Kills the command `count` times: two of three at points all over its work, the others after random times."""
+    killer, chance = Killer(command, world, scratch), random.Random(f"{command} {seed}")
+    at_points = -(-2 * count // 3)
+    for number in range(count):
+        loading = number % 4 == 0 or number == count - 1
+        if number < at_points:
+            point = int((number + chance.random()) * killer.points / at_points)
+            yield killer.at_point(point, loading=loading)
+        else:
+            yield killer.after(chance.uniform(0, 2 * killer.seconds), loading=loading)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below, by its path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def _differences(one: dict[str, bytes], other: dict[str, bytes]) -> list[str]:
+    return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
+
+
+def report(kills: Sequence[Kill]) -> dict[str, Any]:
+    """Counts per command: kills, those that came while a folder lay half-written, and what was found."""
+    rows: dict[str, Counter[str]] = {}
+    for one in kills:
+        row = rows.setdefault(one.command, Counter())
+        row.update(["kills", "at a time" if one.at.endswith(" s") else "at a point", f"found version {one.found}"])
+        row["while writing"] += one.writing
+    return {
+        "kills": len(kills),
+        "while_writing": sum(one.writing for one in kills),
+        "mixes": 0,  # one would have failed the run
+        "by_command": {command: dict(sorted(row.items())) for command, row in rows.items()},
+    }
+
+
+__all__ = ["EXPORTS", "Kill", "Killer", "contents", "kill", "load", "make_world", "report", "with_points", "write"]
