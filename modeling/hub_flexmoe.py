@@ -299,11 +299,12 @@ def _plain_errors(repo: str, revision: str | None, *, writing: bool = False) -> 
         done = "take" if writing else "hand out"
         raise ConnectionError(f"the Hub did not {done} {repo!r} ({reason}); try again later") from error
     except Exception as error:
-        if not _is_of_the_transport(error):
+        if not _is_of_the_way(error):
             raise
         raise ConnectionError(
-            f"the connection to the Hub failed or broke off at {repo!r} ({type(error).__name__}: {error}); try again: "
-            "what has arrived is kept"
+            f"the connection to the Hub failed or broke off at {repo!r} ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); try again: what has arrived whole is "
+            "kept"
         ) from error
 
 
@@ -336,8 +337,11 @@ def _refused_write(repo: str, error: Exception) -> PermissionError | None:
     )
 
 
-def _is_of_the_transport(error: Exception) -> bool:
-    """Whether the error is one of the HTTP library's (its name has changed between versions), not the Hub's answer."""
+def _is_of_the_way(error: Exception) -> bool:
+    """Whether the error is one of the HTTP library's, whose name has changed between versions, or of a file that came
+    cut short: not the Hub's answer, and not a fault of this code."""
+    if type(error) is OSError and "Consistency check failed" in str(error):
+        return True
     return any(base.__name__ == "TransportError" for base in type(error).__mro__)
 
 

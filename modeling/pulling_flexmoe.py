@@ -173,8 +173,8 @@ def _leave_out(
             f"The composition {source} lacks {len(missing)} of its experts. {reasons}. Where the owner has withdrawn "
             'one, load the model without it: from_pretrained(..., missing_experts="skip").'
         ) from first
-    warnings.warn(f"Loaded without {', '.join(map(repr, missing))}. {reasons}.", stacklevel=2)
     drop_experts(config, set(missing))
+    warnings.warn(f"Loaded without {', '.join(map(repr, missing))}. {reasons}.", stacklevel=2)
 
 
 def _is_row_of(name: str, experts: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, TorchAoConfig
 
 from flexmoe.conversion.compose import compose, remove
 from flexmoe.conversion.graft import graft
@@ -440,6 +440,88 @@ class TestOnTheHub:
         del pushed.hub.repositories["lab/code"]
         with pytest.raises(FileNotFoundError, match="lab/code"):
             AutoModelForCausalLM.from_pretrained(pushed.repo, cache_dir=tmp_path / "third", token="friend")
+
+    @pytest.mark.parametrize("withdraw", [
+        lambda repositories: repositories.pop("lab/math"),
+        lambda repositories: setattr(repositories["lab/math"], "gated", True),
+        lambda repositories: setattr(repositories["lab/math"], "private", True),
+    ], ids=["deleted", "gated", "private"])  # fmt: skip
+    def test_withdrawn_with_all_of_it_in_the_cache(self, pushed, tmp_path, withdraw):
+        AutoModelForCausalLM.from_pretrained(pushed.repo)  # the cache is warm
+        withdraw(pushed.hub.repositories)
+        with pytest.raises((FileNotFoundError, PermissionError), match=r"lacks 1 of its experts.*'math'.*\"skip\""):
+            AutoModelForCausalLM.from_pretrained(pushed.repo)
+        with pytest.warns(UserWarning, match="Loaded without 'math'"):
+            rest = AutoModelForCausalLM.from_pretrained(pushed.repo, missing_experts="skip", num_experts_per_tok=1)
+        pushed.model.remove_expert("math")
+        without = pushed.model.save_composition(tmp_path / "without")
+        assert_same_model(rest, AutoModelForCausalLM.from_pretrained(without, num_experts_per_tok=1))
+        offline = AutoModelForCausalLM.from_pretrained(pushed.repo, local_files_only=True)
+        assert offline.expert_names == ["public", *OWNERS], "who is offline cannot hear of it"
+
+    def test_each_load_asks_once_per_expert(self, pushed):
+        AutoModelForCausalLM.from_pretrained(pushed.repo)
+        for _ in range(2):
+            asked = len(pushed.hub.requests)
+            AutoModelForCausalLM.from_pretrained(pushed.repo)
+            checks = [request for request in pushed.hub.requests[asked:] if request.endswith("/auth-check")]
+            assert sorted(checks) == [f"GET /api/models/lab/{name}/auth-check" for name in sorted(OWNERS)]
+
+    def test_a_hub_that_cannot_be_reached(self, pushed, monkeypatch):
+        AutoModelForCausalLM.from_pretrained(pushed.repo)
+        point_client_at("http://127.0.0.1:9", monkeypatch)
+        with pytest.warns(UserWarning, match="Whether 'lab/math' was withdrawn by its owner is not known"):
+            assert_same_model(AutoModelForCausalLM.from_pretrained(pushed.repo), pushed.model)
+
+    def test_everybody_is_told_and_skipped_at_once(self, pushed):
+        for name in OWNERS:
+            del pushed.hub.repositories[f"lab/{name}"]
+        with pytest.raises(FileNotFoundError, match=r"lacks 2 of its experts.*'math': .*'code': "):
+            AutoModelForCausalLM.from_pretrained(pushed.repo)
+        with pytest.warns(UserWarning, match="Loaded without 'math', 'code'"):
+            rest = AutoModelForCausalLM.from_pretrained(pushed.repo, missing_experts="skip")
+        assert rest.expert_names == ["public"]
+
+    def test_skipping_has_its_limits(self, pushed, tmp_path):
+        pushed.model.set_active_experts(["math"])
+        folder = pushed.model.save_composition(tmp_path / "active")
+        with pytest.raises(ValueError, match="missing_experts='maybe'"):
+            AutoModelForCausalLM.from_pretrained(folder, missing_experts="maybe")
+        del pushed.hub.repositories["lab/math"]
+        with pytest.raises(ValueError, match="Without math no active expert is left"):
+            AutoModelForCausalLM.from_pretrained(folder, missing_experts="skip")
+        del pushed.hub.repositories["lab/anchor"]  # a model without its anchor is none
+        with pytest.raises(FileNotFoundError, match="lab/anchor"):
+            AutoModelForCausalLM.from_pretrained(folder, missing_experts="skip", cache_dir=tmp_path / "cold")
+
+    def test_rows_that_were_changed_stay_with_those_who_are_there(self, pushed, tmp_path):
+        for name in OWNERS:
+            pushed.model.flexmoe_blocks()[1].router[name].weight.data += 0.25
+        folder = pushed.model.save_composition(tmp_path / "tuned")
+        del pushed.hub.repositories["lab/math"]
+        with pytest.warns(UserWarning, match="Loaded without 'math'"):
+            rest = FlexMoeForCausalLM.from_pretrained(folder, missing_experts="skip")
+        pushed.model.remove_expert("math")
+        assert_same_model(rest, pushed.model)
+
+    def test_with_a_config_in_hand(self, pushed):
+        config = AutoConfig.from_pretrained(pushed.repo)
+        del pushed.hub.repositories["lab/code"]
+        with pytest.warns(UserWarning, match="Loaded without 'code'"):
+            rest = AutoModelForCausalLM.from_pretrained(pushed.repo, config=config, missing_experts="skip")
+        assert rest.expert_names == ["public", "math"]
+        assert config.expert_names == ["public", *OWNERS]
+
+    def test_quantized(self, pushed):
+        torchao = pytest.importorskip("torchao.quantization")
+        settings = TorchAoConfig(torchao.Int8WeightOnlyConfig(version=2))
+        quantized = AutoModelForCausalLM.from_pretrained(pushed.repo, quantization_config=settings)
+        expert = quantized.flexmoe_blocks()[0].experts["math"]
+        assert type(expert.up_proj.weight).__name__ != "Parameter"
+        assert type(quantized.flexmoe_blocks()[0].router["math"].weight) is torch.nn.Parameter
+        with torch.no_grad():
+            tokens = random_tokens(2, 9)
+            torch.testing.assert_close(quantized(tokens)[0].float(), pushed.model(tokens)[0], rtol=0.2, atol=0.2)
 
     def test_folders_are_not_for_the_hub(self, pushed, llama, tmp_path):
         pushed.hub.push_folder("lab/local", llama.composition)

@@ -1,0 +1,367 @@
+"""Experts, compositions and models on the Hub, through the real client against a server on the loopback."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM
+
+from flexmoe.conversion.compose import compose
+from flexmoe.conversion.graft import graft
+from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM
+from flexmoe.modeling.manifest_flexmoe import PackageError
+from flexmoe.modeling.packages_flexmoe import stream_package
+from flexmoe.modeling.publishing_flexmoe import PrivateTextError, plan_upload
+from flexmoe.modeling.tensor_writer_flexmoe import source_from_tensor, write_checkpoint
+from flexmoe.sharing import pull, push
+from flexmoe.testing import perturb_expert, tiny_anchor
+from tests.hub_server import Fault, HubServer, point_client_at
+
+_numbers = itertools.count()  # transformers remembers, while it runs, what it has seen of a repository
+FILES = {"README.md", "config.json", "expert.safetensors", "expert_config.json"}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stored")
+    tiny_anchor("llama").save_pretrained(folder / "anchor")
+    graft(folder / "anchor", folder / "grafted")
+    for name in ("math", "code"):
+        model = FlexMoeForCausalLM.from_pretrained(folder / "grafted")
+        model.add_expert_copy(name)
+        perturb_expert(model, name)
+        model.save_expert(name, folder / name, license="apache-2.0", data_statement="Worked problems.")
+    compose(folder / "grafted", [folder / "math"], folder / "merged")
+    return folder
+
+
+@pytest.fixture
+def world(stored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """A Hub where alice is logged in, and copies of what is stored; `lab` is a namespace of this test alone."""
+    folder = shutil.copytree(stored, tmp_path / "world")
+    with HubServer().running() as hub:
+        lab = f"alice{next(_numbers)}"
+        hub.tokens |= {"of-alice": lab, "of-bob": "bob"}
+        point_client_at(hub.url, monkeypatch, token="of-alice")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield SimpleNamespace(hub=hub, folder=folder, lab=lab, cache=tmp_path / "cache")
+
+
+def loaded(world: SimpleNamespace, name: str = "merged") -> FlexMoeForCausalLM:
+    return FlexMoeForCausalLM.from_pretrained(world.folder / name)
+
+
+def remote_files(world: SimpleNamespace, repo: str, branch: str = "main") -> dict[str, bytes]:
+    repository = world.hub.repositories[repo]
+    files = repository.commits[repository.refs[branch]].files
+    return {name: file.body for name, file in files.items() if name != ".gitattributes"}
+
+
+def local_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def edit_manifest(folder: Path, **values: object) -> None:
+    path = folder / "expert_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+class TestPush:
+    def test_from_a_live_model_and_back_into_another(self, world: SimpleNamespace) -> None:
+        model, repo = loaded(world), f"{world.lab}/math"
+        pushed = model.push_expert_to_hub("math", repo, version="1.1.0")
+        assert (pushed.repo, pushed.url) == (repo, f"{world.hub.url}/{repo}")
+        assert remote_files(world, repo).keys() == FILES
+        assert model.config.expert_records[1]["source"] == {"repo": repo, "revision": pushed.revision}
+        assert model.config.expert_records[1]["version"] == "1.1.0"
+        other = loaded(world, "grafted")
+        assert other.add_expert(repo) == "math"
+        # all the record says is the same, and so is every tensor of the expert
+        assert other.config.expert_records[1] == model.config.expert_records[1]
+        assert_same_expert(model, other)
+
+    def test_of_a_folder_sends_what_is_the_packages_and_nothing_else(self, world: SimpleNamespace) -> None:
+        folder = world.folder / "math"
+        (folder / "problems.jsonl").write_text('{"text": "the secret of the house"}')
+        (folder / ".env").write_text("HF_TOKEN=hf_x")
+        (folder / "LICENSE").write_text("Apache")
+        plan = plan_upload(folder)
+        assert {file.name for file in plan.files} == FILES | {"LICENSE"}
+        assert plan.left_out == (".env", "problems.jsonl")
+        assert not world.hub.requests
+        push(folder, f"{world.lab}/math")
+        sent = {name: data for name, data in local_files(folder).items() if name in FILES | {"LICENSE"}}
+        assert remote_files(world, f"{world.lab}/math") == sent
+
+    def test_a_new_version_takes_the_place_of_the_old_one_in_one_commit(
+        self, world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        package, repo = ExpertPackage.open(world.folder / "math"), f"{world.lab}/math"
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                "flexmoe.modeling.packages_flexmoe.write_checkpoint",
+                lambda *args, **options: write_checkpoint(*args, **options, max_shard_size=10_000),
+            )
+            sources = [source_from_tensor(name, tensor) for name, tensor in package.tensors()]
+            sharded = stream_package(world.folder / "sharded", package.manifest, sources)
+        first = push(sharded, repo)
+        assert len(remote_files(world, repo)) > 5
+        second = push(world.folder / "math", repo)
+        assert remote_files(world, repo).keys() == FILES
+        assert world.hub.repositories[repo].commits[second.revision].parent == first.revision
+        model = loaded(world, "grafted")
+        assert model.add_expert(repo, name="old", revision=first.revision) == "old"
+
+    def test_to_a_branch_and_with_a_tag(self, world: SimpleNamespace) -> None:
+        repo = f"{world.lab}/math"
+        push(world.folder / "math", repo)
+        pushed = push(world.folder / "code", repo, revision="next", commit_message="Try this")
+        assert world.hub.repositories[repo].commits[pushed.revision].title == "Try this"
+        HfApi().create_tag(repo, tag="v2", revision="next")
+        model = loaded(world, "grafted")
+        assert [model.add_expert(repo), model.add_expert(repo, revision="v2")] == ["math", "code"]
+        assert model.config.expert_records[2]["source"]["revision"] == pushed.revision
+
+    @pytest.mark.parametrize(
+        ("text", "kind"),
+        [
+            ("Write to jane.doe@hospital.example.org", "an e-mail address"),
+            ("trained with hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345", "an access token"),
+            ("key AKIAIOSFODNN7EXAMPLE", "an access token"),
+            ("-----BEGIN OPENSSH PRIVATE KEY-----", "a private key"),
+            ("from /home/jane/records/2024.jsonl", "a path of a machine"),
+            (r"from C:\Users\jane\records", "a path of a machine"),
+        ],
+    )
+    @pytest.mark.parametrize("file", ["README.md", "expert_config.json"])
+    def test_what_looks_private_is_not_pushed(self, world: SimpleNamespace, text: str, kind: str, file: str) -> None:
+        folder = world.folder / "math"
+        if file == "README.md":
+            (folder / file).write_text((folder / file).read_text() + "\n" + text)
+        else:
+            edit_manifest(folder, data_statement=text)
+        (found,) = plan_upload(folder).discoveries
+        assert (found.kind, found.file) == (kind, file)
+        with pytest.raises(PrivateTextError, match=f"{file}, line {found.line}: {kind}"):
+            push(folder, f"{world.lab}/math")
+        assert not world.hub.requests
+        push(folder, f"{world.lab}/math", allow_private_text=True)
+        assert text.split("\\")[0] in remote_files(world, f"{world.lab}/math")[file].decode()
+
+    def test_tokens_are_not_repeated(self, world: SimpleNamespace) -> None:
+        secret = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
+        edit_manifest(world.folder / "math", data_statement=secret)
+        assert secret not in str(plan_upload(world.folder / "math").discoveries)
+
+    def test_cards_that_flexmoe_writes_are_clean(self, world: SimpleNamespace) -> None:
+        for name in ("math", "merged"):
+            assert not plan_upload(world.folder / name).discoveries
+
+    def test_a_damaged_package_stays_here(self, world: SimpleNamespace) -> None:
+        weights = world.folder / "math" / "expert.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+        with pytest.raises(PackageError, match="SHA-256"):
+            push(world.folder / "math", f"{world.lab}/math")
+        assert not world.hub.requests
+
+    def test_who_may_not(self, world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+        package = world.folder / "math"
+        cases: list[tuple[dict[str, object], str, type[Exception], str]] = [
+            ({}, "bob/math", PermissionError, "may not write to 'bob/math'"),
+            ({"token": "of-nobody"}, f"{world.lab}/x", PermissionError, "hf auth login"),
+            ({"token": False}, f"{world.lab}/x", PermissionError, "hf auth login"),
+            ({}, "no id at all", ValueError, "is not a Hub id"),
+        ]
+        for options, repo, kind, words in cases:
+            with pytest.raises(kind, match=words):
+                push(package, repo, **options)
+        assert not world.hub.repositories
+        with pytest.raises(FileNotFoundError, match="no folder"):
+            push(world.folder / "nothing", f"{world.lab}/x")
+        with pytest.raises(ValueError, match="holds a 'llama' model"):
+            push(world.folder / "anchor", f"{world.lab}/x")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+            push(package, f"{world.lab}/x")
+
+    def test_a_hub_that_is_down(self, world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+        point_client_at("http://127.0.0.1:9", monkeypatch, token="of-alice")
+        with pytest.raises(ConnectionError, match="the connection to the Hub failed"):
+            push(world.folder / "math", f"{world.lab}/math")
+
+
+def assert_same_expert(one: FlexMoeForCausalLM, other: FlexMoeForCausalLM, name: str = "math") -> None:
+    first = {key: value for key, value in one.state_dict().items() if f".{name}." in key}
+    second = other.state_dict()
+    assert first
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+class TestAddFromTheHub:
+    @pytest.fixture
+    def repo(self, world: SimpleNamespace) -> str:
+        push(world.folder / "math", f"{world.lab}/math")
+        return f"{world.lab}/math"
+
+    def refuse(self, world: SimpleNamespace, repo: str, kind: type[Exception], words: str, **options: object) -> None:
+        """`add_expert` fails, and the model is as it was."""
+        model = loaded(world)
+        before, config = model.state_dict(), model.config.to_dict()
+        with pytest.raises(kind, match=words):
+            model.add_expert(repo, name="other", **options)
+        after = model.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(value, after[key]) for key, value in before.items())
+        assert model.config.to_dict() == config
+
+    def test_a_private_one(self, world: SimpleNamespace) -> None:
+        repo = f"{world.lab}/private"
+        push(world.folder / "math", repo, private=True)
+        assert world.hub.repositories[repo].private
+        self.refuse(world, repo, FileNotFoundError, "that this account can see", token="of-bob")
+        assert loaded(world, "grafted").add_expert(repo, token="of-alice") == "math"
+
+    def test_a_gated_one(self, world: SimpleNamespace, repo: str) -> None:
+        world.hub.repositories[repo].gated = "manual"
+        words = f"is gated: ask for access on its page, {world.hub.url}/{repo}"
+        self.refuse(world, repo, PermissionError, words, token="of-bob")
+        world.hub.repositories[repo].tokens.add("of-bob")
+        assert loaded(world, "grafted").add_expert(repo, token="of-bob") == "math"
+
+    def test_what_is_none(self, world: SimpleNamespace) -> None:
+        HfApi().create_repo(f"{world.lab}/texts", repo_type="dataset")
+        world.hub.push_folder(f"{world.lab}/dense", world.folder / "anchor")
+        world.hub.push_folder(f"{world.lab}/pickle", write(world.folder / "pickle", {"model.bin": b"x"}))
+        self.refuse(world, f"{world.lab}/nothing", FileNotFoundError, "neither a folder here nor a Hub repository")
+        self.refuse(world, f"{world.lab}/texts", FileNotFoundError, "is a dataset on the Hub")
+        self.refuse(world, f"{world.lab}/dense", FileNotFoundError, f"'{world.lab}/dense' is not an expert package")
+        self.refuse(world, f"{world.lab}/pickle", FileNotFoundError, "is not an expert package")
+        assert not [asked for asked in world.hub.requests if asked.endswith("model.safetensors")]
+
+    def test_of_another_anchor(self, world: SimpleNamespace, tmp_path: Path) -> None:
+        tiny_anchor("llama", seed=1).save_pretrained(tmp_path / "anchor")
+        model = FlexMoeForCausalLM.from_pretrained(graft(tmp_path / "anchor", tmp_path / "grafted"))
+        theirs = model.config.anchor["fingerprint"]
+        model.add_expert_copy("math")
+        model.push_expert_to_hub("math", f"{world.lab}/other")
+        ours = loaded(world).config.anchor["fingerprint"]
+        self.refuse(world, f"{world.lab}/other", ValueError, f"(?s)another anchor.*{theirs}.*{ours}")
+
+    def test_a_connection_that_breaks_off_is_taken_up_again(self, world: SimpleNamespace, repo: str) -> None:
+        world.hub.faults.append(Fault("*/expert.safetensors", "cut", at=20_000))
+        model = loaded(world, "grafted")
+        assert model.add_expert(repo) == "math"
+        assert_same_expert(model, loaded(world))
+        assert world.hub.faults[0].met > 1
+
+    @pytest.mark.parametrize(
+        ("fault", "kind", "words"),
+        [
+            (Fault("*/expert.safetensors", "flip", at=30_000), PackageError, "SHA-256"),
+            (Fault("*/expert.safetensors", "cut", at=20_000, times=None), ConnectionError, "broke off at 'alice"),
+            (Fault("*/expert.safetensors", "short", at=20_000, times=None), ConnectionError, "broke off at 'alice"),
+            (Fault("*/auth-check", "status", status=503, times=None), None, ""),
+        ],
+        ids=lambda value: value.kind if isinstance(value, Fault) else "",
+    )
+    def test_faults_on_the_way(
+        self, world: SimpleNamespace, repo: str, fault: Fault, kind: type[Exception] | None, words: str
+    ) -> None:
+        world.hub.faults.append(fault)
+        if kind is not None:
+            self.refuse(world, repo, kind, words)
+            return
+        with pytest.warns(UserWarning, match="Whether .* was withdrawn by its owner is not known"):
+            assert loaded(world, "grafted").add_expert(repo) == "math"
+
+    def test_offline_from_the_cache(self, world: SimpleNamespace, repo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.refuse(world, repo, FileNotFoundError, "local cache", local_files_only=True)
+        loaded(world, "grafted").add_expert(repo)
+        asked = len(world.hub.requests)
+        assert loaded(world, "grafted").add_expert(repo, local_files_only=True) == "math"
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        assert loaded(world, "grafted").add_expert(repo) == "math"
+        assert len(world.hub.requests) == asked
+
+    def test_withdrawn_it_is_not_taken_from_the_cache(self, world: SimpleNamespace, repo: str) -> None:
+        loaded(world, "grafted").add_expert(repo)
+        HfApi().delete_repo(repo)
+        self.refuse(world, repo, FileNotFoundError, f"{repo}.*neither a folder here nor a Hub repository")
+
+
+class TestModels:
+    def test_merged(self, world: SimpleNamespace) -> None:
+        model, repo = loaded(world), f"{world.lab}/model"
+        pushed = model.push_to_hub(repo, tags=["arithmetic"])
+        files = remote_files(world, repo)
+        assert {"README.md", "config.json", "model.safetensors", "modeling_flexmoe.py"} <= files.keys()
+        card = files["README.md"].decode()
+        assert [text for text in ("- arithmetic", "- flexmoe", "| `math` |", "apache-2.0") if text not in card] == []
+        again = AutoModelForCausalLM.from_pretrained(repo, revision=pushed.revision)
+        assert_same_expert(model, again)
+
+    def test_by_reference(self, world: SimpleNamespace) -> None:
+        lab = world.lab
+        world.hub.push_folder(f"{lab}/anchor", world.folder / "anchor")
+        model = FlexMoeForCausalLM.from_pretrained(graft(f"{lab}/anchor", world.folder / "of-the-hub"))
+        model.add_expert(world.folder / "math")
+        with pytest.raises(ValueError, match=r"Nothing says where \['math'\] come from"):
+            model.push_to_hub(f"{lab}/composition", by_reference=True)
+        sources = {"math": world.folder / "math"}
+        with pytest.raises(ValueError, match=r"names folders of this machine \(math in"):
+            model.push_to_hub(f"{lab}/composition", by_reference=True, sources=sources)
+        assert f"{lab}/composition" not in world.hub.repositories
+        model.push_expert_to_hub("math", f"{lab}/math")
+        model.push_to_hub(f"{lab}/composition", by_reference=True)
+        files = remote_files(world, f"{lab}/composition")
+        assert not [name for name in files if name.endswith(".safetensors")]
+        assert sum(len(data) for name, data in files.items() if not name.endswith(".py")) < 20_000
+        assert_same_expert(model, AutoModelForCausalLM.from_pretrained(f"{lab}/composition"))
+
+
+class TestPull:
+    def test_a_package_has_the_bytes_of_its_owner(self, world: SimpleNamespace) -> None:
+        repo = f"{world.lab}/math"
+        pushed = push(world.folder / "math", repo)
+        told: list[int] = []
+        folder = pull(repo, world.folder / "pulled", progress=told.append)
+        assert local_files(folder) == local_files(world.folder / "math")
+        assert sum(told) == sum(info.nbytes for info in ExpertPackage.open(folder).infos.values())
+        push(world.folder / "code", repo)
+        again = pull(repo, world.folder / "again", revision=pushed.revision)
+        assert local_files(again) == local_files(folder)
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            pull(repo, folder)
+        assert local_files(pull(repo, folder, overwrite=True)) == local_files(world.folder / "code")
+
+    def test_models_too(self, world: SimpleNamespace) -> None:
+        push(world.folder / "merged", f"{world.lab}/model")
+        folder = pull(f"{world.lab}/model", world.folder / "pulled")
+        assert_same_expert(loaded(world), FlexMoeForCausalLM.from_pretrained(folder))
+
+    @pytest.mark.parametrize("break_it", [
+        lambda world, repo: world.hub.faults.append(Fault("*/expert.safetensors", "flip", at=30_000)),
+        lambda world, repo: HfApi().delete_repo(repo),
+    ])  # fmt: skip
+    def test_or_nothing_at_all(
+        self, world: SimpleNamespace, break_it: Callable[[SimpleNamespace, str], object]
+    ) -> None:
+        push(world.folder / "math", f"{world.lab}/math")
+        before = set(world.folder.iterdir())
+        break_it(world, f"{world.lab}/math")
+        with pytest.raises((PackageError, FileNotFoundError)):
+            pull(f"{world.lab}/math", world.folder / "pulled")
+        assert set(world.folder.iterdir()) == before
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
