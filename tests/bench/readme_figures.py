@@ -59,6 +59,7 @@ def _benchmarks(folder: Path) -> str:
         *_mergekit_rows(results.get("mergekit")),
         *_training_rows(results["training"]),
         *_loading_rows(results["loading"]),
+        *_package_rows(results.get("packages")),
         *_import_rows(results["import"]),
         *_forward_rows(results["forward"]),
     ]
@@ -136,6 +137,26 @@ def _loading_rows(loading: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("loading, and a forward pass that reads every page", f"{used['seconds']:.2f}x", bar),
         ("its peak resident memory", f"{used['peak_resident_bytes']:.2f}x", bar),
         ("the same, against a FlexOlmo saved with its experts stacked", f"{stacked['seconds']:.2f}x", "none"),
+    ]
+
+
+def _package_rows(packages: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """None: not measured yet."""
+    if packages is None:
+        return []
+    figures, bars, size = packages["figures"], packages["bars"], packages["package_bytes"] / 1e9
+    names = {
+        "add_over_reading_and_hashing": (
+            f"`add_expert` of {size:.1f} GB with all checks, against reading and SHA-256 of the same bytes",
+            "{:.2f}x",
+            "≤ {}x",
+        ),
+        "peak_private_over_package": ("its peak private memory, against the package", "{:.2f}x", "≤ {}x"),
+        "remove_seconds": ("`remove_expert` of it", "{:.3f} s", "≤ {} s"),
+    }
+    return [
+        (name, form.format(figures[key]), bar.format(bars[key]) + ("" if figures[key] <= bars[key] else ", missed"))
+        for key, (name, form, bar) in names.items()
     ]
 
 
