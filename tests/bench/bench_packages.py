@@ -1,9 +1,9 @@
 """Adding and removing an expert of 1 GB on a live model, with every check that `add_expert` makes by default.
 
-A Llama-shaped model with public alone is loaded, as users load one, from its graft; then the package is read from a warm
-page cache by plain reads and SHA-256 (the floor: whoever checks hashes cannot be faster), added, and removed, in turns
-in one fresh process. Time is the median over the runs, memory is RssAnon, sampled from within: the peak while the
-expert is added, beyond what the model had before, and what is left after it was removed.
+A Llama-shaped model with public alone is loaded, as users load one, from its graft; then the package is read from a
+warm page cache by plain reads and SHA-256 (the floor: whoever checks hashes cannot be faster), added, and removed, in
+turns in one fresh process. Time is the median over the runs, memory is RssAnon, sampled from within: the peak while
+the expert is added, beyond what the model had before, and what is left after it was removed.
 
 Asserts: adding takes at most 1.3 times the plain reads with SHA-256, its private memory at the peak is at most 1.15
 times the package beyond the model's own; removing takes less than 50 ms, and at most 2 % of the package stay behind.
