@@ -38,7 +38,7 @@ from flexmoe.modeling.fitting_flexmoe import (
     parts_from_package,
     public_widths,
 )
-from flexmoe.modeling.hub_flexmoe import resolve_folder
+from flexmoe.modeling.hub_flexmoe import PACKAGE_FILES, resolve_folder
 from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE, PackageError
 from flexmoe.modeling.trust_flexmoe import TrustPolicy, UntrustedPackageError, resolve_policy
 
@@ -57,7 +57,7 @@ LOSS_BAR = 0.02
 that are mere hidden means, as FlexOlmo starts: up to +1.0 %."""
 
 MAX_TOKENS = 32_768
-"""Of public text that are looked at: both passes are over the same ones, so the change is known to 0.1 %."""
+"""Of public text that are looked at; both losses are of the same ones."""
 
 SHARE, LAYER_SHARE, LOSS = "share of public text", "share in one layer", "loss on public text"
 _DATA_CHECKS = (SHARE, LAYER_SHARE, LOSS)
@@ -321,7 +321,7 @@ def _open(
     """(where it is, the package or what is wrong with it, its Hub id). FileNotFoundError: there is none."""
     if isinstance(package, ExpertPackage):
         return str(package.folder), package, None
-    found = resolve_folder(package, revision=revision)
+    found = resolve_folder(package, revision=revision, allow_patterns=PACKAGE_FILES)
     if not os.path.lexists(found.path / MANIFEST_FILE):
         raise FileNotFoundError(f"{found.path} is not an expert package: it has no {MANIFEST_FILE}.")
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexmoe_cli.arguments import Debug, Json, TextColumn, given
+from flexmoe_cli.arguments import Debug, Json, Policy, TextColumn, given
 from flexmoe_cli.output import large_import, library_call, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def verify(
     name: Annotated[
         str | None, typer.Option(help="What the expert would be called. By default the package's own name.")
     ] = None,
-    policy: Annotated[
-        Path | None, typer.Option(help="Trust policy: who may have signed. By default FLEXMOE_POLICY's.")
-    ] = None,
+    policy: Policy = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the package on the Hub.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="Tokens of public text to look at, at most. By default 32768.")

@@ -6,22 +6,35 @@ import hashlib
 import json
 import random
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
+import typer.main
 
-from flexmoe.admission import LAYER_SHARE, LOSS, SHARE, PublicText, judge_public_text, verify
+from flexmoe.admission import (
+    LAYER_SHARE,
+    LAYER_SHARE_BAR,
+    LOSS,
+    LOSS_BAR,
+    SHARE,
+    SHARE_BAR,
+    PublicText,
+    judge_public_text,
+    verify,
+)
 from flexmoe.conversion.compose import compose
 from flexmoe.conversion.graft import graft
 from flexmoe.data import pack
 from flexmoe.hidden_states import RowText, collect_moments, fit_rows
-from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM, write_package
+from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM, admission_flexmoe, write_package
 from flexmoe.router_rows import row_method
 from flexmoe.testing import tiny_anchor
-from flexmoe_cli import main
+from flexmoe_cli import app, main
+from tests.hub_server import HubServer, point_client_at
 from tests.letters import letter_tokenizer
 
 KINDS = ("math", "code", "law", "news", "poems")
@@ -284,6 +297,49 @@ def test_a_composition_by_reference_is_a_model_too(world, tmp_path):
     )
     whole = verify(world.packages["news"], world.composed, data=[world.public])
     assert verdict.findings == whole.findings
+
+
+def test_a_package_on_the_hub(world, tmp_path, monkeypatch):
+    with HubServer().running() as hub:
+        hub.tokens["secret"] = "hospital"
+        point_client_at(hub.url, monkeypatch, token="secret")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        model = FlexMoeForCausalLM.from_pretrained(world.composed)
+        model.push_expert_to_hub("math", "hospital/math", token="secret")
+        verdict = verify("hospital/math", world.grafted)
+        assert verdict.accepted
+        assert verdict.package["source"] == "hospital/math"
+        rules = [{"pattern": "hospital/*", "allowed_signers": "anyone"}]
+        (tmp_path / "policy.json").write_text(json.dumps({"format_version": 1, "rules": rules}))
+        signed = verify("hospital/math", world.grafted, policy=tmp_path / "policy.json")
+        assert {finding.check: finding.verdict for finding in signed.findings}["signature"] == "accept"
+
+
+def test_the_bars_of_the_document_are_those_of_the_code():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "admission.md").read_text()
+    table = dict(re.findall(r"^\| ([a-z ]+) \| .* \| (?:above|below) \+?([\d.]+)", text, flags=re.M))
+    bars = {
+        OTHERS: admission_flexmoe.ROW_BAR,
+        "row against public": admission_flexmoe.LONE_ROW_BAR,
+        BIAS: admission_flexmoe.BIAS_BAR,
+        WEIGHTS: admission_flexmoe.WEIGHT_BAR,
+        EMPTY: admission_flexmoe.EMPTY_BAR,
+        SHARE: SHARE_BAR,
+        LAYER_SHARE: LAYER_SHARE_BAR,
+        LOSS: LOSS_BAR * 100,
+    }
+    assert {check: float(bar) for check, bar in table.items()} == bars
+
+
+def test_the_commands_of_the_document_are_ones():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "admission.md").read_text()
+    (block,) = re.findall(r"^```bash\n(.*?)^```", text, flags=re.M | re.S)
+    command = typer.main.get_command(app).commands["verify"]
+    lines = [shlex.split(line, comments=True) for line in block.splitlines()]
+    assert len(lines) == 3
+    for words in lines:
+        with command.make_context("verify", words[2:]) as context:
+            assert context.params["model"] == "./composed"
 
 
 @pytest.mark.parametrize(
