@@ -61,12 +61,14 @@ class Kill:
 
     Attributes:
         at: the number of the point, of how many; or the seconds after which it came.
+        timed: whether it came after some seconds, and not at a point.
         found: the version that the folder is.
         writing: whether a half-written folder lay beside it.
     """
 
     command: str
     at: str
+    timed: bool
     found: str
     writing: bool
 
@@ -150,11 +152,12 @@ def _victim(pipe: Connection, command: str, world: Path, out: Path, point: int) 
 
 
 def _writer(pipe: Connection, command: str, world: Path, out: Path) -> None:
-    """Says that it is ready, and writes one version after the other until it is killed."""
+    """Writes one version after the other until it is killed; says when the first one is done, which takes longer."""
     models = _begin(command, world)
-    pipe.send("ready")
-    for version in itertools.cycle(reversed(VERSIONS)):
+    for number, version in enumerate(itertools.cycle(VERSIONS)):
         write(command, version, world, out, models)
+        if number == 0:
+            pipe.send("ready")
 
 
 def _begin(command: str, world: Path) -> dict[str, FlexMoeForCausalLM]:
@@ -221,7 +224,7 @@ class Killer:
         _, process = self._start(_victim, self.out, point)
         process.join(SECONDS)
         assert process.exitcode == -signal.SIGKILL, f"{self.command}: it ended by itself ({process.exitcode})"
-        return self._left(f"{point} of {self.points}", loading)
+        return self._left(f"{point} of {self.points}", False, loading)
 
     def after(self, seconds: float, *, loading: bool) -> Kill:
         """Kills a writer that writes without end, after some time."""
@@ -231,7 +234,7 @@ class Killer:
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, f"{self.command}: it ended by itself ({process.exitcode})"
-        return self._left(f"{seconds:.3f} s", loading)
+        return self._left(f"{seconds:.3f} s", True, loading)
 
     def _told(self, pipe: Connection, process: Any) -> Any:
         assert pipe.poll(SECONDS), f"{self.command} did not end in {SECONDS} s"
@@ -246,7 +249,7 @@ class Killer:
         there.close()
         return here, process
 
-    def _left(self, at: str, loading: bool) -> Kill:
+    def _left(self, at: str, timed: bool, loading: bool) -> Kill:
         now = contents(self.out)
         found = [version for version, files in self.versions.items() if files == now]
         differences = {version: _differences(files, now) for version, files in self.versions.items()}
@@ -261,7 +264,7 @@ class Killer:
             self._next_run_names(beside)
         for stray in beside:
             shutil.rmtree(stray)
-        return Kill(self.command, at, found[0], bool(beside))
+        return Kill(self.command, at, timed, found[0], bool(beside))
 
     def _next_run_names(self, strays: Sequence[Path]) -> None:
         """The next run into the folder says what was left; this one stops before it has written anything."""
@@ -298,8 +301,9 @@ def report(kills: Sequence[Kill]) -> dict[str, Any]:
     rows: dict[str, Counter[str]] = {}
     for one in kills:
         row = rows.setdefault(one.command, Counter())
-        row.update(["kills", "at a time" if one.at.endswith(" s") else "at a point", f"found version {one.found}"])
-        row["while writing"] += one.writing
+        when = "at a time" if one.timed else "at a point"
+        row.update(["kills", when, f"found version {one.found}"])
+        row[f"{when}, while writing"] += one.writing
     return {
         "kills": len(kills),
         "while_writing": sum(one.writing for one in kills),

@@ -41,4 +41,5 @@ def test_a_kill_leaves_the_old_folder_or_the_new_one(
     here = list(kills.kill(command, COUNTS[command], world, tmp_path, seed=1))
     found += here
     assert sum(one.writing for one in here) >= WHILE_WRITING * len(here), here
+    assert any(one.writing for one in here if one.timed), here
     assert {one.found for one in here} == set(kills.VERSIONS), "every kill came before, or every kill came after"
