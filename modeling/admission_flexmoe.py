@@ -20,7 +20,7 @@ figures behind the bars.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -205,30 +205,63 @@ def judge_scale(networks: Sequence[nn.Module], publics: Sequence[nn.Module]) -> 
         networks: the newcomer's, one per layer.
         publics: public's, live ones: quantised, sharded and offloaded weights are not read.
     """
-    largest, smallest, unread = _Worst(WEIGHT_BAR), _Worst(1 / EMPTY_BAR), ""
+    sizes, unread = [], ""
     for layer, (network, public) in enumerate(zip(networks, publics, strict=True)):
-        for name, size, like, is_whole in _sizes(network, public):
-            if isinstance(size, str):
-                unread = unread or f"in layer {layer}, {name} {size}"
-                continue
-            assert like is not None
-            what = f"{name} in layer {layer}"
-            theirs = _rms(like, PUBLIC_ROWS)
-            unit = 1.0 if like.dim() < 2 else min(like.shape[-2:]) ** -0.5
-            beside = "public's" if theirs >= unit else "one that keeps the size of its input (public's is smaller)"
-            largest.see(size / max(theirs, unit), what, beside)
-            if is_whole and like.dim() > 1 and theirs > 0:
-                smallest.see(theirs / size if size else math.inf, what)
-    if not largest.what:
-        return [_not_judged(check, unread or "there is nothing to compare") for check in ("weights", "empty weights")]
-    also = f"; not all are judged: {unread}" if unread else ""
-    findings = [largest.finding("weights", f"{largest.what} has {{figure}} times the size of {largest.beside}{also}")]
-    if smallest.what:
-        figure = 1 / smallest.figure if smallest.figure else math.inf
-        verdict: Judgement = "accept" if figure >= EMPTY_BAR else "refuse"
-        said = f"{smallest.what} has {figure:.3g} times the size of public's, the least of all{also}"
-        findings.append(Finding("empty weights", verdict, figure, EMPTY_BAR, said))
-    return findings
+        for name, ours in _named_weights(network):
+            like = _find(public, name)
+            if reason := _why_not(ours, like):
+                unread = unread or f"{name} in layer {layer}: {reason}"
+            elif like is not None:
+                sizes.append(_Size.of(f"{name} in layer {layer}", ours, like))
+    if not sizes:
+        reason = unread or "there is nothing to compare"
+        return [_not_judged("weights", reason), _not_judged("empty weights", reason)]
+    return [_too_large(sizes, unread), *_too_small(sizes, unread)]
+
+
+# The checks of weights
+
+
+@dataclass(frozen=True)
+class _Size:
+    """Root mean squares of one tensor: the newcomer's, public's, and that of one which keeps the size of its input."""
+
+    what: str
+    ours: float
+    public: float
+    unit: float
+    is_matrix: bool  # of the network's own, no difference from public's
+
+    @classmethod
+    def of(cls, what: str, ours: Tensor | LowRankDelta, public: Tensor) -> _Size:
+        is_delta, is_vector = isinstance(ours, LowRankDelta), public.dim() < 2
+        unit = 1.0 if is_vector else min(public.shape[-2:]) ** -0.5
+        size = _difference_rms(ours) if isinstance(ours, LowRankDelta) else _rms(ours)
+        return cls(what, size, _rms(public, PUBLIC_ROWS), unit, not (is_delta or is_vector))
+
+
+def _too_large(sizes: Sequence[_Size], unread: str) -> Finding:
+    worst = _Worst(WEIGHT_BAR)
+    for size in sizes:
+        is_small = size.public < size.unit
+        beside = "one that keeps the size of its input (public's is smaller)" if is_small else "public's"
+        worst.see(size.ours / max(size.public, size.unit), size.what, beside)
+    return worst.finding("weights", f"{worst.what} has {{figure}} times the size of {worst.beside}{_but(unread)}")
+
+
+def _too_small(sizes: Sequence[_Size], unread: str) -> list[Finding]:
+    """Nothing, where there is no matrix to ask it of: a low-rank expert without differences is public again."""
+    figures = {size.what: size.ours / size.public for size in sizes if size.is_matrix and size.public > 0}
+    if not figures:
+        return []
+    what = min(figures, key=figures.__getitem__)
+    verdict: Judgement = "refuse" if figures[what] < EMPTY_BAR else "accept"  # too large a number is not this check's
+    said = f"{what} has {figures[what]:.3g} times the size of public's, the least of all{_but(unread)}"
+    return [Finding("empty weights", verdict, figures[what], EMPTY_BAR, said)]
+
+
+def _but(unread: str) -> str:
+    return f"; not all are judged: {unread}" if unread else ""
 
 
 # The checks of rows
@@ -303,28 +336,25 @@ def _not_judged(check: str, reason: str) -> Finding:
 # Reading
 
 
-def _sizes(network: nn.Module, public: nn.Module) -> Iterator[tuple[str, float | str, Tensor | None, bool]]:
-    """(name, root mean square or why it is unknown, public's tensor, whether it stands for a tensor on its own)."""
-    deltas = {}
-    if isinstance(network, LowRankExpert):
-        deltas = {path: part for path, part in network.named_modules() if isinstance(part, LowRankDelta)}
-        named: Iterable[tuple[str, LowRankDelta | Tensor]] = [
-            (f"{path}.weight", part) for path, part in deltas.items()
-        ]
-        biases = ((f"{path}.bias", part.B.bias) for path, part in deltas.items() if part.B.bias is not None)
-        named = [*named, *biases]
-    else:
-        named = network.named_parameters()
-    for name, ours in named:
-        like = _find(public, name)
-        factors = (ours.A.weight, ours.B.weight) if isinstance(ours, LowRankDelta) else (ours,)
-        why = next((reason for factor in factors if (reason := _unreadable(factor))), None)
-        theirs = "has no counterpart in public's network" if like is None else _unreadable(like)
-        if why or theirs:
-            yield name, why or f"of public {theirs}" if like is not None else str(theirs), None, False
-        else:
-            size = _difference_rms(ours) if isinstance(ours, LowRankDelta) else _rms(ours)
-            yield name, size, like, not deltas
+def _named_weights(network: nn.Module) -> list[tuple[str, Tensor | LowRankDelta]]:
+    """An expert's tensors by the names that public has them under; of a low-rank one, its differences from those."""
+    if not isinstance(network, LowRankExpert):
+        return list(network.named_parameters())
+    deltas = [(path, part) for path, part in network.named_modules() if isinstance(part, LowRankDelta)]
+    biases = [(f"{path}.bias", part.B.bias) for path, part in deltas if part.B.bias is not None]
+    return [*((f"{path}.weight", part) for path, part in deltas), *biases]
+
+
+def _why_not(ours: Tensor | LowRankDelta, public: Tensor | None) -> str | None:
+    """Why the two cannot be compared; None if they can."""
+    if public is None:
+        return "public's network has no such tensor"
+    factors = [ours.A.weight, ours.B.weight] if isinstance(ours, LowRankDelta) else [ours]
+    reason = next((why for factor in factors if (why := _unreadable(factor))), None)
+    if reason is not None:
+        return f"the newcomer's {reason}"
+    reason = _unreadable(public)
+    return None if reason is None else f"public's {reason}"
 
 
 def _find(module: nn.Module, name: str) -> Tensor | None:
