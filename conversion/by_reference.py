@@ -13,7 +13,15 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.conversion.newcomers import Newcomer, PackageLike, PolicyLike, choose_prior, rename, with_experts
+from flexmoe.conversion.newcomers import (
+    Newcomer,
+    PackageLike,
+    PolicyLike,
+    choose_prior,
+    judge_rows_of,
+    rename,
+    with_experts,
+)
 from flexmoe.conversion.stored_composition import (
     Rows,
     StoredComposition,
@@ -38,6 +46,7 @@ def compose_by_reference(
     public_prior: float | None = None,
     num_experts_per_tok: int | None = None,
     anchor: str | Path | None = None,
+    verify: bool = True,
     policy: PolicyLike = None,
     overwrite: bool = False,
 ) -> Path:
@@ -53,6 +62,8 @@ def compose_by_reference(
         num_experts_per_tok: k of the top-k; the base's by default.
         anchor: folder or Hub id of the dense checkpoint; needed where the base does not say where it is on the Hub.
             Its fingerprint is compared.
+        verify: refuse packages whose row or bias would take over the model, as `compose` does; the rows of a
+            composition's experts, which are not read, are no measure here.
         policy: whose packages are let in: a policy file, by default the one that FLEXMOE_POLICY names.
 
     Raises:
@@ -79,11 +90,15 @@ def compose_by_reference(
         start.config.num_experts_per_tok = num_experts_per_tok
     given = {"public_prior": public_prior, "num_experts_per_tok": num_experts_per_tok}
     decided = {key for key, value in given.items() if value is not None}
+    to_merge, to_append = iter(compositions), iter(newcomers)
     for index in range(len(parts)):
         if index in brought:
-            _merge(start, compositions.pop(0), names or {}, decided)
+            _merge(start, next(to_merge), names or {}, decided)
         else:
-            _append(start, newcomers.pop(0), target)
+            _append(start, next(to_append), target)
+    if verify and newcomers:
+        zeros = {name: torch.zeros_like(row) for name, row in newcomers[0].rows.items()}
+        judge_rows_of(newcomers, {PUBLIC: zeros})
     return write_stored(start, target, anchor, overwrite)
 
 

@@ -20,6 +20,7 @@ from flexmoe.conversion.newcomers import (
     PackageLike,
     PolicyLike,
     choose_prior,
+    judge_rows_of,
     rename,
     with_experts,
 )
@@ -56,6 +57,7 @@ def compose(
     names: Mapping[str, str] | None = None,
     public_prior: float | None = None,
     num_experts_per_tok: int | None = None,
+    verify: bool = True,
     policy: PolicyLike = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -71,6 +73,7 @@ def compose(
             0.5 if none is; a default that depended on who is there would make removal inexact. A model whose public
             row is not zero (an imported one) brings its own prior, which is then the default.
         num_experts_per_tok: k of the top-k; the graft's by default.
+        verify: refuse experts whose row or bias would take over the model (`flexmoe.verify` checks more).
         policy: whose packages are let in: a policy file, by default the one that FLEXMOE_POLICY names.
         max_shard_size: bytes per weight file.
         progress: called with the number of bytes just written.
@@ -79,8 +82,8 @@ def compose(
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError: no such model or package.
         ValueError: an expert is for another anchor, of an unknown kind or shape, its name is taken, its package is
-            not what it says or not let in (`PackageError`), or rows with and without bias meet and no `public_prior`
-            is given.
+            not what it says, not let in or refused (`PackageError`), or rows with and without bias meet and no
+            `public_prior` is given.
         TypeError: `packages` is one package and no list.
     """
     if isinstance(packages, str | Path | ExpertPackage):
@@ -99,7 +102,9 @@ def compose(
     config = with_experts(model.config, newcomers)
     if num_experts_per_tok is not None:
         config.num_experts_per_tok = num_experts_per_tok
-    return _write(model, config, newcomers, out, overwrite, max_shard_size, progress, public_prior=prior)
+    return _write(
+        model, config, newcomers, out, overwrite, max_shard_size, progress, public_prior=prior, verify=verify
+    )
 
 
 def add(
@@ -108,6 +113,7 @@ def add(
     out: str | Path,
     *,
     name: str | None = None,
+    verify: bool = True,
     policy: PolicyLike = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -124,7 +130,7 @@ def add(
     stored, newcomer = StoredModel(model), Newcomer.open(package, policy)
     newcomer.name = name or newcomer.name
     config = with_experts(stored.config, [newcomer])
-    return _write(stored, config, [newcomer], out, overwrite, max_shard_size, progress)
+    return _write(stored, config, [newcomer], out, overwrite, max_shard_size, progress, verify=verify)
 
 
 def remove(
@@ -200,6 +206,7 @@ def _write(
     progress: Callable[[int], None] | None,
     *,
     public_prior: float | None = None,
+    verify: bool = True,
 ) -> Path:
     target = check_new_folder(out, overwrite)
     check_apart(target, *(newcomer.package.folder for newcomer in newcomers))
@@ -207,6 +214,8 @@ def _write(
         check_apart(target, stored.folder)
     with naming(*(newcomer.package for newcomer in newcomers)), torch.device("meta"):
         model = FlexMoeForCausalLM(config)
+    if verify:
+        judge_rows_of(newcomers, _rows_there(stored, _places(model), public_prior))
     streams = {newcomer.name: _PackageStream(newcomer) for newcomer in newcomers}
     sources = _sources(stored, model, {newcomer.name: newcomer for newcomer in newcomers}, streams, public_prior)
     with atomic_folder(target, overwrite) as folder:
@@ -282,6 +291,19 @@ def _places(model: FlexMoeForCausalLM) -> dict[str, tuple[str, str]]:
                 for key in module.state_dict():
                     places[f"{path}.{part}.{name}.{key}"] = (name, f"{inside}.{name_in_package(module, key)}")
     return places
+
+
+def _rows_there(
+    stored: StoredModel, places: Mapping[str, tuple[str, str]], public_prior: float | None
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Router rows and biases that are stored, by expert, called as in a package; public's bias is the new prior."""
+    rows: dict[str, dict[str, torch.Tensor]] = {}
+    for key, (owner, inside) in places.items():
+        if ".router." in inside and key in stored.tensors.infos:
+            is_prior = owner == PUBLIC and inside.endswith(".bias") and public_prior is not None
+            row = torch.tensor([public_prior]) if is_prior else stored.tensors.read(key)
+            rows.setdefault(owner, {})[inside] = row
+    return rows
 
 
 def _check_newcomers(

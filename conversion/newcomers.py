@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from flexmoe.conversion.stored import StoredModel
+from flexmoe.modeling.admission_flexmoe import judge_row_tensors, refuse_unless_admitted
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from flexmoe.modeling.fitting_flexmoe import (
     check_anchor,
@@ -113,6 +114,22 @@ def has_fitted_public_row(model: StoredModel) -> bool:
     return any(bool(model.tensors.read(name).any()) for name in rows)
 
 
+def judge_rows_of(newcomers: Sequence[Newcomer], there: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    """Holds each newcomer's rows and biases against public's, those who are there, and the other newcomers'.
+
+    Args:
+        there: rows and biases in the model, by expert, called as in a package; of "public" too.
+
+    Raises:
+        AdmissionError: a row or a bias would take over the model.
+    """
+    everyone = {**there, **{newcomer.name: newcomer.rows for newcomer in newcomers}}
+    for newcomer in newcomers:
+        others = {name: rows for name, rows in everyone.items() if name not in (PUBLIC, newcomer.name)}
+        findings = judge_row_tensors(newcomer.rows, public=there[PUBLIC], others=others)
+        refuse_unless_admitted(newcomer.name, findings)
+
+
 def with_experts(config: FlexMoeConfig, newcomers: Sequence[Newcomer]) -> FlexMoeConfig:
     """The config with the newcomers at its end.
 
@@ -141,6 +158,7 @@ __all__ = [
     "PolicyLike",
     "choose_prior",
     "has_fitted_public_row",
+    "judge_rows_of",
     "rename",
     "with_experts",
 ]

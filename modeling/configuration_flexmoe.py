@@ -194,8 +194,8 @@ class FlexMoeConfig(PreTrainedConfig):
             self.anchor_config = _anchor_config_from_dict(self.anchor_config)
         else:  # a model built from the donor's own object would change the donor
             self.anchor_config = copy.deepcopy(self.anchor_config)
-        # where it lay on the machine that grafted it is nobody else's affair; `anchor` says which one it is
-        self.anchor_config._name_or_path = ""
+        anchor: Any = self.anchor_config
+        anchor._name_or_path = ""  # where it lay on somebody's machine; which one it is stands in `self.anchor`
         if not isinstance(self.experts, list | None):
             raise TypeError(f"experts must be a list of names or records; got {self.experts!r}.")
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}

@@ -301,10 +301,10 @@ def _plain_errors(repo: str, revision: str | None, *, writing: bool = False) -> 
     except Exception as error:
         if not _is_of_the_way(error):
             raise
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise ConnectionError(
-            f"the connection to the Hub failed or broke off at {repo!r} ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); try again: what has arrived whole is "
-            "kept"
+            f"the connection to the Hub failed or broke off at {repo!r} ({type(error).__name__}: {reason}); try "
+            "again: what has arrived whole is kept"
         ) from error
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters_flexmoe import adapters_around
+from .admission_flexmoe import judge_parts, refuse_unless_admitted
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from .context_flexmoe import model_scope
 from .experts_flexmoe import FlexMoeBlock
@@ -155,6 +156,7 @@ class ExpertLifecycle(_Model):
         name: str | None = None,
         *,
         revision: str | None = None,
+        verify: bool = True,
         policy: str | Path | TrustPolicy | None = None,
         **hub: Any,
     ) -> str:
@@ -168,13 +170,16 @@ class ExpertLifecycle(_Model):
             source: where the package is.
             name: what to call the expert here; the package's own name by default.
             revision: branch, tag or commit, for a Hub id.
+            verify: refuse an expert whose row or bias would take over the model, or whose weights would wreck it, as
+                far as its numbers alone tell. `flexmoe.verify` also looks at what it does to text.
             policy: whose packages are let in: a policy file, by default the one that the environment variable
                 FLEXMOE_POLICY names.
             hub: `token`, `cache_dir`, `local_files_only` and `force_download`, as `from_pretrained` takes them.
 
         Raises:
             ValueError: the name is taken, the expert was made for another anchor, its kind is unknown, or its files
-                are not what its manifest says; it is not let in; or the model's quantiser needs calibration data.
+                are not what its manifest says; it is not let in (`UntrustedPackageError`, `AdmissionError`); or the
+                model's quantiser needs calibration data.
             FileNotFoundError, PermissionError, ConnectionError: there is no such package, or it can't be had.
             RuntimeError: a `generate` of this model is running, or FSDP2 has sharded it.
         """
@@ -183,7 +188,7 @@ class ExpertLifecycle(_Model):
         package, origin = open_package(source, revision, hub=HubAccess(**hub), policy=policy)
         with naming(package):
             name = self._free_name(name or package.manifest.name)
-        self._put_package(package, name, origin)
+        self._put_package(package, name, origin, verify)
         return name
 
     def add_expert_copy(self, name: str, *, rank: int | None = None, alpha: float | None = None) -> str:
@@ -243,13 +248,14 @@ class ExpertLifecycle(_Model):
         source: str | Path | ExpertPackage,
         *,
         revision: str | None = None,
+        verify: bool = True,
         policy: str | Path | TrustPolicy | None = None,
         **hub: Any,
     ) -> None:
         """Puts the package `source` in the place of the expert `name`, which keeps its name and its position.
 
         Args:
-            revision, policy, hub: as in `add_expert`.
+            revision, verify, policy, hub: as in `add_expert`.
 
         Raises: as `add_expert` and `remove_expert`.
         """
@@ -258,7 +264,7 @@ class ExpertLifecycle(_Model):
         self._check_owned(name, "replaced", "graft the other anchor instead")
         self._refuse_under_adapters(name, "replace_expert")
         package, origin = open_package(source, revision, hub=HubAccess(**hub), policy=policy)
-        self._put_package(package, name, origin)
+        self._put_package(package, name, origin, verify)
 
     def rename_expert(self, old: str, new: str) -> None:
         """Calls the expert `old` by the name `new`; its position, and caches that it filled, stay valid.
@@ -372,14 +378,19 @@ class ExpertLifecycle(_Model):
 
     # How it is done
 
-    def _put_package(self, package: ExpertPackage, name: str, origin: dict[str, str | None] | None) -> None:
+    def _put_package(
+        self, package: ExpertPackage, name: str, origin: dict[str, str | None] | None, verify: bool
+    ) -> None:
+        blocks = self.flexmoe_blocks()
         with naming(package):
             check_anchor(self.config, package.manifest)
-            check_layers([block.layer_index for block in self.flexmoe_blocks()], package.manifest)
+            check_layers([block.layer_index for block in blocks], package.manifest)
             networks = fresh_networks(self.config)
             record = package_record(package.manifest, public_widths(self.config, networks))
             record = expert_record({**record, "name": name, "source": origin})
-            parts = parts_from_package(self.flexmoe_blocks(), fresh_experts(self.config, record, networks), package)
+            parts = parts_from_package(blocks, fresh_experts(self.config, record, networks), package)
+        if verify:
+            refuse_unless_admitted(name, judge_parts(blocks, parts, replaced=name))
         self._put(record, self._quantized_alike(name, parts))
 
     def _quantized_alike(self, name: str, parts: list[ExpertPart]) -> list[ExpertPart]:

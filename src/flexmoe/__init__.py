@@ -14,7 +14,7 @@ from flexmoe.modeling.configuration_flexmoe import ExpertPackageConfig, FlexMoeC
 from flexmoe.registration import LazyModelClass, full_card
 
 if TYPE_CHECKING:
-    from flexmoe.admission import verify
+    from flexmoe.admission import Verdict, verify
     from flexmoe.cards import write_card
     from flexmoe.conversion.by_reference import compose_by_reference
     from flexmoe.conversion.compose import add, compose, remove
@@ -71,6 +71,7 @@ _LAZY = {
     "sign": "flexmoe.signing",
     "TrainingSettings": "flexmoe.training",
     "train_expert": "flexmoe.training",
+    "Verdict": "flexmoe.admission",
     "verify": "flexmoe.admission",
 }
 
@@ -90,6 +91,7 @@ __all__ = [
     "TrainingSettings",
     "TrustPolicy",
     "UnsupportedAnchorError",
+    "Verdict",
     "add",
     "compose",
     "compose_by_reference",
