@@ -39,7 +39,12 @@ SCHEMA: dict[str, Any] = {
         "version": {"description": "text, 1 to 64 characters", "type": "string", "minLength": 1, "maxLength": 64},
         "kind": {"description": f"one of {', '.join(KINDS)}", "enum": list(KINDS)},
         "rank": {"description": "a list of positive integers, one per layer", **_sizes("null")},
-        "alpha": {"description": "a finite number", "type": ["number", "null"]},
+        "alpha": {
+            "description": "a finite number, at most a million in size",
+            "type": ["number", "null"],
+            "minimum": -1e6,
+            "maximum": 1e6,
+        },
         "layers": {
             "description": "an ascending list of layer numbers, at least one",
             "type": "array",

@@ -27,11 +27,12 @@ from .configuration_flexmoe import ExpertPackageConfig
 from .finite_flexmoe import bytes_are_finite
 from .folders_flexmoe import atomic_folder, file_inside, read_regular_file
 from .hashing_flexmoe import BackgroundHasher
-from .json_flexmoe import MAX_JSON_BYTES, json_text, parse_json_object
+from .json_flexmoe import json_text, parse_json_object
 from .manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, ExpertManifest, PackageError
 from .tensor_writer_flexmoe import TensorSource, finite_source, source_from_tensor, write_checkpoint
 from .tensors_flexmoe import FILL_BYTES, TORCH_DTYPES, TensorFile, TensorInfo, empty_tensor
 
+MAX_MANIFEST_BYTES = 1 << 20  # all of it goes into the config of a model
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
 
@@ -71,7 +72,7 @@ class ExpertPackage:
             raise FileNotFoundError(f"{folder} is not an expert package: it has no {MANIFEST_FILE}.")
         with _package_errors():
             path = file_inside(folder, MANIFEST_FILE)
-            data = read_regular_file(path, max_bytes=MAX_JSON_BYTES)
+            data = read_regular_file(path, max_bytes=MAX_MANIFEST_BYTES)
             manifest = ExpertManifest.from_dict(parse_json_object(data, str(path)), where=str(path))
             _check_files(folder, manifest)
             infos: dict[str, TensorInfo] = {}

@@ -171,6 +171,7 @@ class TestManifest:
             ({"kind": "low_rank", "rank": [4, 0]}, "positive integers"),
             ({"alpha": "1"}, "finite number"),
             ({"alpha": float("inf")}, "finite number"),
+            ({"alpha": 1e308}, "at most a million"),
             ({"layers": []}, "ascending"),
             ({"layers": [1, 0]}, "ascending"),
             ({"layers": [0, 0]}, "ascending"),
@@ -331,6 +332,7 @@ class TestLyingPackages:
             ('{"format_version": NaN}', "NaN"),
             ('{"a": 1, "a": 2}', "given twice"),
             ("[" * 100_000, "nested too deep"),
+            ('{"license": "' + "x" * (1 << 20) + '"}', "larger than the 1,048,576 bytes"),
         ],
     )
     def test_a_manifest_that_is_no_json(self, text: str, fault: str, folder: Path) -> None:
