@@ -1,13 +1,12 @@
 """Adding, removing, replacing, renaming, switching and saving experts of a live model.
 
 Every change is prepared first and made last, so one that fails leaves the model as it was. Does not cover files
-(`packages_flexmoe`), or the same changes on disk (`flexmoe.conversion.compose`).
+(`packages_flexmoe`), pushing (`sharing_flexmoe`), or the same changes on disk (`flexmoe.conversion.compose`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from .fitting_flexmoe import (
     parts_from_public,
     public_widths,
 )
-from .hub_flexmoe import HubAccess, Pushed
+from .hub_flexmoe import HubAccess
 from .packages_flexmoe import ExpertPackage, write_package
 from .parallel_flexmoe import (
     PLANS,
@@ -50,7 +49,6 @@ from .parallel_flexmoe import (
     shard_by_plan,
     tensor_parallel_mesh,
 )
-from .publishing_flexmoe import plan_upload, push
 from .quantization_flexmoe import quantized_alike
 from .selection_flexmoe import CacheStamp, Selection, check_names
 from .trust_flexmoe import TrustPolicy
@@ -316,65 +314,6 @@ class ExpertLifecycle(_Model):
             in_first_process(lambda: write_package(folder, manifest, tensors.items(), overwrite=overwrite))
             return Path(folder)
         return write_package(folder, manifest, tensors.items(), overwrite=overwrite)
-
-    def push_expert_to_hub(
-        self,
-        name: str,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        allow_private_text: bool = False,
-        **manifest_fields: Any,
-    ) -> Pushed:
-        """Pushes one expert as a package, and remembers where it is: a composition can then name it.
-
-        Args:
-            name: which one.
-            repo_id: the Hub's model repository, made if it is not there.
-            private: of a repository that is made here.
-            revision: the branch; made if it is not there.
-            create_pr: open a pull request instead. The model then does not remember it.
-            allow_private_text: push although card or manifest hold what looks private.
-            manifest_fields: as in `save_expert`.
-
-        Returns:
-            The repository, its page, and the commit that was made.
-
-        Raises:
-            ValueError: as `save_expert`; `repo_id` is no Hub id; or card or manifest hold an e-mail address, a token
-                or a path of this machine (`PrivateTextError`).
-            PermissionError, ConnectionError: the Hub does not take it.
-            RuntimeError: the model is sharded over several processes.
-        """
-        if is_sharded(self):
-            raise RuntimeError(
-                "push_expert_to_hub of a sharded model: let every process call save_expert, then push that folder "
-                "once, with `flexmoe push`."
-            )
-        with tempfile.TemporaryDirectory(prefix="flexmoe-") as folder:
-            upload = plan_upload(self.save_expert(name, Path(folder) / "package", **manifest_fields))
-            pushed = push(
-                upload,
-                repo_id,
-                allow_private_text=allow_private_text,
-                private=private,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-            )
-            manifest = ExpertPackage.open(upload.folder).manifest
-        if not create_pr:
-            source = {"repo": pushed.repo, "revision": pushed.revision}
-            self.config.experts = [
-                {**record, **manifest.record(), "source": source} if record["name"] == name else record
-                for record in self.config.expert_records
-            ]
-        return pushed
 
     # How it is done
 

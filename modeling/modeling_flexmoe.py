@@ -6,8 +6,7 @@ experts (`lifecycle_flexmoe`), the block (`experts_flexmoe`), or where a family 
 
 import contextlib
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,23 +23,19 @@ from transformers.utils.generic import ModelOutput
 
 from .adapters_flexmoe import AdapterWatch, refuse_wrapped
 from .anchors_flexmoe import ANCHOR_PREFIX, NameMap, find_ffn_sites
-from .cards_flexmoe import model_facts, render_card
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_top_k
 from .context_flexmoe import checkpoint_with_context, forward_scope, scoped_values
 from .experts_flexmoe import FlexMoeBlock
-from .hub_flexmoe import HubAccess
 from .identity_flexmoe import refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle
 from .loading_flexmoe import check_everyone_is_there
 from .norms_flexmoe import norm_follows_each_ffn
-from .packages_flexmoe import CARD_FILE
 from .parallel_flexmoe import PLANS, class_without_fsdp, is_sharded, plan_of_public
-from .publishing_flexmoe import plan_upload, push
 from .pulling_flexmoe import check_whole, load_arguments
 from .quantization_flexmoe import warn_if_nothing_was_quantized
-from .referring_flexmoe import save_composition
 from .routing_flexmoe import load_balancing_loss, router_z_loss
 from .selection_flexmoe import select_experts, stamp_cache
+from .sharing_flexmoe import ModelSharing
 from .trust_flexmoe import TrustPolicy
 
 
@@ -51,7 +46,7 @@ class FlexMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     z_loss: Tensor | None = None
 
 
-class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
+class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTrainedModel):
     """What both models share: the tree, the context of a forward pass, loading and saving."""
 
     config: FlexMoeConfig
@@ -141,80 +136,6 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             self.save_code(save_directory)
         super().save_pretrained(save_directory, *args, **kwargs)
-
-    def save_composition(
-        self,
-        folder: str | Path,
-        *,
-        sources: Mapping[str, str | Path] | None = None,
-        overwrite: bool = False,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-    ) -> Path:
-        """Writes this model by reference: kilobytes that name its dense anchor and the packages of its experts.
-
-        `from_pretrained` of that folder pulls them and gives this model again. The sources are read and compared with
-        the model first. Returns the folder.
-
-        Args:
-            folder: where to; must not exist, unless `overwrite`.
-            sources: folder or Hub id, by name, of what did not come from the Hub: of "public" the dense checkpoint
-                that was grafted, of an expert its package. What is not named is taken from where the config says that
-                it came from. A folder beside `folder` is named relative to it, so both can be moved together.
-            token, cache_dir: for the Hub.
-
-        Raises:
-            FileExistsError: `folder` exists and `overwrite` is False.
-            ValueError: a source is not known or not given; the anchor or an expert was changed since it came from
-                there (changed router rows are fine: they are saved); or the anchor has no fingerprint.
-        """
-        hub = HubAccess(token=token, cache_dir=cache_dir)
-        return save_composition(self, folder, sources=sources, overwrite=overwrite, hub=hub)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        by_reference: bool = False,
-        sources: Mapping[str, str | Path] | None = None,
-        allow_private_text: bool = False,
-        max_shard_size: int | str = "5GB",
-        tags: Sequence[str] | None = None,
-        token: str | bool | None = None,
-        **options: Any,
-    ) -> Any:
-        """Pushes this model to the Hub with a card that names its experts, merged or as a composition.
-
-        Args:
-            repo_id: the Hub's model repository, made if it is not there.
-            by_reference: push a composition, kilobytes that name anchor and experts, which must be on the Hub.
-            sources: as in `save_composition`.
-            allow_private_text: push although the card or config.json hold what looks private.
-            max_shard_size: of a weight file.
-            tags: further tags for the card of a merged model.
-            options: `private`, `revision` (a branch), `create_pr`, `commit_message`.
-
-        Returns:
-            The repository, its page, and the commit that was made (`Pushed`). A model that only lends its adapters
-            (`load_adapter`) is left to transformers, which pushes these.
-
-        Raises:
-            ValueError: as `save_composition`; a composition names folders; or something looks private.
-            PermissionError, ConnectionError: the Hub does not take it.
-        """
-        if self._hf_peft_config_loaded:
-            return super().push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, token=token, **options)
-        with tempfile.TemporaryDirectory(prefix="flexmoe-") as temporary:
-            folder = Path(temporary) / "model"
-            if by_reference:
-                self.save_composition(folder, sources=sources, token=token)
-            else:
-                self.save_pretrained(folder, max_shard_size=max_shard_size)
-                facts = model_facts(self.config)
-                facts["metadata"]["tags"] = [*facts["metadata"]["tags"], *(tags or ())]
-                (folder / CARD_FILE).write_text(render_card("model", facts), encoding="utf-8")
-            upload = plan_upload(folder)
-            return push(upload, repo_id, allow_private_text=allow_private_text, token=token, **options)
 
     @classmethod
     def save_code(cls, folder: str | Path) -> None:

@@ -29,7 +29,7 @@ MODELING_LAYERS = (
     ("trust",),
     ("scan", "hub", "publishing"),
     ("experts", "usage", "adapters", "admission", "fitting"),
-    ("lifecycle", "sources", "composition", "pulling", "referring"),
+    ("lifecycle", "sources", "composition", "pulling", "referring", "sharing"),
     ("modeling",),
 )
 
