@@ -57,6 +57,8 @@ PACKAGE_FILES = (
 )
 NEVER_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py", "original/*", "onnx/*", "openvino/*")
 
+ATTEMPTS = 3  # at a download whose connection breaks off; what has arrived is kept in between
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -128,7 +130,7 @@ def resolve_folder(
         )
     repo = str(source)
     with _plain_errors(repo, revision):
-        snapshot = snapshot_download(
+        snapshot = _download(
             repo,
             revision=revision,
             token=token,
@@ -139,6 +141,17 @@ def resolve_folder(
             ignore_patterns=list(NEVER_DOWNLOADED),
         )
     return ResolvedFolder(Path(snapshot), repo=repo, revision=Path(snapshot).name)
+
+
+def _download(repo: str, **options: Any) -> str:
+    """`snapshot_download`, taken up again where a connection broke off: not every version does so by itself."""
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return snapshot_download(repo, **options)
+        except Exception as error:
+            if not _is_of_the_way(error):
+                raise
+    return snapshot_download(repo, **options)
 
 
 def is_hub_id(source: str | os.PathLike[str]) -> bool:
