@@ -20,10 +20,10 @@ from .anchors_flexmoe import build_on_meta
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .experts_flexmoe import FlexMoeBlock, floating_dtype, make_expert, router_row
 from .finite_flexmoe import all_finite
-from .hub_flexmoe import PACKAGE_FILES, HubAccess, is_hub_id
+from .hub_flexmoe import HubAccess
 from .low_rank_flexmoe import LowRankDelta, LowRankExpert, packed_name
 from .manifest_flexmoe import ExpertManifest
-from .packages_flexmoe import ExpertPackage
+from .packages_flexmoe import PACKAGE_FILES, ExpertPackage
 from .parallel_flexmoe import whole
 from .quantization_flexmoe import copied_quantized, has_quantized_weights
 from .trust_flexmoe import TrustPolicy, resolve_policy
@@ -135,11 +135,13 @@ def open_package(
     *,
     hub: HubAccess | None = None,
     policy: TrustPolicy | str | Path | None = None,
+    is_repo: bool = False,
 ) -> tuple[ExpertPackage, dict[str, str | None] | None]:
     """Opens a folder or a Hub id; also says where on the Hub it came from (`repo`, `revision`), if it did.
 
     Args:
         policy: whose packages are let in, as `resolve_policy` takes it.
+        is_repo: `source` is a Hub id, also where a folder here is called so.
 
     Raises:
         FileNotFoundError: no such folder or repository, or it is no expert package.
@@ -150,10 +152,8 @@ def open_package(
     if not isinstance(source, str | Path):  # an ExpertPackage, perhaps of another copy of this code (remote code)
         _check_trust(source, None, policy)
         return source, None
-    hub = hub or HubAccess()
-    if is_hub_id(source):  # who took a repository away has withdrawn the expert, whatever is in the cache
-        hub.check_access(str(source))
-    found = hub.resolve(source, revision, allow_patterns=PACKAGE_FILES)
+    # owned: who took a repository away has withdrawn the expert, whatever is in the cache
+    found = (hub or HubAccess()).resolve(source, revision, owned=True, allow_patterns=PACKAGE_FILES, is_repo=is_repo)
     if found.repo is None:
         package = ExpertPackage.open(found.path)
         _check_trust(package, None, policy)

@@ -35,8 +35,11 @@ class BackgroundHasher:
     def __enter__(self) -> BackgroundHasher:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._pool.shutdown(wait=True)
+        if kind is None:  # else there is an error already
+            for job in self._pending:
+                job.result()
 
     def add(self, chunk: Chunk, tensor: str | None = None) -> None:
         """Takes the file's next bytes; `tensor` is the one they belong to, None for the header."""

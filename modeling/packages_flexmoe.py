@@ -35,6 +35,16 @@ from .tensors_flexmoe import FILL_BYTES, TORCH_DTYPES, TensorFile, TensorInfo, e
 MAX_MANIFEST_BYTES = 1 << 20  # all of it goes into the config of a model
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
+PACKAGE_FILES = (
+    "expert*.safetensors",
+    "expert.safetensors.index.json",
+    MANIFEST_FILE,
+    CONFIG_FILE,
+    CARD_FILE,
+    "LICENSE*",
+    "model.sig",
+)
+"""Patterns of the files that a package consists of: what is pushed, fetched, signed and copied."""
 
 _TENSOR_NAME = re.compile(
     r"layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<part>ffn\.[\w.]{1,200}|router\.weight|router\.bias)", re.ASCII
@@ -88,7 +98,7 @@ class ExpertPackage:
         """Yields every (name, CPU tensor), reading each weight file once and hashing what it reads.
 
         The last tensor of a file comes only after the file's hash was found right, so use what came before, for
-        more than scratch, when the iteration has ended.
+        more than scratch, when the iteration has ended. Change none of them before: they are still being hashed.
 
         Raises:
             PackageError: a number is not finite, the bytes are not those that the manifest names, or the files are
@@ -278,6 +288,7 @@ def _package_errors() -> Iterator[None]:
 
 __all__ = [
     "CARD_FILE",
+    "PACKAGE_FILES",
     "ExpertManifest",
     "ExpertPackage",
     "PackageError",

@@ -21,7 +21,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from .composition_flexmoe import CONFIG_FILE, GENERATION_FILE, ROUTER_FILE, Composition, read_router
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig, drop_experts
-from .hub_flexmoe import DOWNLOADED, PACKAGE_FILES, HubAccess, ResolvedFolder
+from .hub_flexmoe import DOWNLOADED, HubAccess, ResolvedFolder
+from .packages_flexmoe import PACKAGE_FILES
 from .sources_flexmoe import Sources
 from .trust_flexmoe import TrustPolicy, resolve_policy
 
@@ -65,7 +66,7 @@ def load_arguments(
     revision = None if Path(source).is_dir() else options.get("revision")
     folder = hub.resolve(source, revision, allow_patterns=(CONFIG_FILE, GENERATION_FILE, ROUTER_FILE))
     given = config if isinstance(config, PreTrainedConfig) else None  # of either copy of FlexMoeConfig in remote code
-    whole = copy.deepcopy(given) if given is not None else config_class.from_pretrained(folder.path)
+    whole = copy.deepcopy(given) if given is not None else config_class.from_pretrained(config or folder.path)
     everyone = list(whole.expert_names)
     with tempfile.TemporaryDirectory(prefix="flexmoe-") as reduced:
         arguments: dict[str, Any] = {"state_dict": pull_composition(whole, folder, hub, missing_experts, policy)}
@@ -121,7 +122,7 @@ def pull_composition(
         FileNotFoundError, PermissionError, ConnectionError: a source is gone, gated, out of reach (`resolve_folder`).
     """
     composition = Composition.from_config(config)
-    changed = read_router(folder.path, composition.router_sha256)
+    changed = read_router(folder.path, composition.router_sha256, config)
     anchor, packages = _pull_parts(composition, folder, hub)
     if missing := {name: found for name, found in packages.items() if isinstance(found, OSError)}:
         _leave_out(config, folder, missing, missing_experts)
@@ -152,8 +153,8 @@ def _pull_parts(
 ) -> tuple[ResolvedFolder, dict[str, ResolvedFolder | OSError]]:
     """The anchor's folder, and for each expert its package's, or why that can't be had."""
     wanted = {PUBLIC: composition.anchor.wanted(folder, DOWNLOADED)}
-    wanted |= {name: part.wanted(folder, PACKAGE_FILES) for name, part in composition.experts.items()}
-    found = hub.resolve_all(wanted, still_there=composition.experts)
+    wanted |= {name: part.wanted(folder, PACKAGE_FILES, owned=True) for name, part in composition.experts.items()}
+    found = hub.resolve_all(wanted)
     anchor = found.pop(PUBLIC)
     if isinstance(anchor, OSError):
         raise anchor
@@ -168,10 +169,12 @@ def _leave_out(
     reasons = "; ".join(f"{name!r}: {error}" for name, error in missing.items())
     first = next(iter(missing.values()))
     withdrawn = all(isinstance(error, FileNotFoundError | PermissionError) for error in missing.values())
-    if missing_experts == "error" or not withdrawn:
+    if not withdrawn:  # a Hub that is down has withdrawn nobody
+        raise type(first)(f"The composition {source} lacks {len(missing)} of its experts. {reasons}.") from first
+    if missing_experts == "error":
         raise type(first)(
-            f"The composition {source} lacks {len(missing)} of its experts. {reasons}. Where the owner has withdrawn "
-            'one, load the model without it: from_pretrained(..., missing_experts="skip").'
+            f"The composition {source} lacks {len(missing)} of its experts. {reasons}. If the owner has withdrawn it, "
+            'load the model without: from_pretrained(..., missing_experts="skip").'
         ) from first
     drop_experts(config, set(missing))
     warnings.warn(f"Loaded without {', '.join(map(repr, missing))}. {reasons}.", stacklevel=2)

@@ -17,7 +17,8 @@ from torch import Tensor
 from .composition_flexmoe import Composition, Reference, write_composition
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .folders_flexmoe import atomic_folder, check_apart, check_new_folder
-from .hub_flexmoe import DOWNLOADED, PACKAGE_FILES, HubAccess, ResolvedFolder, Wanted
+from .hub_flexmoe import DOWNLOADED, HubAccess, ResolvedFolder, Wanted
+from .packages_flexmoe import PACKAGE_FILES
 from .sources_flexmoe import Sources
 
 
@@ -66,11 +67,12 @@ def _find_sources(config: FlexMoeConfig, given: Mapping[str, str | Path], hub: H
     known = {record["name"]: record.get("source") for record in config.expert_records} | {PUBLIC: config.anchor}
     wanted: dict[str, Wanted] = {}
     for name in config.expert_names:
-        recorded, patterns = known[name] or {}, DOWNLOADED if name == PUBLIC else PACKAGE_FILES
+        recorded, owned = known[name] or {}, name != PUBLIC
+        patterns = PACKAGE_FILES if owned else DOWNLOADED
         if name in given:
-            wanted[name] = Wanted(given[name], None, patterns)
+            wanted[name] = Wanted(given[name], None, patterns, owned=owned)
         elif recorded.get("repo"):
-            wanted[name] = Wanted(recorded["repo"], recorded.get("revision"), patterns)
+            wanted[name] = Wanted(recorded["repo"], recorded.get("revision"), patterns, is_repo=True, owned=owned)
     lacking = [name for name in config.expert_names if name not in wanted]
     if lacking:
         raise ValueError(
@@ -79,7 +81,7 @@ def _find_sources(config: FlexMoeConfig, given: Mapping[str, str | Path], hub: H
             "expert its package (save_expert makes one). Or save the whole model with save_pretrained."
         )
     found = {}
-    for name, source in hub.resolve_all(wanted, still_there=config.expert_names[1:]).items():
+    for name, source in hub.resolve_all(wanted).items():
         if isinstance(source, OSError):
             raise source
         found[name] = source

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 from .folders_flexmoe import file_inside, read_regular_file
 from .json_flexmoe import parse_json_object, read_json_object
 from .manifest_flexmoe import MANIFEST_FILE, PackageError
-from .packages_flexmoe import ExpertPackage
+from .packages_flexmoe import PACKAGE_FILES, ExpertPackage
 
 SIGNATURE_FILE = "model.sig"
 POLICY_VARIABLE = "FLEXMOE_POLICY"  # the policy of whoever passes none
@@ -145,10 +145,10 @@ def resolve_policy(policy: TrustPolicy | str | Path | None = None) -> TrustPolic
 
     Raises: as `TrustPolicy.load`.
     """
-    if isinstance(policy, TrustPolicy):
-        return policy
-    if policy is not None:
+    if isinstance(policy, str | Path):
         return TrustPolicy.load(policy)
+    if policy is not None:  # perhaps one of another copy of this code (remote code)
+        return policy
     named = os.environ.get(POLICY_VARIABLE)
     if not named:
         return None
@@ -162,15 +162,17 @@ def package_digests(package: ExpertPackage) -> dict[str, str]:
     """SHA-256 (hex) of every file that a signature of the package covers, by its path in the folder.
 
     The manifest counts as it was parsed and the weights by the digests in it, so they need no second reading; the
-    other files are read.
+    other files are read. In the Hub's cache, where any program may have fetched more of the repository, the files that
+    no package has do not count.
 
     Raises:
         PackageError: a link leads out of the folder, a file is no regular one or too large, or there are too many.
     """
     digests = {MANIFEST_FILE: package.manifest_sha256, **package.manifest.sha256}
+    in_cache = package.folder.parent.name == "snapshots"
     try:
         for name, path in _files(package.folder):
-            if name not in digests:
+            if name not in digests and (not in_cache or any(fnmatchcase(name, known) for known in PACKAGE_FILES)):
                 digests[name] = hashlib.sha256(read_regular_file(path, max_bytes=MAX_OTHER_BYTES)).hexdigest()
     except (OSError, ValueError) as error:
         raise PackageError(f"{package.folder}: not every file of it can be signed or checked: {error}") from error

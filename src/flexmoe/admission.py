@@ -38,8 +38,9 @@ from flexmoe.modeling.fitting_flexmoe import (
     parts_from_package,
     public_widths,
 )
-from flexmoe.modeling.hub_flexmoe import PACKAGE_FILES, resolve_folder
+from flexmoe.modeling.hub_flexmoe import HubAccess, resolve_folder
 from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE, PackageError
+from flexmoe.modeling.packages_flexmoe import PACKAGE_FILES
 from flexmoe.modeling.trust_flexmoe import TrustPolicy, UntrustedPackageError, resolve_policy
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def verify(
     trust = resolve_policy(policy)
     source, opened, origin = _open(package, revision)
     folder = resolve_folder(model).path
-    host = FlexMoeForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    host = FlexMoeForCausalLM.from_pretrained(model, dtype="auto", policy=trust).eval()
     host.to("cuda" if torch.cuda.is_available() else "cpu")
     host.set_active_experts(None)
     text = _public_text(host, folder, data, public_sample, text_column, tokenizer, max_tokens)
@@ -321,7 +322,7 @@ def _open(
     """(where it is, the package or what is wrong with it, its Hub id). FileNotFoundError: there is none."""
     if isinstance(package, ExpertPackage):
         return str(package.folder), package, None
-    found = resolve_folder(package, revision=revision, allow_patterns=PACKAGE_FILES)
+    found = HubAccess().resolve(package, revision, owned=True, allow_patterns=PACKAGE_FILES)
     if not os.path.lexists(found.path / MANIFEST_FILE):
         raise FileNotFoundError(f"{found.path} is not an expert package: it has no {MANIFEST_FILE}.")
     try:

@@ -12,10 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexmoe.modeling.composition_flexmoe import Composition
+from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_new_folder, file_inside
-from flexmoe.modeling.hub_flexmoe import PACKAGE_FILES, HubAccess, Pushed
+from flexmoe.modeling.hub_flexmoe import DOWNLOADED, HubAccess, Pushed, ResolvedFolder
+from flexmoe.modeling.json_flexmoe import read_json_object
 from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, PackageError
-from flexmoe.modeling.packages_flexmoe import ExpertPackage
+from flexmoe.modeling.packages_flexmoe import CONFIG_FILE, PACKAGE_FILES, ExpertPackage
 from flexmoe.modeling.publishing_flexmoe import plan_upload
 from flexmoe.modeling.publishing_flexmoe import push as push_upload
 from flexmoe.modeling.trust_flexmoe import TrustPolicy, resolve_policy
@@ -85,11 +88,17 @@ def pull(
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: there is no such repository, or it can't be had.
+        ValueError: it is no FlexMoE, or a composition that names folders, which would be those of this machine.
         PackageError: the package is not what its manifest says, or not let in.
     """
     check_new_folder(out, overwrite)
-    found = HubAccess(**hub).resolve(repo_id, revision)
+    access = HubAccess(**hub)
+    # the manifest first: of a package, nothing else than its own files is fetched
+    found = access.resolve(repo_id, revision, owned=True, allow_patterns=(MANIFEST_FILE, CONFIG_FILE))
     is_package = (found.path / MANIFEST_FILE).is_file()
+    if not is_package:
+        _check_model(found)
+    found = access.resolve(repo_id, found.revision, allow_patterns=PACKAGE_FILES if is_package else DOWNLOADED)
     package = ExpertPackage.open(found.path) if is_package else None
     if package is not None and (followed := resolve_policy(policy)) is not None:
         followed.check(package, found.repo)
@@ -102,6 +111,22 @@ def pull(
         if package is not None:
             _check_manifest(package, folder)
     return Path(out)
+
+
+def _check_model(found: ResolvedFolder) -> None:
+    """Raises ValueError if this is no FlexMoE, or a composition from the Hub that names folders of some machine."""
+    path = found.path / CONFIG_FILE
+    model_type = read_json_object(path).get("model_type") if path.is_file() else None
+    if model_type != FlexMoeConfig.model_type:
+        raise ValueError(
+            f"{found.repo or found.path} is neither an expert package nor a model of FlexMoE (its model_type is "
+            f"{model_type!r}): fetch it with `hf download`."
+        )
+    config = FlexMoeConfig.from_pretrained(found.path)
+    if config.composition is not None:
+        composition = Composition.from_config(config)
+        for part in (composition.anchor, *composition.experts.values()):
+            part.wanted(found, ())  # refuses a folder
 
 
 def _is_copied(entry: Path, package: ExpertPackage | None) -> bool:

@@ -14,8 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK, read_regular_file
-from flexmoe.modeling.hub_flexmoe import PACKAGE_FILES
-from flexmoe.modeling.packages_flexmoe import ExpertPackage
+from flexmoe.modeling.packages_flexmoe import PACKAGE_FILES, ExpertPackage
 from flexmoe.modeling.trust_flexmoe import (
     MAX_KEY_BYTES,
     SIGNATURE_FILE,

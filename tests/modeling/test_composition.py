@@ -18,7 +18,7 @@ from flexmoe.inspection import inspect
 from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel
 from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK
 from flexmoe.testing import perturb_expert, random_tokens, realigned, tiny_anchor
-from tests.hub_server import HubServer, point_client_at
+from tests.hub_server import Fault, HubServer, point_client_at
 
 _numbers = itertools.count()  # transformers remembers, while it runs, which commit a repository was at
 FAMILIES = ("llama", "gpt2", "gemma2")  # plain; stored under other names, tied, with buffers; tied and post-norm
@@ -472,6 +472,55 @@ class TestOnTheHub:
         point_client_at("http://127.0.0.1:9", monkeypatch)
         with pytest.warns(UserWarning, match="Whether 'lab/math' was withdrawn by its owner is not known"):
             assert_same_model(AutoModelForCausalLM.from_pretrained(pushed.repo), pushed.model)
+
+    @pytest.mark.parametrize("status", [500, 503])
+    def test_a_hub_that_is_down_has_withdrawn_nobody(self, pushed, tmp_path, status):
+        pushed.hub.faults.append(Fault("/api/models/lab/code/*", "status", status=status, times=None))
+        pushed.hub.faults.append(Fault("/lab/code/*", "status", status=status, times=None))
+        for missing in ("error", "skip"):
+            with (
+                pytest.warns(UserWarning, match="'lab/code' was withdrawn by its owner is not known"),
+                pytest.raises(ConnectionError, match="'code': the Hub"),
+            ):
+                AutoModelForCausalLM.from_pretrained(
+                    pushed.repo, missing_experts=missing, cache_dir=tmp_path / f"cold-{missing}"
+                )
+
+    def test_closed_in_another_way(self, pushed):
+        AutoModelForCausalLM.from_pretrained(pushed.repo)
+        pushed.hub.faults.append(Fault("*/code/auth-check", "status", status=403, times=None))
+        with pytest.raises(PermissionError, match="'code': the Hub does not let this account have 'lab/code'"):
+            AutoModelForCausalLM.from_pretrained(pushed.repo)
+
+    def test_folders_that_are_called_like_repositories(self, pushed, tmp_path, monkeypatch):
+        (tmp_path / "here" / "lab" / "math").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / "here")
+        assert_same_model(AutoModelForCausalLM.from_pretrained(pushed.folder), pushed.model)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"repo": "/etc", "revision": "0" * 40},
+            {"repo": "../math", "revision": "0" * 40},
+            {"repo": "lab/math", "revision": "main"},
+            {"repo": "lab/math", "revision": "../../../etc/passwd"},
+        ],
+    )
+    def test_references_that_lead_elsewhere(self, pushed, values):
+        edit_config(pushed.folder, lambda config: config["composition"]["experts"]["math"].update(values))
+        with pytest.raises(ValueError, match="must name a Hub repository and a commit of 40 hexadecimal digits"):
+            AutoModelForCausalLM.from_pretrained(pushed.folder)
+
+    def test_the_config_of_another_place_counts_under_skip_too(self, pushed, tmp_path):
+        other = AutoConfig.from_pretrained(pushed.repo)
+        other.num_experts_per_tok = 1
+        other.save_pretrained(tmp_path / "other")
+        del pushed.hub.repositories["lab/math"]
+        with pytest.warns(UserWarning, match="Loaded without 'math'"):
+            rest = FlexMoeForCausalLM.from_pretrained(  # an Auto class would read the repository's own
+                pushed.repo, config=str(tmp_path / "other"), missing_experts="skip"
+            )
+        assert (rest.expert_names, rest.config.num_experts_per_tok) == (["public", "code"], 1)
 
     def test_everybody_is_told_and_skipped_at_once(self, pushed):
         for name in OWNERS:

@@ -127,9 +127,21 @@ def test_offline_needs_the_cache(hub: HubServer, source: Path, tmp_path: Path) -
     assert len(hub.requests) == asked
 
 
+def test_a_folder_of_that_name_is_not_the_repository(
+    hub: HubServer, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push_folder("lab/anchor", source)
+    (tmp_path / "lab" / "anchor").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve_folder("lab/anchor").repo is None
+    assert resolve_folder("lab/anchor", is_repo=True, cache_dir=tmp_path / "cache").repo == "lab/anchor"
+    with pytest.raises(FileNotFoundError, match="is no id of a Hub repository"):
+        resolve_folder(str(tmp_path), is_repo=True)
+
+
 def test_a_dead_hub_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     point_client_at("http://127.0.0.1:9", monkeypatch)  # the discard port: nothing listens
-    with pytest.raises(FileNotFoundError, match="cannot be reached"):
+    with pytest.raises(ConnectionError, match="cannot be reached"):  # it has withdrawn nothing
         resolve_folder("lab/anchor", cache_dir=tmp_path)
 
 

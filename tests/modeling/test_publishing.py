@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, snapshot_download
 from transformers import AutoModelForCausalLM
 
+from flexmoe.admission import verify
 from flexmoe.conversion.compose import compose
 from flexmoe.conversion.graft import graft
 from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM
@@ -20,6 +21,7 @@ from flexmoe.modeling.packages_flexmoe import stream_package
 from flexmoe.modeling.publishing_flexmoe import PrivateTextError, plan_upload
 from flexmoe.modeling.tensor_writer_flexmoe import source_from_tensor, write_checkpoint
 from flexmoe.sharing import pull, push
+from flexmoe.signing import keygen, sign
 from flexmoe.testing import perturb_expert, tiny_anchor
 from tests.hub_server import Fault, HubServer, point_client_at
 
@@ -326,6 +328,44 @@ class TestModels:
 
 
 class TestPull:
+    def test_what_was_withdrawn_is_not_taken_from_the_cache(self, world: SimpleNamespace) -> None:
+        pushed = push(world.folder / "math", f"{world.lab}/math")
+        pull(f"{world.lab}/math", world.folder / "first")
+        HfApi().delete_repo(f"{world.lab}/math")
+        for options in ({}, {"revision": pushed.revision}):
+            with pytest.raises(FileNotFoundError, match=f"{world.lab}/math"):
+                pull(f"{world.lab}/math", world.folder / "second", **options)
+        with pytest.raises(FileNotFoundError, match=f"{world.lab}/math"):
+            verify(f"{world.lab}/math", world.folder / "merged")
+
+    def test_what_is_no_flexmoe(self, world: SimpleNamespace) -> None:
+        world.hub.push_folder(f"{world.lab}/dense", world.folder / "anchor")
+        with pytest.raises(ValueError, match=r"its model_type is 'llama'.*hf download"):
+            pull(f"{world.lab}/dense", world.folder / "pulled")
+        assert not [asked for asked in world.hub.requests if asked.endswith("model.safetensors")]
+
+    def test_a_composition_that_names_folders(self, world: SimpleNamespace) -> None:
+        model = loaded(world)
+        sources = {"public": world.folder / "anchor", "math": world.folder / "math"}
+        world.hub.push_folder(f"{world.lab}/evil", model.save_composition(world.folder / "evil", sources=sources))
+        with pytest.raises(ValueError, match="names the folder"):
+            pull(f"{world.lab}/evil", world.folder / "pulled")
+        with pytest.raises(ValueError, match="names the folder"):
+            verify(world.folder / "code", f"{world.lab}/evil")
+        assert not (world.folder / "pulled").exists()
+
+    def test_a_signature_holds_whatever_else_is_in_the_cache(self, world: SimpleNamespace) -> None:
+        keys, repo = keygen(world.folder / "key"), f"{world.lab}/math"
+        sign(world.folder / "math", keys.private)
+        push(world.folder / "math", repo)
+        HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="eval_results.json", repo_id=repo)
+        policy = world.folder / "policy.json"
+        rules = [{"pattern": repo, "allowed_signers": [keys.public.name]}]
+        policy.write_text(json.dumps({"format_version": 1, "rules": rules}))
+        snapshot_download(repo)  # all of it, by another program
+        assert (pull(repo, world.folder / "pulled", policy=policy) / "model.sig").exists()
+        assert loaded(world, "grafted").add_expert(repo, policy=policy) == "math"
+
     def test_a_package_has_the_bytes_of_its_owner(self, world: SimpleNamespace) -> None:
         repo = f"{world.lab}/math"
         pushed = push(world.folder / "math", repo)
