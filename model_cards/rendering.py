@@ -1,9 +1,10 @@
 """The cards in full: facts, scores and routing statistics through the Jinja templates beside this file.
 
 What strangers wrote gets into a card as text: front matter goes through `ModelCardData` and a YAML writer, and the
-templates' filters take from everything else what Markdown and HTML would make of it.
+templates' filters take from everything else what Markdown and HTML would make of it (`one_line` says what that is).
 
-Not here: where facts come from, which licences go together (`licenses`), files (`flexmoe.cards`).
+Not here: escaping (`flexmoe.modeling.cards_flexmoe`), where facts come from, which licences go together (`licenses`),
+files (`flexmoe.cards`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from huggingface_hub.repocard_data import EvalResult, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from flexmoe.model_cards.licenses import LICENSES, hub_identifier, license_conflicts, most_restrictive
+from flexmoe.modeling.cards_flexmoe import one_line, other_license, plain_line, shortened, table_cell
 
 ANCHOR = "the anchor"
 """What the anchor is called among the parts whose licences are compared."""
@@ -28,12 +30,8 @@ MIXED = "those-of-its-parts"
 
 _TEMPLATES = {"expert": "expert.md.jinja", "composition": "composition.md.jinja", "model": "model.md.jinja"}
 _METRICS = {"loss": "Loss per token (nats)", "perplexity": "Perplexity per token"}
-_LONGEST_CELL = 200
 _MOST_SETTINGS = 60
 
-_UNSEEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+"
-)  # controls; text that runs backwards
 _OPENING = re.compile(r"^([0-9]*)([-+=#>.)])")  # what makes a heading, a list or a rule of a line
 
 
@@ -62,12 +60,12 @@ def render(
     """
     if kind not in _TEMPLATES:
         raise ValueError(f"There is no card of a {kind!r}; there are those of {', '.join(_TEMPLATES)}.")
-    scores = {_one_line(domain): score for domain, score in (evaluation or {}).items()}
+    scores = {plain_line(domain): score for domain, score in (evaluation or {}).items()}
     if kind == "expert":
         said, conflicts = facts["license"], []
     else:
         said, conflicts = license or whole_license(facts), facts_conflicts(facts, license)
-    title = _one_line(name or facts.get("name") or "flexmoe")
+    title = plain_line(name or facts.get("name") or "flexmoe")
     values = {
         **facts,
         "front_matter": _front_matter(facts["metadata"], said, title, scores),
@@ -115,14 +113,9 @@ def _front_matter(
 
 
 def _license_fields(license: str) -> dict[str, str]:
-    """The Hub's own identifier; or "other", and a name in the form that it asks for (https://hf.co/docs/hub/model-cards)."""
+    """The Hub's own identifier, which the table knows from a name that only looks like one; or "other" and a name."""
     identifier = hub_identifier(license)
-    if identifier in LICENSES:
-        return {"license": identifier}
-    return {
-        "license": "other",
-        "license_name": re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-")[:96] or "other",
-    }
+    return {"license": identifier} if identifier in LICENSES else other_license(license)
 
 
 def _results(domain: str, score: Mapping[str, Any]) -> list[EvalResult]:
@@ -154,12 +147,12 @@ def _environment() -> Environment:
         autoescape=False,  # Markdown, not HTML: the filters escape
     )
     filters: dict[str, Callable[..., Any]] = {
-        "cell": _cell,
+        "cell": table_cell,
         "code": _code,
         "number": _number,
         "percent": _percent,
         "quote": _quote,
-        "sentence": lambda text: _escaped(_one_line(text)),
+        "sentence": one_line,
         "settings": _settings,
         "span": _span,
     }
@@ -167,30 +160,15 @@ def _environment() -> Environment:
     return environment
 
 
-def _one_line(text: Any) -> str:
-    return " ".join(_UNSEEN.sub(" ", str(text)).split())
-
-
-def _escaped(text: str) -> str:
-    """Text of which Markdown makes nothing else: no table, code, link, picture, emphasis or HTML."""
-    return re.sub(r"([\\`*\[\]|~])", r"\\\1", text).replace("<", "&lt;")
-
-
-def _cell(value: Any) -> str:
-    """A value on one line, not too long, in a table or in a sentence."""
-    text = _one_line("" if value is None else value)
-    return _escaped(text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…")
-
-
 def _code(value: Any) -> str:
     """A value as code, in a table too; nothing where it is None."""
-    text = _one_line("" if value is None else value)[:_LONGEST_CELL].replace("`", "'").replace("|", r"\|")
+    text = shortened(plain_line(value)).replace("`", "'").replace("|", "¦")  # in code nothing can be escaped
     return f"`{text}`" if text else ""
 
 
 def _quote(text: str) -> str:
     """Somebody's own words, of any length, as a quotation: no line of them can begin anything."""
-    lines = [_escaped(_one_line(line)) for line in text.strip().splitlines()]
+    lines = [one_line(line) for line in text.strip().splitlines()]
     return "\n".join(f"> {_OPENING.sub(_shielded, line)}".rstrip() for line in lines)
 
 

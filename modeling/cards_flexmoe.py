@@ -2,7 +2,7 @@
 
 A card comes from a renderer that is registered (the package `flexmoe` registers its templates), else it is the short
 one, as where these files travel alone. Facts are what the files say, and what strangers wrote in them: whoever puts
-them into Markdown escapes them (`table_cell`).
+them into Markdown escapes them (`table_cell`, `one_line`).
 
 Not here: the templates (`flexmoe.model_cards`), scores and routing statistics (`flexmoe.cards`), which licences go
 together.
@@ -23,12 +23,22 @@ CardKind = Literal["expert", "composition", "model"]
 Facts = Mapping[str, Any]
 CardRenderer = Callable[[str, Facts], str]
 
-_HUB_ID = re.compile(r"(?!.*(--|\.\.))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+# What the Hub takes for an id of its own: in a card, and where something is pushed to.
+HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$|[.-]$|[.-]/))[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
 _HUB_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*", re.ASCII)
 _LONGEST_CELL = 200
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+# What nobody sees: without width, or turning the direction of the text that follows.
 _UNSEEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+"
-)  # controls; text that runs backwards
+    "[\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+_PIECE = re.compile(r"[^\s`|<>\\]+|[`|<>\\]")
+# What GitHub's Markdown makes a link or a mention of, whatever is escaped in it: not so in code.
+_LINKED = re.compile(r"://|www\.|@", re.IGNORECASE)
+_PUNCTUATION = ".,;:!?'\"()[]"
+# `&` where an entity may begin; `_` unless it stands inside a word.
+_MARKUP = re.compile(r"[\\`*\[\]|~$<]|&(?=[#A-Za-z])|(?<![^\W_])_|_(?![^\W_])")
+_ENTITIES = {"<": "&lt;", "&": "&amp;"}
 _UNQUOTED = re.compile("[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]")  # JSON lets them be, YAML does not
 
 _renderers: list[CardRenderer] = []  # one, or none
@@ -84,10 +94,13 @@ def license_fields(license: str | None) -> dict[str, str]:
     """A front matter's fields that name a licence: what looks like the Hub's identifier, or "other" and a name."""
     if not license:
         return {}
-    if _HUB_LICENSE.fullmatch(license):
-        return {"license": license}
-    name = re.sub(r"[^a-z0-9.]+", "-", license.lower()).strip("-")[:96]  # the form that the Hub asks for
-    return {"license": "other", "license_name": name or "other"}
+    return {"license": license} if _HUB_LICENSE.fullmatch(license) else other_license(license)
+
+
+def other_license(name: str) -> dict[str, str]:
+    """The fields for a licence without an identifier, its name in the Hub's form (https://hf.co/docs/hub/model-cards)."""
+    slug = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")[:96]
+    return {"license": "other", "license_name": slug or "other"}
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:
@@ -96,12 +109,41 @@ def front_matter(fields: Mapping[str, Any]) -> str:
     return f"---\n{''.join(lines)}---\n"
 
 
+def plain_line(value: Any) -> str:
+    """A stranger's text on one line, without what nobody sees: not yet Markdown. "" of None."""
+    return " ".join(_CONTROLS.sub(" ", _UNSEEN.sub("", "" if value is None else str(value))).split())
+
+
+def one_line(value: Any) -> str:
+    """A stranger's text as a line of Markdown: nothing but text, words like addresses as code.
+
+    Of CommonMark and GitHub's extensions no table, link, mention, picture, emphasis, formula, entity or HTML comes of
+    it, in a table or in a paragraph. At the beginning of a line it can still open a heading or a list.
+    """
+    return _PIECE.sub(_as_text, plain_line(value))
+
+
 def table_cell(value: Any) -> str:
-    """A stranger's text as a cell of a Markdown table: one line, not too long, and nothing but text."""
-    text = " ".join(_UNSEEN.sub(" ", "" if value is None else str(value)).split())
-    if len(text) > _LONGEST_CELL:
-        text = text[: _LONGEST_CELL - 1] + "…"
-    return re.sub(r"([\\`*\[\]|~])", r"\\\1", text).replace("<", "&lt;")
+    """As `one_line`, of at most 200 characters."""
+    return one_line(shortened(plain_line(value)))
+
+
+def shortened(text: str) -> str:
+    """The text, or its first 199 characters and an ellipsis."""
+    return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…"
+
+
+def _as_text(piece: re.Match[str]) -> str:
+    word: str = piece[0]
+    if not _LINKED.search(word):
+        return _MARKUP.sub(_escape, word)
+    address = word.strip(_PUNCTUATION)
+    before, _, after = word.partition(address)
+    return f"{_MARKUP.sub(_escape, before)}`{address}`{_MARKUP.sub(_escape, after)}"
+
+
+def _escape(match: re.Match[str]) -> str:
+    return _ENTITIES.get(match[0], f"\\{match[0]}")
 
 
 def short_card(kind: CardKind, facts: Facts) -> str:
@@ -148,7 +190,7 @@ def _place(place: Mapping[str, Any] | None) -> dict[str, str | None]:
 
 def _hub_ids(repos: Iterable[Any]) -> list[str]:
     """What of `repos` can be an id on the Hub, each once: it refuses a card that names others."""
-    return list(dict.fromkeys(repo for repo in repos if isinstance(repo, str) and _HUB_ID.fullmatch(repo)))
+    return list(dict.fromkeys(repo for repo in repos if isinstance(repo, str) and HUB_ID.fullmatch(repo)))
 
 
 def _quoted(json_text: str) -> str:
@@ -233,13 +275,18 @@ _SHORT: dict[str, Callable[[Facts], str]] = {
 }
 
 __all__ = [
+    "HUB_ID",
     "composition_facts",
     "expert_facts",
     "front_matter",
     "license_fields",
     "model_facts",
+    "one_line",
+    "other_license",
+    "plain_line",
     "register_card_renderer",
     "render_card",
     "short_card",
+    "shortened",
     "table_cell",
 ]

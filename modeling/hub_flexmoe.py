@@ -27,9 +27,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
 from transformers.utils import logging
 
+from .cards_flexmoe import HUB_ID
 from .packages_flexmoe import PACKAGE_FILES
 
 # Weights as safetensors under the names that transformers and FlexMoE write, and everything a tokenizer is made of.
@@ -299,12 +299,8 @@ def check_pushable(repo: str) -> None:
         ValueError: it is no Hub id.
         ConnectionError: HF_HUB_OFFLINE is set.
     """
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{repo!r} is not a Hub id; expected one such as 'my-organisation/math-expert' ({error})."
-        ) from error
+    if not HUB_ID.fullmatch(repo):
+        raise ValueError(f"{repo!r} is not a Hub id; expected one such as 'my-organisation/math-expert'.")
     if is_offline_mode():
         raise ConnectionError(f"Nothing can be pushed to {repo!r} while HF_HUB_OFFLINE is set: unset it.")
 

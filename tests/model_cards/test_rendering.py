@@ -11,7 +11,7 @@ from markdown_it import MarkdownIt
 from flexmoe import FlexMoeConfig
 from flexmoe.model_cards.licenses import license_conflicts
 from flexmoe.model_cards.rendering import MIXED, render
-from flexmoe.modeling.cards_flexmoe import composition_facts, expert_facts, model_facts, short_card
+from flexmoe.modeling.cards_flexmoe import composition_facts, expert_facts, model_facts, one_line, short_card
 from flexmoe.modeling.manifest_flexmoe import ExpertManifest
 from tests.hub_server import HubServer, point_client_at
 
@@ -30,7 +30,14 @@ HOSTILE = (
     "long " * 5000,
     "trailing backslash \\",
     "one\n\n    indented\n\n\n[x]: http://y\n\n> \n\n+ two",
+    "__bold__ _em_ ___both___ a __b__ *_c_*",
+    "https://evil.example/x?y=z_z_ or WWW.evil.example, mailto:a@b.example (jane@b.example) and @jane",
+    "&#x202e;gnp.exe &lt;b&gt; &commat;jane https&#58;//evil.example $$x_{1}$$",
+    "\u200bz\u200de\u2060r\ufeffo\u200e w\u00adi\u061cd\u2066t\U000e0041h",
+    "@`@`a@b`|a@b|`|c@d\\`\\https://x\\|`",
 )
+# Each character that is not seen or turns the direction of text, written out one by one: another list than the code's.
+UNSEEN = [*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xAD, 0x61C, 0xFEFF, 0xE0041, 0x9B]
 SCORES = {
     "prose": {"loss": 1.23456, "perplexity": 3.4369, "tokens": 1000, "documents": 3},
     "a | b\n---": {"loss": 2.0, "perplexity": None, "tokens": 5, "documents": 1},
@@ -97,7 +104,8 @@ def shape(text: str) -> list[tuple[str, str]]:
     tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(ModelCard(text).text)
     nested = [inner for token in tokens for inner in (token, *(token.children or []))]
     # how long a text is: the quoted statement may have several lines and paragraphs
-    plain = {"text", "softbreak", "text_special", "inline", "paragraph_open", "paragraph_close"}
+    # an address in it is code, so that nothing makes a link of it: which words are, the test of lines says
+    plain = {"text", "softbreak", "text_special", "inline", "paragraph_open", "paragraph_close", "code_inline"}
     return [(token.type, token.tag) for token in nested if token.type not in plain]
 
 
@@ -110,8 +118,10 @@ def test_a_strangers_text_is_text_and_nothing_else(card: Card, kind: str, text: 
     assert shape(written) == shape(harmless)
     kinds = {token for token, _ in shape(written)}
     assert not kinds & {"html_inline", "html_block", "image", "link_open", "s_open"}
-    assert "\x1b" not in written
-    assert "\u202e" not in written
+    assert not set("\x1b\u2028").intersection(written)
+    assert not set(map(chr, UNSEEN)).intersection(written)
+    assert not re.search(r"://|www\.|@", prose(written), re.IGNORECASE)
+    assert not set(map(chr, UNSEEN)).intersection(prose(written))  # nor by an entity
     assert headings(written) == headings(harmless)
     data = ModelCard(written).data.to_dict()
     fixed = {"license", "license_name", "base_model", "base_model_relation", "model-index"}
@@ -123,6 +133,36 @@ def test_a_strangers_text_is_text_and_nothing_else(card: Card, kind: str, text: 
 def headings(text: str) -> list[str]:
     tokens = MarkdownIt("commonmark").parse(ModelCard(text).text)
     return [tokens[i + 1].content for i, token in enumerate(tokens) if token.type == "heading_open"]
+
+
+def prose(text: str) -> str:
+    """What a reader sees of a card's body but for code: where GitHub's Markdown looks for addresses to link."""
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(ModelCard(text).text)
+    inner = [child for token in tokens for child in token.children or ()]
+    return "".join(" " if child.type == "code_inline" else child.content for child in inner)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("__init__ _em_ snake_case x__y", r"\_\_init\_\_ \_em\_ snake_case x\_\_y"),
+        ("Ask jane_d@x.example.", "Ask `jane_d@x.example`."),
+        ("(https://x.example/a_b?c=d), or www.x.example!", "(`https://x.example/a_b?c=d`), or `www.x.example`!"),
+        ("thanks @jane", "thanks `@jane`"),
+        ("[a](http://b|c)", r"\[`a](http://b`\|c)"),
+        ("`http://b`", r"\``http://b`\`"),
+        ("R&D & &copy; &#64;", "R&amp;D & &amp;copy; &amp;#64;"),
+        ("$5 <b> a\\b", r"\$5 &lt;b> a\\b"),
+        ("a\u200bb\tc\r\nd", "ab c d"),
+        (None, ""),
+    ],
+)
+def test_a_line_is_escaped_and_legible(text: str | None, line: str) -> None:
+    assert one_line(text) == line
+
+
+def test_a_line_takes_no_longer_than_it_is_long() -> None:
+    assert len(one_line("a_" * 500_000 + "@" * 500_000)) == 1_500_002
 
 
 CARDS: dict[str, tuple[str, Any]] = {
