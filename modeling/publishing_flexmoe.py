@@ -1,39 +1,58 @@
 """Folders on their way to the Hub: which files go, whether they may, and the upload.
 
 A folder is an expert package, a composition, or a merged model. What goes is decided by its kind, not by what happens
-to lie there; card and manifest are looked through for what nobody wants to publish. Not here: the connection
-(`hub_flexmoe`), and cards (`cards_flexmoe`).
+to lie there; card, manifest and other short texts are looked through for what nobody wants to publish, weights,
+vocabularies and the public sample are not. Not here: the connection (`hub_flexmoe`), and cards (`cards_flexmoe`).
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .configuration_flexmoe import FlexMoeConfig
 from .folders_flexmoe import file_inside, open_regular_file, read_regular_file
-from .hub_flexmoe import NEVER_DOWNLOADED, PACKAGE_FILES, Pushed, push_folder
+from .hub_flexmoe import NEVER_DOWNLOADED, Pushed, push_folder
 from .json_flexmoe import MAX_JSON_BYTES, read_json_object
 from .manifest_flexmoe import MANIFEST_FILE
-from .packages_flexmoe import CARD_FILE, CONFIG_FILE, ExpertPackage
+from .packages_flexmoe import CARD_FILE, CONFIG_FILE, PACKAGE_FILES, ExpertPackage
 from .scan_flexmoe import Discovery, scan
 
-SCANNED = (CARD_FILE, MANIFEST_FILE, CONFIG_FILE)
+SCANNED = (
+    CARD_FILE,
+    MANIFEST_FILE,
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "chat_template*",
+    "LICENSE*",
+    "USE_POLICY*",
+)
 
-_REPLACED = {
-    # what an older version in the repository may have that the new one has not
-    "package": ("expert*.safetensors", "expert.safetensors.index.json", "model.sig"),
-    "composition": ("router.safetensors", "*_flexmoe.py"),
-    "model": ("model*.safetensors", "model.safetensors.index.json", "router.safetensors", "*_flexmoe.py"),
+_OF_EVERY_MODEL = (
+    *(CONFIG_FILE, CARD_FILE, "generation_config.json", "LICENSE*", "USE_POLICY*", "*_flexmoe.py"),
+    *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+    *("vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "chat_template*.json", "chat_template*.jinja"),
+    *("spiece.model", "sentencepiece*.model", "*.spm", "*.tiktoken"),
+)
+_GOES = {
+    "package": PACKAGE_FILES,
+    "composition": ("router.safetensors", *_OF_EVERY_MODEL),
+    "model": ("model*.safetensors", "model.safetensors.index.json", *_OF_EVERY_MODEL),
 }
+_NEVER = (".*", "*.pem", "*.key", *(pattern for pattern in NEVER_DOWNLOADED if pattern != "*.py"))
+# No version takes these from a repository: the first is written anew, the others may be somebody's own.
+_KEPT = (CARD_FILE, "LICENSE*", "USE_POLICY*")
+_OURS = (MANIFEST_FILE, "*_flexmoe.py")  # one of these shows that what lies in a repository is FlexMoE's
+_OUR_FILES = (*_GOES["package"], *_GOES["composition"], *_GOES["model"], "public_sample.jsonl")
 
 
 class PrivateTextError(ValueError):
-    """Card or manifest hold what looks private; the message says where."""
+    """A text that would go holds what looks private; the message says where."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +72,7 @@ class Upload:
         kind: "package", "composition" or "model".
         files: what goes.
         left_out: names of what else lies there and stays.
-        discoveries: what looks private in card and manifest.
+        discoveries: what looks private in those of its files that are in `SCANNED`.
     """
 
     folder: Path
@@ -79,30 +98,32 @@ def plan_upload(folder: str | Path) -> Upload:
     Raises:
         FileNotFoundError: no such folder, or it is neither an expert package nor a FlexMoE model.
         ValueError: a package is not what its manifest says (`PackageError`); a composition names folders, which
-            nobody else has; or it is a model of another kind.
+            nobody else has; the public sample is not what the config records; or it is a model of another kind.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} to push.")
-    kind, hashes = _kind_of(folder)
+    kind, hashes, sample = _kind_of(folder)
     entries = sorted(entry.name for entry in folder.iterdir())
-    going = [name for name in entries if _goes(folder, kind, name)]
+    going = [name for name in entries if _goes(folder, kind, name, sample)]
     files = []
     for name in going:
         size, digest = _size_and_hash(file_inside(folder, name), hashes.get(name))
         files.append(PlannedFile(name, size, digest))
-    found = [discovery for name in SCANNED if name in going for discovery in _scan_file(folder, name)]
+    _check_sample(folder, sample, files)
+    found = [discovery for name in going if _fits(name, SCANNED) for discovery in _scan_file(folder, name)]
     left = tuple(name for name in entries if name not in going)
     return Upload(folder, kind, tuple(files), left, tuple(found))
 
 
 def push(upload: Upload, repo: str, *, allow_private_text: bool = False, **options: Any) -> Pushed:
-    """Sends what was planned as one commit.
+    """Sends what was planned as one commit, which takes away what an older version, or another kind, left there.
 
     Args:
         repo: the Hub id of a model repository, which is made if it is not there.
-        allow_private_text: send card and manifest although something in them looks private.
-        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, as `push_folder` takes them.
+        allow_private_text: send texts although something in them looks private.
+        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description`, as `push_folder`
+            takes them.
 
     Raises:
         PrivateTextError: something looks private, and `allow_private_text` is False.
@@ -116,16 +137,23 @@ def push(upload: Upload, repo: str, *, allow_private_text: bool = False, **optio
     if options.get("commit_message") is None:
         options["commit_message"] = f"Upload {upload.kind} with flexmoe"
     names = [file.name for file in upload.files]
-    return push_folder(upload.folder, repo, files=names, replaced=_REPLACED[upload.kind], **options)
+    return push_folder(upload.folder, repo, files=names, outdated=_outdated, **options)
 
 
-def _kind_of(folder: Path) -> tuple[str, Mapping[str, str]]:
-    """The kind, and hashes that were computed while it was checked."""
+def _outdated(there: Sequence[str]) -> list[str]:
+    """Of the names in a repository, those of what was pushed there before; none if that was not FlexMoE's."""
+    if not any(_fits(name, _OURS) for name in there):
+        return []
+    return [name for name in there if _fits(name, _OUR_FILES) and not _fits(name, _KEPT)]
+
+
+def _kind_of(folder: Path) -> tuple[str, Mapping[str, str], Mapping[str, Any]]:
+    """The kind, hashes that were computed on the way, and what a model's config says of its public sample."""
     if (folder / MANIFEST_FILE).is_file():
         package = ExpertPackage.open(folder)
         for _ in package.tensors():  # to the end: every hash is compared, every number looked at
             pass
-        return "package", package.manifest.sha256
+        return "package", package.manifest.sha256, {}
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} is neither an expert package nor a model: it has no {MANIFEST_FILE} and no {CONFIG_FILE}."
@@ -136,10 +164,12 @@ def _kind_of(folder: Path) -> tuple[str, Mapping[str, str]]:
             f"{folder} holds a {config.get('model_type')!r} model, not one of FlexMoE: push it with "
             "`hf upload`, or make one of it with `flexmoe graft`."
         )
+    recorded = config.get("public_sample")
+    sample = recorded if isinstance(recorded, dict) else {}
     if config.get("composition") is None:
-        return "model", {}
+        return "model", {}, sample
     _refuse_folders(folder, config["composition"])
-    return "composition", {}
+    return "composition", {}, sample
 
 
 def _refuse_folders(folder: Path, composition: Any) -> None:
@@ -153,15 +183,23 @@ def _refuse_folders(folder: Path, composition: Any) -> None:
         )
 
 
-def _goes(folder: Path, kind: str, name: str) -> bool:
-    if kind == "package":
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in PACKAGE_FILES)
-    unwanted = [pattern for pattern in NEVER_DOWNLOADED if pattern != "*.py"]
-    return (
-        not name.startswith(".")
-        and (folder / name).is_file()
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in unwanted)
-    )
+def _goes(folder: Path, kind: str, name: str, sample: Mapping[str, Any]) -> bool:
+    wanted = _fits(name, _GOES[kind]) or name == sample.get("file")
+    return wanted and not _fits(name, _NEVER) and (folder / name).is_file()
+
+
+def _check_sample(folder: Path, sample: Mapping[str, Any], files: Sequence[PlannedFile]) -> None:
+    """A config may be a stranger's, so the hash has to show that the file it names is the sample and nothing else."""
+    for file in files:
+        if file.name == sample.get("file") and file.sha256 != sample.get("sha256"):
+            raise ValueError(
+                f"{folder / file.name} has SHA-256 {file.sha256}, but by config.json, which names it as the public "
+                f"sample, {sample.get('sha256')}: the file was changed. Restore it, or take it out of the folder."
+            )
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _size_and_hash(path: Path, known: str | None) -> tuple[int, str]:

@@ -1,6 +1,6 @@
 """What a text must not say in public by mistake: e-mail addresses, access tokens, private keys, paths of a machine.
 
-For cards and manifests, before they are pushed. Patterns find what looks like one, so an answer may be wrong either
+For cards, manifests and other short texts, before they are pushed. Patterns find what looks like one, so an answer may be wrong either
 way. Not here: the text that a model was trained on, or that it remembers.
 """
 

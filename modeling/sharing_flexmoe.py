@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .cards_flexmoe import model_facts, render_card
 from .configuration_flexmoe import FlexMoeConfig
-from .hub_flexmoe import HubAccess, Pushed
+from .hub_flexmoe import HubAccess, Pushed, check_pushable
 from .packages_flexmoe import CARD_FILE, ExpertPackage
 from .parallel_flexmoe import is_sharded
 from .publishing_flexmoe import plan_upload, push
@@ -69,6 +69,7 @@ class ModelSharing(_Model):
                 "push_expert_to_hub of a sharded model: let every process call save_expert, then push that folder "
                 "once, with `flexmoe push`."
             )
+        check_pushable(repo_id)
         with tempfile.TemporaryDirectory(prefix="flexmoe-") as folder:
             upload = plan_upload(self.save_expert(name, Path(folder) / "package", **manifest_fields))
             pushed = push(
@@ -126,10 +127,14 @@ class ModelSharing(_Model):
         by_reference: bool = False,
         sources: Mapping[str, str | Path] | None = None,
         allow_private_text: bool = False,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
         max_shard_size: int | str = "5GB",
         tags: Sequence[str] | None = None,
-        token: str | bool | None = None,
-        **options: Any,
     ) -> Any:
         """Pushes this model to the Hub with a card that names its experts, merged or as a composition.
 
@@ -138,20 +143,40 @@ class ModelSharing(_Model):
             by_reference: push a composition, kilobytes that name anchor and experts, which must be on the Hub.
             sources: as in `save_composition`.
             allow_private_text: push although the card or config.json hold what looks private.
+            private: of a repository that is made here.
+            revision: the branch; made if it is not there.
+            create_pr: open a pull request instead.
             max_shard_size: of a weight file.
             tags: further tags for the card of a merged model.
-            options: `private`, `revision` (a branch), `create_pr`, `commit_message`.
 
         Returns:
             The repository, its page, and the commit that was made (`Pushed`). A model that only lends its adapters
             (`load_adapter`) is left to transformers, which pushes these.
 
         Raises:
-            ValueError: as `save_composition`; a composition names folders; or something looks private.
+            ValueError: as `save_composition`; a composition names folders, or is given `tags`; `repo_id` is no Hub id;
+                or something looks private.
             PermissionError, ConnectionError: the Hub does not take it.
+            RuntimeError: the model is sharded over several processes.
         """
+        options: dict[str, Any] = {
+            "private": private,
+            "token": token,
+            "revision": revision,
+            "create_pr": create_pr,
+            "commit_message": commit_message,
+            "commit_description": commit_description,
+        }
         if self._hf_peft_config_loaded:
-            return super().push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, token=token, **options)
+            return super().push_to_hub(repo_id, max_shard_size=max_shard_size, tags=tags, **options)
+        if is_sharded(self):
+            raise RuntimeError(
+                "push_to_hub of a sharded model: let every process call save_pretrained, then push that folder once, "
+                "with `flexmoe push`."
+            )
+        if by_reference and tags:
+            raise ValueError(f"tags={list(tags)}: only the card of a merged model takes them; leave out by_reference.")
+        check_pushable(repo_id)
         with tempfile.TemporaryDirectory(prefix="flexmoe-") as temporary:
             folder = Path(temporary) / "model"
             if by_reference:
@@ -162,7 +187,7 @@ class ModelSharing(_Model):
                 facts["metadata"]["tags"] = [*facts["metadata"]["tags"], *(tags or ())]
                 (folder / CARD_FILE).write_text(render_card("model", facts), encoding="utf-8")
             upload = plan_upload(folder)
-            return push(upload, repo_id, allow_private_text=allow_private_text, token=token, **options)
+            return push(upload, repo_id, allow_private_text=allow_private_text, **options)
 
 
 __all__ = ["ModelSharing"]

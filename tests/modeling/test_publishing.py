@@ -1,5 +1,6 @@
 """Experts, compositions and models on the Hub, through the real client against a server on the loopback."""
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -40,7 +41,20 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
         perturb_expert(model, name)
         model.save_expert(name, folder / name, license="apache-2.0", data_statement="Worked problems.")
     compose(folder / "grafted", [folder / "math"], folder / "merged")
+    by_reference = {"public": folder / "anchor", "math": folder / "math"}
+    FlexMoeForCausalLM.from_pretrained(folder / "merged").save_composition(
+        folder / "composition", sources=by_reference
+    )
+    name_repositories(folder / "composition" / "config.json")
     return folder
+
+
+def name_repositories(path: Path) -> None:
+    """As if the parts had been on the Hub: who only pushes does not ask for them."""
+    config = json.loads(path.read_text())
+    pin = {"repo": "alice/part", "revision": "1" * 40}
+    config["composition"] |= {"anchor": pin, "experts": {"math": pin | {"sha256": {}}}}
+    path.write_text(json.dumps(config))
 
 
 @pytest.fixture
@@ -155,6 +169,16 @@ class TestPush:
         assert not world.hub.requests
         push(folder, f"{world.lab}/math", allow_private_text=True)
         assert text.split("\\")[0] in remote_files(world, f"{world.lab}/math")[file].decode()
+
+    @pytest.mark.parametrize(
+        "file", ["config.json", "generation_config.json", "tokenizer_config.json", "LICENSE.md", "chat_template.jinja"]
+    )
+    def test_nor_in_the_short_texts_beside_a_model(self, world: SimpleNamespace, file: str) -> None:
+        path = world.folder / "merged" / file
+        values = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**values, "note": "ask jane@hospital.example.org"}))
+        (found,) = plan_upload(world.folder / "merged").discoveries
+        assert (found.kind, found.file) == ("an e-mail address", file)
 
     def test_tokens_are_not_repeated(self, world: SimpleNamespace) -> None:
         secret = "hf_AbCdEfGhIjKlMnOpQrStUvWxYz012345"
@@ -297,7 +321,153 @@ class TestAddFromTheHub:
         self.refuse(world, repo, FileNotFoundError, f"{repo}.*neither a folder here nor a Hub repository")
 
 
+# What may lie beside a model, and whether it goes.
+BESIDE = {
+    "tokenizer.json": True,
+    "tokenizer_config.json": True,
+    "tokenizer.model": True,
+    "vocab.json": True,
+    "merges.txt": True,
+    "chat_template.jinja": True,
+    "LICENSE": True,
+    "USE_POLICY.md": True,
+    "me.pem": False,
+    "train.jsonl": False,
+    "notes.txt": False,
+    "scores.json": False,
+    "LICENSE.pem": False,
+    "LICENSE.pkl": False,
+    ".env": False,
+    ".config.json": False,
+    "pytorch_model.bin": False,
+    "optimizer.pt": False,
+    "train.py": False,
+    "model.sig": False,
+    "expert.safetensors": False,
+    "adapter_model.safetensors": False,
+}
+
+
+class TestWhatGoes:
+    @pytest.mark.parametrize("kind", ["merged", "composition"])
+    def test_of_a_model_what_is_a_models_and_nothing_else(self, world: SimpleNamespace, kind: str) -> None:
+        folder = world.folder / kind
+        before = {file.name for file in plan_upload(folder).files}
+        weights = "router.safetensors" if kind == "merged" else "model.safetensors"  # the other kind's
+        for name in (*BESIDE, weights):
+            (folder / name).write_bytes(b"x")
+        (folder / "vocab.txt").mkdir()
+        plan = plan_upload(folder)
+        assert {file.name for file in plan.files} - before == {name for name, goes in BESIDE.items() if goes}
+        left = {name for name, goes in BESIDE.items() if not goes} | {weights, "vocab.txt"}
+        assert set(plan.left_out) == left
+
+    @pytest.mark.parametrize("name", ["public_sample.jsonl", "me.pem", ".secret.jsonl"])
+    def test_the_public_sample_by_its_hash(self, world: SimpleNamespace, name: str) -> None:
+        folder, text = world.folder / "merged", b'{"text": "of all"}\n'
+        config = json.loads((folder / "config.json").read_text())
+        config["public_sample"] = {"file": name, "sha256": hashlib.sha256(text).hexdigest()}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / name).write_bytes(text)
+        goes = name == "public_sample.jsonl"
+        assert (name in {file.name for file in plan_upload(folder).files}) is goes
+        (folder / name).write_bytes(b"something else")
+        if goes:
+            with pytest.raises(ValueError, match="the file was changed"):
+                plan_upload(folder)
+
+
+class TestWhatWasThere:
+    """A push takes away what an older version or another kind left, and what is not FlexMoE's stays."""
+
+    @pytest.mark.parametrize("new", ["math", "composition", "merged"])
+    @pytest.mark.parametrize("old", ["math", "composition", "merged"])
+    def test_of_another_kind_nothing_is_left(self, world: SimpleNamespace, old: str, new: str) -> None:
+        repo = f"{world.lab}/mixed"
+        for name in ("tokenizer.json", "router.safetensors") if old == "composition" else ():
+            (world.folder / old / name).write_text("{}")
+        push(world.folder / old, repo)
+        push(world.folder / new, repo)
+        assert remote_files(world, repo).keys() == {file.name for file in plan_upload(world.folder / new).files}
+        assert len(world.hub.repositories[repo].commits) == 2 + (old != new)  # with the one that made it
+
+    @pytest.mark.parametrize("new", ["math", "composition", "merged"])
+    def test_what_is_somebody_elses_stays(self, world: SimpleNamespace, new: str) -> None:
+        repo = f"{world.lab}/{new}"
+        push(world.folder / new, repo)
+        others = {
+            *("experts/other.safetensors", "expert-drafts/x.safetensors", "model/x_flexmoe.py"),
+            *("notes.txt", "scores.json", "LICENSE", "plots.png", "onnx/model.safetensors"),
+        }
+        for path in others:
+            HfApi().upload_file(path_or_fileobj=b"keep", path_in_repo=path, repo_id=repo)
+        push(world.folder / ("merged" if new == "math" else "math"), repo)
+        push(world.folder / new, repo)
+        assert others <= remote_files(world, repo).keys()
+
+    def test_a_repository_that_was_not_flexmoes_loses_nothing(self, world: SimpleNamespace) -> None:
+        repo = f"{world.lab}/dense"
+        world.hub.push_folder(repo, world.folder / "anchor")
+        before = remote_files(world, repo).keys()
+        push(world.folder / "math", repo)
+        assert remote_files(world, repo).keys() == before | FILES
+
+    def test_a_name_is_no_pattern(self, world: SimpleNamespace) -> None:
+        repo = f"{world.lab}/math"
+        push(world.folder / "math", repo)
+        for path in ("expert[1-9].safetensors", "expert-drafts/2.safetensors"):
+            HfApi().upload_file(path_or_fileobj=b"x", path_in_repo=path, repo_id=repo)
+        push(world.folder / "math", repo)
+        assert remote_files(world, repo).keys() == FILES | {"expert-drafts/2.safetensors"}
+
+    def test_on_another_branch(self, world: SimpleNamespace) -> None:
+        repo = f"{world.lab}/math"
+        push(world.folder / "merged", repo)
+        main = remote_files(world, repo)
+        push(world.folder / "math", repo, revision="next")
+        assert remote_files(world, repo, "next").keys() == FILES
+        assert remote_files(world, repo) == main
+
+
 class TestModels:
+    @pytest.mark.parametrize(
+        ("repo", "options", "kind", "words"),
+        [
+            ("a/b/c", {}, ValueError, "'a/b/c' is not a Hub id"),
+            ("a/b--c", {}, ValueError, "'a/b--c' is not a Hub id"),
+            ("a/b", {"commit_msg": "x"}, TypeError, "commit_msg"),
+            ("a/b", {"by_reference": True, "tags": ["x"]}, ValueError, r"tags=\['x'\]"),
+            ("a/b", {"sharded": True}, RuntimeError, "save_pretrained, then push that folder"),
+        ],
+    )
+    def test_mistakes_are_told_before_anything_is_written(
+        self,
+        world: SimpleNamespace,
+        monkeypatch: pytest.MonkeyPatch,
+        repo: str,
+        options: dict[str, object],
+        kind: type[Exception],
+        words: str,
+    ) -> None:
+        model = loaded(world)
+        for name in ("save_pretrained", "save_composition", "save_expert"):
+            monkeypatch.setattr(model, name, lambda *_, **__: pytest.fail("it was saved"))
+        if options.pop("sharded", False):
+            monkeypatch.setattr("flexmoe.modeling.sharing_flexmoe.is_sharded", lambda _: True)
+        with pytest.raises(kind, match=words):
+            model.push_to_hub(repo, **options)
+        if words.endswith("is not a Hub id"):
+            with pytest.raises(kind, match=words):
+                model.push_expert_to_hub("math", repo)
+        assert not world.hub.requests
+
+    def test_commit_message_and_description(self, world: SimpleNamespace) -> None:
+        repo = f"{world.lab}/model"
+        pushed = loaded(world).push_to_hub(repo, commit_message="One", commit_description="Why", private=True)
+        repository = world.hub.repositories[repo]
+        commit = repository.commits[pushed.revision]
+        assert (commit.title, commit.message, repository.private) == ("One", "Why", True)
+
     def test_merged(self, world: SimpleNamespace) -> None:
         model, repo = loaded(world), f"{world.lab}/model"
         pushed = model.push_to_hub(repo, tags=["arithmetic"])
