@@ -1,12 +1,14 @@
 """What the commands show: tables and JSON on stdout; progress, warnings and errors on stderr.
 
 Colours follow the terminal and NO_COLOR (rich does). With `--json`, stdout carries the JSON and nothing else.
+Manifests and configs are strangers': what in their text would steer a terminal is shown as an escape, `\\x1b`.
 Not here: which facts are shown (`tables`).
 """
 
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -19,21 +21,31 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.table import Table
 
+# Controls (of which ESC begins what moves the cursor or sets a title), what turns the direction of text or has no
+# width, and halves of characters, which cannot be written. Not the two joiners, which letters and emoji need.
+_STEERING = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    "\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
 
 def print_json(value: Any) -> None:
     """Prints `value` as JSON: standard JSON, so NaN and infinities become null."""
-    sys.stdout.write(json.dumps(_standard(value), indent=2, ensure_ascii=False) + "\n")
+    lines = json.dumps(_standard(value), indent=2, ensure_ascii=False).split("\n")  # json escapes those in strings
+    sys.stdout.write("\n".join(_STEERING.sub(_json_escape, line) for line in lines) + "\n")
 
 
 def print_line(text: str) -> None:
     """Prints a line of rich markup on stdout, never broken in the middle of a path."""
-    Console().print(text, soft_wrap=True, highlight=False)
+    Console().print(_shown(text), soft_wrap=True, highlight=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Prints a table: numbers to the right, text to the left, empty columns not at all. Cells are plain text."""
-    table = Table(title=escape(title), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD)
-    cells = [list(row) for row in rows]
+    table = Table(
+        title=escape(_shown(title)), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD
+    )
+    cells = [[_shown(cell) for cell in row] for row in rows]
     shown = [index for index in range(len(columns)) if index == 0 or any(row[index] for row in cells)]
     for index in shown:
         numeric = index > 0 and all(_is_number(row[index]) for row in cells)
@@ -140,7 +152,16 @@ def _human(count: float, units: Sequence[str], digits: int = 3) -> str:
 
 
 def _print_message(label: str, style: str, text: str) -> None:
-    Console(stderr=True).print(f"[{style}]{label}:[/] {escape(text)}", soft_wrap=True, highlight=False)
+    Console(stderr=True).print(f"[{style}]{label}:[/] {escape(_shown(text))}", soft_wrap=True, highlight=False)
+
+
+def _shown(text: str) -> str:
+    """The text with what would steer a terminal as an escape, as Python writes it."""
+    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _json_escape(match: re.Match[str]) -> str:
+    return json.dumps(match[0])[1:-1] if match[0] != "\x7f" else "\\u007f"
 
 
 def _weight_bytes(source: str | Path | None) -> int | None:

@@ -28,7 +28,9 @@ def push(
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     allow_private_text: Annotated[
         bool,
-        typer.Option("--allow-private-text", help="Push although card or manifest hold an address, token or path."),
+        typer.Option(
+            "--allow-private-text", help="Push although a card, manifest or licence holds an address, token or path."
+        ),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -46,7 +48,7 @@ def push(
         if as_json:
             print_json({**plan.to_dict(), "repo": repo})
             return
-        rows = [[file.name, human_bytes(file.nbytes), file.sha256] for file in plan.files]
+        rows = [[file.name, human_bytes(file.nbytes), f"{file.sha256[:16]}…"] for file in plan.files]
         print_table(f"Would go to {repo}, as a {plan.kind}", ("file", "size", "SHA-256"), rows)
         if plan.left_out:
             print_line(escape(f"Stays here: {', '.join(plan.left_out)}"))

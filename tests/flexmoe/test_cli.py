@@ -23,7 +23,16 @@ from flexmoe.testing import perturb_expert, tiny_anchor
 from flexmoe.training import TrainingSettings
 from flexmoe_cli import app, main
 from flexmoe_cli.arguments import parse_domains, parse_experts, parse_renames, parse_size, spread_files
-from flexmoe_cli.output import human_bytes, human_count, large_import, print_json
+from flexmoe_cli.output import (
+    human_bytes,
+    human_count,
+    large_import,
+    print_json,
+    print_line,
+    print_table,
+    report_error,
+    show_warning,
+)
 from tests.letters import letter_tokenizer
 
 COMMANDS = (
@@ -340,6 +349,39 @@ class TestErrors:
         self.fail(monkeypatch, ValueError("red"))
         assert main(["inspect", "x"]) == 1
         assert ("31m" in capsys.readouterr().err) is coloured
+
+
+# What a terminal obeys, or shows as something else: a title, C1's own ESC [, text that runs backwards, nothing.
+STEERING = "\x1b]0;t\x07\x1b[2J\x9b31m\x08\x7f\u202e\u2066\u200b\u200e\ufeff\U000e0041\ud800"
+
+
+class TestStrangersText:
+    @pytest.mark.parametrize(
+        "show",
+        [
+            lambda text: print_line(f"[bold]x[/] {text}"),
+            lambda text: print_table(text, ("name", "licence"), [(text, text)]),
+            lambda text: report_error(ValueError(text)),
+            lambda text: show_warning(text, UserWarning, "", 0),
+            lambda text: print_json({text: [text]}),
+        ],
+        ids=["line", "table", "error", "warning", "json"],
+    )
+    def test_steers_no_terminal(self, monkeypatch, capsys, show) -> None:
+        monkeypatch.setenv("COLUMNS", "400")
+        show(f"a{STEERING}b ünï 日本 👩‍💻")
+        printed = "".join(capsys.readouterr())
+        assert not set(STEERING) & set(printed) - set("]0;t[2J31m")
+        assert "ünï 日本 👩‍💻" in printed
+        assert re.search(r"\\(x1b|u001b)\]0;t\\(x07|u0007)", printed)
+
+    def test_json_is_what_it_was(self, capsys) -> None:
+        print_json({"text": STEERING + "\n"})
+        assert json.loads(capsys.readouterr().out) == {"text": STEERING + "\n"}
+
+    def test_a_cell_is_one_line(self, capsys) -> None:
+        print_table("t", ("name",), [("a\nb",)])
+        assert "a\\nb" in capsys.readouterr().out
 
 
 class TestArguments:

@@ -60,6 +60,8 @@ def test_push_and_pull(world: SimpleNamespace, capsys: pytest.CaptureFixture[str
     plan = json.loads(run(capsys, "push", "math", "alice/math", "--dry-run", "--json")[0])
     assert (plan["kind"], plan["repo"], plan["private"], plan["left_out"]) == ("package", "alice/math", [], [])
     assert not world.hub.repositories
+    hashes = [file["sha256"] for file in plan["files"]]
+    assert all(f" {digest[:16]}… " in out and len(digest) == 64 and digest not in out for digest in hashes)
     pushed = json.loads(run(capsys, "push", "math", "alice/math", "--json", "--message", "First")[0])
     assert pushed["url"] == f"{world.hub.url}/alice/math"
     assert world.hub.repositories["alice/math"].commits[pushed["revision"]].title == "First"
@@ -80,7 +82,13 @@ def test_push_and_pull(world: SimpleNamespace, capsys: pytest.CaptureFixture[str
         ("pull alice/nothing --out o", "neither a folder here nor a Hub repository"),
         ("compose grafted math --by-reference --out o", "give the checkpoint that was grafted"),
         ("compose grafted math --expert math --out o", "--expert goes with --update"),
+        ("compose grafted math --anchor anchor --out o", "--anchor goes with --by-reference"),
         ("compose grafted math --update --out o", "give no packages"),
+        ("compose grafted --update --anchor anchor --out o", "--anchor would have no effect"),
+        ("compose grafted --update --name math=m --out o", "--name would have no effect"),
+        ("compose grafted --update --public-prior 0 --out o", "--public-prior would have no effect"),
+        ("compose grafted --update --num-experts-per-tok 2 --out o", "--num-experts-per-tok would have no effect"),
+        ("compose grafted --update --by-reference --name a=b --anchor x --out o", "--anchor, --name would have no"),
         ("compose grafted --update --out o", "is no composition"),
         ("compose grafted --out o", "There is no package to compose with"),
         ("compose grafted --update --expert math= --out o", "write a name, or name=revision"),
@@ -95,6 +103,32 @@ def test_mistakes_are_one_paragraph(
     assert said.startswith("Error: ")
     assert words in said
     assert not Path("o").exists()
+
+
+def test_whose_row_would_take_over_is_let_in_if_that_is_said(
+    world: SimpleNamespace, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model = FlexMoeForCausalLM.from_pretrained("grafted")
+    model.add_expert("math")
+    for block in model.flexmoe_blocks():
+        block.router["math"].bias.data.fill_(100.0)
+    evil = str(model.save_expert("math", tmp_path / "evil"))
+    for out, line in (
+        ("added", ("add", "grafted", evil)),
+        ("composed", ("compose", "grafted", evil)),
+        ("named", ("compose", "grafted", evil, "--by-reference", "--anchor", "anchor")),
+    ):
+        _, said = run(capsys, *line, "--out", tmp_path / out, code=1)
+        assert "is refused" in said
+        assert "--no-verify" in said
+        run(capsys, *line, "--out", tmp_path / out, "--no-verify")
+    update = ("compose", tmp_path / "named", "--update", "--out", tmp_path / "updated")
+    for block in model.flexmoe_blocks():
+        block.router["math"].bias.data.fill_(200.0)
+    model.save_expert("math", evil, overwrite=True)
+    _, said = run(capsys, *update, code=1)
+    assert "is refused" in said
+    run(capsys, *update, "--no-verify")
 
 
 def test_what_looks_private_is_named(
