@@ -31,6 +31,7 @@ from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart
 from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
 from flexmoe.modeling.json_flexmoe import read_json_object
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+from flexmoe.modeling.packages_flexmoe import PackageError
 from flexmoe.modeling.sources_flexmoe import Sources
 
 CONFIG_FILE = "config.json"
@@ -90,7 +91,7 @@ def open_composition(source: str | Path, target: Path) -> StoredComposition:
         str(source),
         folder.path,
         config,
-        read_router(folder.path, composition.router_sha256),
+        read_router(folder.path, composition.router_sha256, config),
         anchor=_from_here(composition.anchor, folder, target),
         experts={name: _from_here(entry, folder, target) for name, entry in composition.experts.items()},
         sha256=dict(composition.sha256),
@@ -143,7 +144,10 @@ def _anchor_reference(start: StoredComposition, target: Path, given: str | Path 
     if start.anchor is not None:
         return start.anchor
     if recorded.get("repo"):
-        return Reference(recorded["repo"], recorded.get("revision"))
+        repo, revision = str(recorded["repo"]), recorded.get("revision")
+        if revision is None:  # only a commit is a reference: what is there now, if loading finds the fingerprint
+            revision = resolve_folder(repo, allow_patterns=(CONFIG_FILE,), is_repo=True).revision
+        return Reference(repo, revision)
     raise ValueError(
         "Nothing says where the dense anchor of this graft is: give the checkpoint that was grafted, a folder or a "
         "Hub id, with --anchor (anchor=)."
@@ -157,10 +161,15 @@ def reference_to(newcomer: Newcomer, target: Path) -> Reference:
 
 
 def read_whole(newcomer: Newcomer) -> None:
-    """Reads a package to its end: its hashes are right, its numbers finite, before somebody relies on it."""
+    """Reads a package to its end: its hashes are right, its numbers finite, before somebody relies on it.
+
+    Raises:
+        PackageError: it is not what its manifest says, or its rows are not those that were read first.
+    """
     with naming(newcomer.package):
-        for _ in newcomer.package.tensors():
-            pass
+        for name, tensor in newcomer.package.tensors():
+            if name in newcomer.rows and not torch.equal(newcomer.rows[name], tensor):
+                raise PackageError(f"{newcomer.package.folder}: {name!r} changed while the package was read.")
 
 
 def absolute(folder: str, target: Path) -> Path:

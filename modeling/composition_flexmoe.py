@@ -15,28 +15,33 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from .cards_flexmoe import composition_facts, render_card
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
-from .folders_flexmoe import file_inside, read_regular_file
+from .finite_flexmoe import all_finite
+from .folders_flexmoe import file_inside
 from .hub_flexmoe import ResolvedFolder, Wanted
 from .packages_flexmoe import CARD_FILE
 from .tensor_writer_flexmoe import source_from_tensor, write_checkpoint
+from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, empty_tensor
 
 FORMAT_VERSION = 1
 ROUTER_FILE = "router.safetensors"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
-_ROUTER_BYTES = 1 << 30
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+_LARGEST_NUMBER = 8  # bytes, of a float64
 _KEYS = {"format_version", "anchor", "experts", "router_sha256"}
 
 
@@ -72,20 +77,26 @@ class Reference:
             raise ValueError(
                 f"{what}: {values!r} is no reference; one is {{'repo': ..., 'revision': ...}} or {{'folder': ...}}."
             )
+        if "repo" in values and not (_REPO.fullmatch(values["repo"]) and _COMMIT.fullmatch(values["revision"])):
+            raise ValueError(f"{what}: {values!r} must name a Hub repository and a commit of 40 hexadecimal digits.")
         return cls(**values)
 
     def to_dict(self) -> dict[str, str]:
         """As a config holds it."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
-    def wanted(self, composition: ResolvedFolder, patterns: Sequence[str]) -> Wanted:
-        """What it names, for `HubAccess.resolve_all`; `patterns` are the files that are fetched of a repository.
+    def wanted(self, composition: ResolvedFolder, patterns: Sequence[str], *, owned: bool = False) -> Wanted:
+        """What it names, for `HubAccess.resolve_all`.
+
+        Args:
+            patterns: the files that are fetched of a repository.
+            owned: its owner may withdraw it.
 
         Raises:
             ValueError: a composition from the Hub names a folder, which would be one of this machine.
         """
         if self.folder is None:
-            return Wanted(str(self.repo), self.revision, patterns)
+            return Wanted(str(self.repo), self.revision, patterns, is_repo=True, owned=owned)
         if composition.repo is not None:
             raise ValueError(
                 f"The composition {composition.repo} names the folder {self.folder!r}: on the Hub it may only name "
@@ -115,9 +126,12 @@ class Composition:
         """What the config of a composition says, checked.
 
         Raises:
-            ValueError: it is of another format version, or not of this format, or lacks an expert of the config.
+            ValueError: it is of another format version, or not of this format (references, hashes), or lacks an expert
+                of the config.
         """
-        values = dict(config.composition or {})
+        values = config.composition or {}
+        if not isinstance(values, dict):
+            raise ValueError(f"composition: {str(values)[:100]!r} is no object with the keys {sorted(_KEYS)}.")
         if values.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"composition: format_version is {values.get('format_version')!r}; this FlexMoE reads "
@@ -132,11 +146,13 @@ class Composition:
         references, hashes = {}, {}
         for name in owners:
             entry = experts[name] if isinstance(experts[name], dict) else {}
-            hashes[name] = entry.get("sha256") or {}
-            place = {key: value for key, value in entry.items() if key != "sha256"}
-            references[name] = Reference.from_dict(place, f"composition, expert {name!r}")
-        anchor = Reference.from_dict(values["anchor"], "composition, anchor")
-        return cls(anchor, references, hashes, values["router_sha256"])
+            what, place = f"composition, expert {name!r}", {key: entry[key] for key in entry if key != "sha256"}
+            references[name] = Reference.from_dict(place, what)
+            hashes[name] = _hashes(entry.get("sha256"), what)
+        anchor, router = Reference.from_dict(values["anchor"], "composition, anchor"), values["router_sha256"]
+        if router is not None and not _is_sha256(router):
+            raise ValueError(f"composition: router_sha256 must be 64 hexadecimal digits or null; it is {router!r}.")
+        return cls(anchor, references, hashes, router)
 
     def to_dict(self) -> dict[str, Any]:
         """As a config holds it."""
@@ -166,20 +182,70 @@ def write_composition(
     config.save_pretrained(folder)
 
 
-def read_router(folder: Path, sha256: str | None) -> dict[str, Tensor]:
+def read_router(folder: Path, sha256: str | None, config: FlexMoeConfig) -> dict[str, Tensor]:
     """The rows in a composition's `router.safetensors`, in float32; none if `sha256` is None.
+
+    No more is read than rows of all experts of the config take. Whether they would take over the model is not asked:
+    who made the composition chose them.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it has another SHA-256.
+        ValueError: it has another SHA-256, or a tensor in it is no row or bias of an expert of `config`, or holds what
+            is no finite number; names the file and the tensor.
     """
     if sha256 is None:
         return {}
-    path = file_inside(folder, ROUTER_FILE)
-    data = read_regular_file(path, max_bytes=_ROUTER_BYTES)
-    if (digest := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ValueError(f"{path}: its SHA-256 is {digest}, config.json says {sha256}. It was damaged or changed.")
-    return {name: row.to(torch.float32) for name, row in load_safetensors(data).items()}
+    rows: dict[str, Tensor] = {}
+    with TensorFile(file_inside(folder, ROUTER_FILE)) as file:
+        _check_rows(file, config)
+        hasher = hashlib.sha256(file.header)
+        for info in file.infos.values():
+            rows[info.name] = empty_tensor(info)
+            for part in file.fill(info.name, rows[info.name]):
+                hasher.update(part)
+        if (digest := hasher.hexdigest()) != sha256:
+            raise ValueError(
+                f"{file.path}: its SHA-256 is {digest}, config.json says {sha256}. It was damaged or changed."
+            )
+        rows = {name: row.to(torch.float32) for name, row in rows.items()}
+        if wild := [name for name, row in rows.items() if not all_finite(row)]:
+            raise ValueError(f"{file.path}: {wild[0]!r} holds NaN, an infinity, or a number too large for float32.")
+    return rows
+
+
+def _check_rows(file: TensorFile, config: FlexMoeConfig) -> None:
+    """By the header alone: names, shapes and dtypes are those of router rows, and there are not too many."""
+    text: Any = config.get_text_config()
+    shapes = {"weight": (1, text.hidden_size), "bias": (1,)}
+    own = re.compile(rf"[\w.]+\.router\.({'|'.join(map(re.escape, config.expert_names))})\.(weight|bias)", re.ASCII)
+
+    def is_row(info: TensorInfo) -> bool:
+        match = own.fullmatch(info.name)
+        floating = TORCH_DTYPES[info.dtype].is_floating_point
+        return match is not None and floating and info.shape == shapes[match[2]]
+
+    if strange := [info for info in file.infos.values() if not is_row(info)]:
+        name, shape = strange[0].name[:200], list(strange[0].shape)
+        raise ValueError(
+            f"{file.path}: {name!r} {shape} {strange[0].dtype} is no row of this model; those are floating-point, "
+            f"....router.<expert>.weight [1, {text.hidden_size}] and .bias [1]; experts are {config.expert_names}."
+        )
+    most = text.num_hidden_layers * len(config.expert_names) * (text.hidden_size + 1) * _LARGEST_NUMBER
+    if (found := sum(info.nbytes for info in file.infos.values())) > most:
+        raise ValueError(f"{file.path}: rows of {found:,} bytes; those of all experts take {most:,} at most.")
+
+
+def _hashes(values: Any, what: str) -> dict[str, str]:
+    """The SHA-256 of weight files by their names, as a config holds them."""
+    if not isinstance(values, dict) or not values or not all(map(_is_sha256, values.values())):
+        raise ValueError(
+            f"{what}: sha256 must map each weight file to 64 hexadecimal digits; it is {str(values)[:200]}."
+        )
+    return values
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def _write_router(folder: Path, rows: Mapping[str, Tensor]) -> str | None:
