@@ -1,7 +1,9 @@
 """A composition of stored parts, without a live model: of a graft and packages, or of compositions over one anchor.
 
-Every package is read once to its end, so what a composition names was right when it was named. Not here: newer
-versions of experts (`pins`), and compositions of live models (`save_composition`).
+Every package that comes in, also with another composition, is read once to its end, so what a composition names was
+right when it was named; those that the base names are opened and are the ones that it means.
+
+Not here: newer versions of experts (`pins`), and compositions of live models (`save_composition`).
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from flexmoe.conversion.newcomers import (
     PackageLike,
     PolicyLike,
     choose_prior,
-    judge_rows_of,
     rename,
     with_experts,
 )
+from flexmoe.conversion.pinned import judge_in_composition, open_pinned
 from flexmoe.conversion.stored_composition import (
     Rows,
     StoredComposition,
@@ -62,15 +64,17 @@ def compose_by_reference(
         num_experts_per_tok: k of the top-k; the base's by default.
         anchor: folder or Hub id of the dense checkpoint; needed where the base does not say where it is on the Hub.
             Its fingerprint is compared.
-        verify: refuse packages whose row or bias would take over the model, as `compose` does; the rows of a
-            composition's experts, which are not read, are no measure here.
-        policy: whose packages are let in: a policy file, by default the one that FLEXMOE_POLICY names.
+        verify: refuse experts of `parts` whose row or bias would take over the model: those of packages, as in
+            `compose`, and those of compositions, with the rows that they have there. The base's are a measure.
+        policy: whose packages are let in, the base's and those of compositions, too: a policy file, by default the
+            one that FLEXMOE_POLICY names.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
-        FileNotFoundError, PermissionError, ConnectionError: a part can't be had.
-        ValueError: a part is for another anchor, not what it says or not let in; a name is taken; compositions that
-            disagree in public's row, in k or in how weights are normalised; or nothing says where the anchor is.
+        FileNotFoundError, PermissionError, ConnectionError: a part can't be had, also one that a composition names.
+        ValueError: a part is for another anchor, not what it says, not let in or refused; a composition names a
+            package that is another one now; a name is taken; compositions that disagree in public's row, in k or in
+            how weights are normalised; or nothing says where the anchor is.
         TypeError: `parts` is one package and no list.
     """
     if isinstance(parts, str | Path):
@@ -90,15 +94,15 @@ def compose_by_reference(
         start.config.num_experts_per_tok = num_experts_per_tok
     given = {"public_prior": public_prior, "num_experts_per_tok": num_experts_per_tok}
     decided = {key for key, value in given.items() if value is not None}
-    to_merge, to_append = iter(compositions), iter(newcomers)
+    to_merge, to_append = iter(compositions), iter(list(newcomers))
+    there = [open_pinned(start, name, target, policy) for name in start.experts]
     for index in range(len(parts)):
         if index in brought:
-            _merge(start, next(to_merge), names or {}, decided)
+            newcomers += _merge(start, next(to_merge), names or {}, decided, target, policy)
         else:
             _append(start, next(to_append), target)
     if verify and newcomers:
-        zeros = {name: torch.zeros_like(row) for name, row in newcomers[0].rows.items()}
-        judge_rows_of(newcomers, {PUBLIC: zeros})
+        judge_in_composition(start, newcomers, there, target, anchor)
     return write_stored(start, target, anchor, overwrite)
 
 
@@ -130,14 +134,20 @@ def _append(start: StoredComposition, newcomer: Newcomer, target: Path) -> None:
 
 
 def _merge(
-    start: StoredComposition, other: StoredComposition, names: Mapping[str, str], decided: Collection[str]
-) -> None:
-    """Adds the experts of another composition to `start`, with the rows that they have there.
+    start: StoredComposition,
+    other: StoredComposition,
+    names: Mapping[str, str],
+    decided: Collection[str],
+    target: Path,
+    policy: PolicyLike,
+) -> list[Newcomer]:
+    """Adds the experts of another composition to `start`, with the rows that they have there; returns who is new.
 
     Args:
         decided: what of "public_prior" and "num_experts_per_tok" was said, so that the two need not agree in it.
     """
     _check_agreement(start, other, decided)
+    added: list[Newcomer] = []
     everyone, active = list(start.config.expert_names), _active(start.config)
     for record in other.config.expert_records[1:]:
         own = record["name"]
@@ -153,9 +163,12 @@ def _merge(
         start.config.experts = [*start.config.expert_records, {**record, "name": name}]
         start.experts[name], start.sha256[name] = other.experts[own], other.sha256[own]
         start.rows |= rows
+        added.append(open_pinned(start, name, target, policy))
+        read_whole(added[-1])
         everyone.append(name)
         active += [name] if own in _active(other.config) else []
     start.config.active_experts = None if set(active) == set(everyone) else active
+    return added
 
 
 def _check_agreement(start: StoredComposition, other: StoredComposition, decided: Collection[str]) -> None:

@@ -14,25 +14,20 @@ from pathlib import Path
 
 import torch
 
+from flexmoe.conversion.judging import judge_rows_of, places, public_matrices
 from flexmoe.conversion.newcomers import (
     PRIOR_WITH_BIASES,
     Newcomer,
     PackageLike,
     PolicyLike,
     choose_prior,
-    judge_rows_of,
     rename,
     with_experts,
 )
 from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
 from flexmoe.modeling.cards_flexmoe import model_facts, render_card
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, drop_experts
-from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
-from flexmoe.modeling.fitting_flexmoe import (
-    cast_finite,
-    name_in_package,
-    naming,
-)
+from flexmoe.modeling.fitting_flexmoe import cast_finite, naming
 from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder, file_inside
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.modeling.packages_flexmoe import CARD_FILE, ExpertPackage, PackageError
@@ -73,7 +68,8 @@ def compose(
             0.5 if none is; a default that depended on who is there would make removal inexact. A model whose public
             row is not zero (an imported one) brings its own prior, which is then the default.
         num_experts_per_tok: k of the top-k; the graft's by default.
-        verify: refuse experts whose row or bias would take over the model (`flexmoe.verify` checks more).
+        verify: refuse experts whose row or bias would take over the model (`flexmoe.verify` checks more). They are
+            held against the graft, and the lengths of their rows against the shortest of each other's.
         policy: whose packages are let in: a policy file, by default the one that FLEXMOE_POLICY names.
         max_shard_size: bytes per weight file.
         progress: called with the number of bytes just written.
@@ -214,10 +210,10 @@ def _write(
         check_apart(target, stored.folder)
     with naming(*(newcomer.package for newcomer in newcomers)), torch.device("meta"):
         model = FlexMoeForCausalLM(config)
-    if verify:
-        judge_rows_of(newcomers, _rows_there(stored, _places(model), public_prior))
     streams = {newcomer.name: _PackageStream(newcomer) for newcomer in newcomers}
     sources = _sources(stored, model, {newcomer.name: newcomer for newcomer in newcomers}, streams, public_prior)
+    if verify and newcomers:
+        judge_rows_of(newcomers, _rows_there(stored, model, public_prior), public_matrices(stored, model))
     with atomic_folder(target, overwrite) as folder:
         write_checkpoint(folder, sources, max_shard_size=max_shard_size, progress=progress)
         for stream in streams.values():
@@ -238,12 +234,12 @@ def _sources(
     public_prior: float | None,
 ) -> list[TensorSource]:
     """What to write, in the order of the model's state dict."""
-    state, places = model.state_dict(), _places(model)
-    _check_newcomers(newcomers, state, places)
-    _check_stored(stored, state, places, newcomers)
+    state, owned = model.state_dict(), places(model)
+    _check_newcomers(newcomers, state, owned)
+    _check_stored(stored, state, owned, newcomers)
     sources = []
     for key, empty in state.items():
-        owner, inside = places.get(key, ("", ""))
+        owner, inside = owned.get(key, ("", ""))
         if owner in newcomers:
             sources.append(_newcomer_source(stored, newcomers[owner], streams[owner], key, inside, empty.shape))
         elif owner == PUBLIC and inside.endswith(".router.bias") and public_prior is not None:
@@ -279,38 +275,24 @@ def _twin(key: str, newcomer: Newcomer) -> str:
     return twin
 
 
-def _places(model: FlexMoeForCausalLM) -> dict[str, tuple[str, str]]:
-    """For each tensor of an expert: whose it is, and what a package calls it."""
-    places: dict[str, tuple[str, str]] = {}
-    for path, block in model.named_modules():
-        if not isinstance(block, FlexMoeBlock):
-            continue
-        for part, modules in (("experts", block.experts), ("router", block.router)):
-            inside = f"layers.{block.layer_index}.{'ffn' if part == 'experts' else part}"
-            for name, module in modules.items():
-                for key in module.state_dict():
-                    places[f"{path}.{part}.{name}.{key}"] = (name, f"{inside}.{name_in_package(module, key)}")
-    return places
-
-
 def _rows_there(
-    stored: StoredModel, places: Mapping[str, tuple[str, str]], public_prior: float | None
+    stored: StoredModel, model: FlexMoeForCausalLM, public_prior: float | None
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Router rows and biases that are stored, by expert, called as in a package; public's bias is the new prior."""
     rows: dict[str, dict[str, torch.Tensor]] = {}
-    for key, (owner, inside) in places.items():
+    for key, (owner, inside) in places(model).items():
         if ".router." in inside and key in stored.tensors.infos:
             is_prior = owner == PUBLIC and inside.endswith(".bias") and public_prior is not None
-            row = torch.tensor([public_prior]) if is_prior else stored.tensors.read(key)
+            row = torch.tensor([public_prior], dtype=torch.float32) if is_prior else stored.tensors.read(key)
             rows.setdefault(owner, {})[inside] = row
     return rows
 
 
 def _check_newcomers(
-    newcomers: Mapping[str, Newcomer], state: Mapping[str, torch.Tensor], places: Mapping[str, tuple[str, str]]
+    newcomers: Mapping[str, Newcomer], state: Mapping[str, torch.Tensor], owned: Mapping[str, tuple[str, str]]
 ) -> None:
     for name, newcomer in newcomers.items():
-        wanted = {inside: tuple(state[key].shape) for key, (owner, inside) in places.items() if owner == name}
+        wanted = {inside: tuple(state[key].shape) for key, (owner, inside) in owned.items() if owner == name}
         found = {inside: info.shape for inside, info in newcomer.package.infos.items()}
         for inside in sorted(wanted.keys() | found.keys()):
             if wanted.get(inside) != found.get(inside):
@@ -323,12 +305,12 @@ def _check_newcomers(
 def _check_stored(
     stored: StoredModel,
     state: Mapping[str, torch.Tensor],
-    places: Mapping[str, tuple[str, str]],
+    owned: Mapping[str, tuple[str, str]],
     newcomers: Mapping[str, Newcomer],
 ) -> None:
     """Every expert that stays is there whole, shapes are right, and nothing is stored that nobody owns."""
     infos = stored.tensors.infos
-    leaving = _removed(stored, places)
+    leaving = _removed(stored, owned)
     for key in infos:
         if key.startswith(leaving):
             continue
@@ -337,17 +319,17 @@ def _check_stored(
             raise ValueError(
                 f"{stored.folder}: tensor {key!r} has shape {_shape(infos[key].shape)}; the config says {wanted}."
             )
-    missing = [key for key, (owner, _) in places.items() if owner not in newcomers and key not in infos]
+    missing = [key for key, (owner, _) in owned.items() if owner not in newcomers and key not in infos]
     if missing:
         raise ValueError(
             f"{stored.folder} lacks {len(missing)} tensors that its config names, such as {missing[0]!r}."
         )
 
 
-def _removed(stored: StoredModel, places: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
+def _removed(stored: StoredModel, owned: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
     """What the names of tensors begin with that are stored, but belong to an expert who leaves."""
-    leaving = set(stored.config.expert_names) - {owner for owner, _ in places.values()}
-    public = {key.rpartition(f".{PUBLIC}.")[0] for key in places if f".router.{PUBLIC}." in key}
+    leaving = set(stored.config.expert_names) - {owner for owner, _ in owned.values()}
+    public = {key.rpartition(f".{PUBLIC}.")[0] for key in owned if f".router.{PUBLIC}." in key}
     blocks = {path.removesuffix(".router") for path in public}
     return tuple(f"{block}.{part}.{name}." for block in blocks for part in ("experts", "router") for name in leaving)
 

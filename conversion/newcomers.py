@@ -1,6 +1,7 @@
 """Expert packages on their way into a stored model: opened, named, recorded in its config.
 
-Not here: their networks, which are streamed (`compose`) or only named (`by_reference`).
+Not here: their networks, which are streamed (`compose`) or only named (`by_reference`), and whether their rows are let
+in (`judging`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 import torch
 
 from flexmoe.conversion.stored import StoredModel
-from flexmoe.modeling.admission_flexmoe import judge_row_tensors, refuse_unless_admitted
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from flexmoe.modeling.fitting_flexmoe import (
     check_anchor,
@@ -50,9 +50,11 @@ class Newcomer:
     rows: dict[str, torch.Tensor]
 
     @classmethod
-    def open(cls, given: PackageLike, policy: PolicyLike = None, revision: str | None = None) -> Newcomer:
+    def open(
+        cls, given: PackageLike, policy: PolicyLike = None, revision: str | None = None, *, is_repo: bool = False
+    ) -> Newcomer:
         """Opens a folder or a Hub id that the policy lets in. Raises: as `open_package`."""
-        package, origin = open_package(given, revision, policy=policy)
+        package, origin = open_package(given, revision, policy=policy, is_repo=is_repo)
         return cls(package, package.manifest.name, origin, package.read_rows())
 
     def record(self, widths: Sequence[int]) -> dict[str, object]:
@@ -114,22 +116,6 @@ def has_fitted_public_row(model: StoredModel) -> bool:
     return any(bool(model.tensors.read(name).any()) for name in rows)
 
 
-def judge_rows_of(newcomers: Sequence[Newcomer], there: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-    """Holds each newcomer's rows and biases against public's, those who are there, and the other newcomers'.
-
-    Args:
-        there: rows and biases in the model, by expert, called as in a package; of "public" too.
-
-    Raises:
-        AdmissionError: a row or a bias would take over the model.
-    """
-    everyone = {**there, **{newcomer.name: newcomer.rows for newcomer in newcomers}}
-    for newcomer in newcomers:
-        others = {name: rows for name, rows in everyone.items() if name not in (PUBLIC, newcomer.name)}
-        findings = judge_row_tensors(newcomer.rows, public=there[PUBLIC], others=others)
-        refuse_unless_admitted(newcomer.name, findings)
-
-
 def with_experts(config: FlexMoeConfig, newcomers: Sequence[Newcomer]) -> FlexMoeConfig:
     """The config with the newcomers at its end.
 
@@ -158,7 +144,6 @@ __all__ = [
     "PolicyLike",
     "choose_prior",
     "has_fitted_public_row",
-    "judge_rows_of",
     "rename",
     "with_experts",
 ]

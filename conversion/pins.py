@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flexmoe.conversion.newcomers import Newcomer, PolicyLike, with_experts
+from flexmoe.conversion.pinned import judge_in_composition, open_pinned
 from flexmoe.conversion.stored_composition import (
     StoredComposition,
     absolute,
@@ -44,6 +45,7 @@ def update_composition(
     out: str | Path,
     *,
     experts: Mapping[str, str | None] | None = None,
+    verify: bool = True,
     policy: PolicyLike = None,
     overwrite: bool = False,
 ) -> list[Move]:
@@ -55,7 +57,9 @@ def update_composition(
         composition: a folder or Hub id.
         out: where to; may be the composition's own folder, with `overwrite`.
         experts: the experts to move, and to which revision (None: the main branch); by default all of them.
-        policy: whose packages are let in, as in `compose_by_reference`.
+        verify: refuse versions whose row or bias would take over the model, as `compose_by_reference` does. Those who
+            stay are the measure, as far as their packages can be had; who is replaced is none.
+        policy: whose packages are let in, as in `compose_by_reference`; asked of those that are to be moved.
 
     Returns:
         What moved; experts that are already up to date are not among them.
@@ -69,17 +73,51 @@ def update_composition(
     wanted = dict.fromkeys(start.experts) if experts is None else dict(experts)
     if strangers := sorted(set(wanted) - set(start.experts)):
         raise ValueError(f"{composition} has no expert {strangers[0]!r}; it has {', '.join(start.experts)}.")
-    moves = [move for name in wanted if (move := _move(start, name, wanted[name], target, policy))]
+    moves: list[Move] = []
+    newcomers: list[Newcomer] = []
+    there: list[Newcomer] = []
+    for name, revision in wanted.items():
+        newcomer = _open_newest(start, name, revision, target, policy)
+        has_other_files = newcomer.package.manifest.sha256 != start.sha256[name]
+        if move := _move(start, newcomer, target):
+            moves.append(move)
+        (newcomers if has_other_files else there).append(newcomer)
+    if verify and newcomers:
+        there += [
+            expert
+            for name in start.experts
+            if name not in wanted and (expert := _at_hand(start, name, target, policy))
+        ]
+        judge_in_composition(start, newcomers, there, target)
     write_stored(start, target, None, overwrite)
     return moves
 
 
-def _move(start: StoredComposition, name: str, revision: str | None, target: Path, policy: PolicyLike) -> Move | None:
-    old = start.experts[name]
-    source = str(absolute(old.folder, target)) if old.folder is not None else str(old.repo)
-    newcomer = Newcomer.open(source, policy, revision)
+def _open_newest(
+    start: StoredComposition, name: str, revision: str | None, target: Path, policy: PolicyLike
+) -> Newcomer:
+    """The package of an expert as its owner has it now, or had it at a revision."""
+    reference = start.experts[name]
+    if reference.folder is not None:
+        newcomer = Newcomer.open(absolute(reference.folder, target), policy, revision)
+    else:
+        newcomer = Newcomer.open(str(reference.repo), policy, revision, is_repo=True)
     newcomer.name = name
-    reference, digests = reference_to(newcomer, target), newcomer.package.manifest.sha256
+    return newcomer
+
+
+def _at_hand(start: StoredComposition, name: str, target: Path, policy: PolicyLike) -> Newcomer | None:
+    """The package of an expert that stays; None, for no measure, if it can't be had, is another one or not let in."""
+    try:
+        return open_pinned(start, name, target, policy)
+    except (OSError, ValueError):
+        return None
+
+
+def _move(start: StoredComposition, newcomer: Newcomer, target: Path) -> Move | None:
+    """Moves the pin of an expert to the package that was opened; None if it is there already."""
+    name = newcomer.name
+    old, reference, digests = start.experts[name], reference_to(newcomer, target), newcomer.package.manifest.sha256
     if reference == old and digests == start.sha256[name]:
         return None
     read_whole(newcomer)

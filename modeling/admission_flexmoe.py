@@ -39,9 +39,10 @@ Row = tuple[Tensor, Tensor]
 """A router row in one layer: weight [1, H] and bias [1]."""
 
 ROW_BAR = 12.0
-"""Longest row, in lengths of the longest of the others' in its layer. Measured, with one other that has the shortest:
-rows of eight kinds of text fitted as log-odds up to 2.4, beside one of public text itself 3.2; rows made by different
-methods (log-odds beside an untrained hidden mean) up to 9.1."""
+"""Longest row, in lengths of the longest of the others' in its layer; of the shortest of those that come with it,
+where nobody is there yet. Measured, with one other that has the shortest: rows of eight kinds of text fitted as
+log-odds up to 2.4, beside one of public text itself 3.2; rows made by different methods (log-odds beside an untrained
+hidden mean) up to 9.1."""
 
 LONE_ROW_BAR = 1000.0
 """Longest row, in lengths of a typical row of public's first matrix, or of 1 where those are shorter. Honest ones in
@@ -49,8 +50,8 @@ the demo's anchor: up to 13. They give the scale of the input only roughly: a bl
 tiny ones, and before any training inputs of OLMo-2 are its embeddings, of size 0.02. So this is for the absurd."""
 
 BIAS_BAR = 4.6
-"""Largest bias, above public's and the others': e ** 4.6 = 99, so 99 % for the newcomer before any token is seen.
-Honest ones, fitted: -16 to +1; FlexOlmo's are at most zero."""
+"""Largest bias, above public's and those of the owners who are there: e ** 4.6 = 99, so 99 % for the newcomer before
+any token is seen. Honest ones, fitted: -16 to +1; FlexOlmo's are at most zero."""
 
 WEIGHT_BAR = 4.0
 """Largest root mean square of a tensor, in public's own (or in what `judge_scale` takes where that is small). Honest
@@ -115,7 +116,7 @@ def refuse_unless_admitted(name: str, findings: Sequence[Finding]) -> None:
     raise AdmissionError(
         f"Expert {name!r} is refused. {reasons} Nothing was changed. `flexmoe verify PACKAGE --model MODEL --data "
         "FILES` shows all checks and what the expert does to public text. Ask its owner for one whose row is fitted "
-        "as log-odds, as `flexmoe train` does; if you know better, verify=False adds it unjudged.",
+        "as log-odds, as `flexmoe train` does; if you know better, verify=False (--no-verify) adds it unjudged.",
         findings,
     )
 
@@ -150,6 +151,7 @@ def judge_row_tensors(
     *,
     public: Mapping[str, Tensor],
     others: Mapping[str, Mapping[str, Tensor]],
+    newcomers: Mapping[str, Mapping[str, Tensor]] | None = None,
     input_matrices: Sequence[Tensor | None] | None = None,
 ) -> list[Finding]:
     """`judge_rows` of rows by the names that a package gives them, `layers.<i>.router.weight` and `.bias`."""
@@ -158,8 +160,13 @@ def judge_row_tensors(
     def listed(tensors: Mapping[str, Tensor]) -> list[Row]:
         return [(tensors[f"layers.{i}.router.weight"], tensors[f"layers.{i}.router.bias"]) for i in layers]
 
-    by_name = {name: listed(tensors) for name, tensors in others.items()}
-    return judge_rows(listed(rows), public=listed(public), others=by_name, input_matrices=input_matrices)
+    return judge_rows(
+        listed(rows),
+        public=listed(public),
+        others={name: listed(tensors) for name, tensors in others.items()},
+        newcomers={name: listed(tensors) for name, tensors in (newcomers or {}).items()},
+        input_matrices=input_matrices,
+    )
 
 
 def judge_rows(
@@ -167,6 +174,7 @@ def judge_rows(
     *,
     public: Sequence[Row],
     others: Mapping[str, Sequence[Row]],
+    newcomers: Mapping[str, Sequence[Row]] | None = None,
     input_matrices: Sequence[Tensor | None] | None = None,
 ) -> list[Finding]:
     """Holds a newcomer's rows and biases against public's and the others', layer by layer.
@@ -174,7 +182,9 @@ def judge_rows(
     Args:
         rows: the newcomer's, one per layer, as are all that follow.
         public: public's. A row of zeros is no measure of length; an imported model's is one.
-        others: rows of the other owners.
+        others: rows of the owners who are there already.
+        newcomers: rows of others who come at the same time: the shortest is the measure of length where nobody is
+            there yet. They are none for a bias, so that two cannot vouch for each other.
         input_matrices: for each layer the matrix of public's network that reads the router's input, or None.
     """
     reason = next((why for weight, bias in rows if (why := _unreadable(weight) or _unreadable(bias))), None)
@@ -187,8 +197,12 @@ def judge_rows(
     against = [
         _readable_pairs({name: theirs[layer] for name, theirs in everyone.items()}) for layer in range(len(rows))
     ]
+    coming = [
+        _readable_pairs({name: theirs[layer] for name, theirs in (newcomers or {}).items()})
+        for layer in range(len(rows))
+    ]
     return [
-        _row_against_others(lengths, against),
+        _row_against_others(lengths, against, coming),
         _row_against_public(rows, lengths, input_matrices or [None] * len(rows)),
         _bias(biases, against),
     ]
@@ -267,17 +281,28 @@ def _but(unread: str) -> str:
 # The checks of rows
 
 
-def _row_against_others(lengths: Sequence[float], against: Sequence[Mapping[str, tuple[float, float]]]) -> Finding:
+def _row_against_others(
+    lengths: Sequence[float],
+    against: Sequence[Mapping[str, tuple[float, float]]],
+    coming: Sequence[Mapping[str, tuple[float, float]]],
+) -> Finding:
     worst = _Worst(ROW_BAR)
-    for layer, (length, theirs) in enumerate(zip(lengths, against, strict=True)):
-        longest = max(theirs, key=lambda name: theirs[name][0], default="")
-        if longest and theirs[longest][0] > 0:
-            worst.see(
-                length / theirs[longest][0], f"the row in layer {layer}", f"the longest other one, of {longest!r}"
-            )
+    for layer, length in enumerate(lengths):
+        if theirs := _lengths(against[layer]):
+            whose = max(theirs, key=theirs.__getitem__)
+            worst.see(length / theirs[whose], f"the row in layer {layer}", f"the longest other one, of {whose!r}")
+        elif theirs := _lengths(coming[layer]):
+            whose = min(theirs, key=theirs.__getitem__)
+            beside = f"the shortest other one that comes with it, of {whose!r}"
+            worst.see(length / theirs[whose], f"the row in layer {layer}", beside)
     if not worst.what:
         return _not_judged("row against the others", "no other expert has a row that can be read and is not zero")
     return worst.finding("row against the others", f"{worst.what} is {{figure}} times as long as {worst.beside}")
+
+
+def _lengths(rows: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """Of rows that are a measure: neither zero nor beyond all numbers."""
+    return {name: length for name, (length, _) in rows.items() if 0 < length < math.inf}
 
 
 def _row_against_public(
@@ -370,14 +395,22 @@ def _find(module: nn.Module, name: str) -> Tensor | None:
     return tensor.detach() if isinstance(tensor, Tensor) else None
 
 
-def _input_matrix(public: nn.Module, hidden_size: int) -> Tensor | None:
-    """The first of public's matrices that has the hidden size for a side."""
+def input_matrix_name(public: nn.Module, hidden_size: int) -> str | None:
+    """What public's network, which may be on the meta device, calls its first matrix that has the hidden size for a
+    side: the one that reads what the router reads. None if it has no such plain matrix."""
     try:
         paths = [path for path, _ in matrices(public)]
     except ValueError:  # no plain matrix: quantised, or of a kind of its own
         return None
-    found = (_find(public, f"{path.removesuffix('.base_layer')}.weight") for path in paths)
-    return next((matrix for matrix in found if matrix is not None and hidden_size in matrix.shape), None)
+    for name in (f"{path.removesuffix('.base_layer')}.weight" for path in paths):
+        if (matrix := _find(public, name)) is not None and hidden_size in matrix.shape:
+            return name
+    return None
+
+
+def _input_matrix(public: nn.Module, hidden_size: int) -> Tensor | None:
+    name = input_matrix_name(public, hidden_size)
+    return None if name is None else _find(public, name)
 
 
 def _live_row(row: nn.Module) -> Row:
@@ -415,7 +448,7 @@ def _rms(tensor: Tensor, rows: int | None = None) -> float:
     """
     tensor = tensor.detach()
     if rows is not None and tensor.dim() > 1:
-        tensor = tensor[:: max(1, len(tensor) // rows)]
+        tensor = tensor[:: sample_step(len(tensor), rows)]
     if not tensor.numel():
         return 0.0
     if tensor.dtype == torch.float16 or tensor.dtype.itemsize == 1:
@@ -424,6 +457,11 @@ def _rms(tensor: Tensor, rows: int | None = None) -> float:
     else:
         norm = torch.linalg.vector_norm(tensor)
     return norm.item() / tensor.numel() ** 0.5
+
+
+def sample_step(length: int, rows: int = PUBLIC_ROWS) -> int:
+    """Every how many-th row of a tensor is looked at. Of a sample taken so, all rows are."""
+    return max(1, length // rows)
 
 
 def _norm32(tensor: Tensor) -> Tensor:
@@ -445,9 +483,11 @@ __all__ = [
     "WEIGHT_BAR",
     "AdmissionError",
     "Finding",
+    "input_matrix_name",
     "judge_parts",
     "judge_row_tensors",
     "judge_rows",
     "judge_scale",
     "refuse_unless_admitted",
+    "sample_step",
 ]

@@ -117,6 +117,22 @@ class TestOfAGraftAndPackages:
                 action()
         assert sorted(world.rglob("*")) == before
 
+    def test_an_anchor_whose_commit_is_not_recorded_is_pinned_to_what_is_there(
+        self, world: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with HubServer().running() as server:
+            point_client_at(server.url, monkeypatch)
+            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(world / "cache"))
+            repo = f"lab{next(_numbers)}/anchor"
+            commit = server.push_folder(repo, world / "anchor")
+            config = json.loads((world / "grafted" / "config.json").read_text())
+            config["anchor"] |= {"repo": repo, "revision": None}
+            (world / "grafted" / "config.json").write_text(json.dumps(config))
+            out = compose_by_reference(world / "grafted", [world / "math"], world / "out")
+            named = json.loads((out / "config.json").read_text())["composition"]["anchor"]
+            assert named == {"repo": repo, "revision": commit}
+            assert loaded(out).expert_names == ["public", "math"]
+
     def test_a_damaged_package_is_not_named(self, world: Path) -> None:
         file = world / "math" / "expert.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"\1")

@@ -67,6 +67,38 @@ class TestRows:
         assert found.figure == (None if figure is None else pytest.approx(figure))
 
     @pytest.mark.parametrize(
+        ("own", "newcomers", "others", "figure", "verdict"),
+        [
+            ((200, 200), {"a": rows(1, 3), "evil": rows(200, 200)}, {}, 200, REFUSE),  # the shortest counts
+            ((200, 1), {"evil": rows(200, 200), "a": rows(1, 3)}, {}, 200, REFUSE),
+            ((200, 200), {"copy": rows(0, 0)}, {}, None, NOT_JUDGED),
+            ((200, 200), {"evil": rows(200, 200)}, {"a": rows(1, 3)}, 200, REFUSE),  # no excuse beside who is there
+            ((2, 2), {"tiny": rows(0.01, 0.01)}, {"a": rows(1, 1)}, 2, ACCEPT),
+            ((1, 1), {"nan": rows(math.nan, math.nan), "a": rows(1, 1)}, {}, 1, ACCEPT),
+        ],
+    )
+    def test_length_against_those_who_come_with_it(self, own, newcomers, others, figure, verdict):
+        found = by_name(judge_rows(rows(*own), public=rows(0, 0), others=others, newcomers=newcomers))[OTHERS]
+        assert found.verdict == verdict
+        assert found.figure == (None if figure is None else pytest.approx(figure))
+
+    @pytest.mark.parametrize("spread", [2.4, 3.2, 9.1])  # as measured: one method, beside public text, two methods
+    @pytest.mark.parametrize("count", range(2, 9))
+    def test_honest_ones_who_come_together_are_let_in(self, count, spread):
+        lengths = [5 * spread ** (i / (count - 1)) for i in range(count)]
+        for i, own in enumerate(lengths):
+            newcomers = {str(j): rows(length) for j, length in enumerate(lengths) if j != i}
+            assert (
+                by_name(judge_rows(rows(own), public=rows(0), others={}, newcomers=newcomers))[OTHERS].verdict
+                == ACCEPT
+            )
+
+    def test_newcomers_do_not_vouch_for_each_others_biases(self):
+        evil = rows(1, bias=100)
+        found = by_name(judge_rows(evil, public=rows(0), others={"a": rows(1)}, newcomers={"evil": evil}))[BIAS]
+        assert (found.verdict, found.figure) == (REFUSE, 100)
+
+    @pytest.mark.parametrize(
         ("length", "scale", "verdict"),
         [
             (LONE_ROW_BAR - 1, 0.0, ACCEPT),  # against 1: public's matrix is zero
@@ -277,7 +309,16 @@ def test_a_refusal_says_who_what_the_figures_and_what_to_do():
     with pytest.raises(AdmissionError) as caught:
         refuse_unless_admitted("evil", found)
     text = str(caught.value)
-    for part in ("'evil'", "50 times", "bar 12", "10 above", "bar 4.6", "flexmoe verify", "verify=False"):
+    for part in (
+        "--no-verify",
+        "'evil'",
+        "50 times",
+        "bar 12",
+        "10 above",
+        "bar 4.6",
+        "flexmoe verify",
+        "verify=False",
+    ):
         assert part in text
     assert "\n" not in text
     assert isinstance(caught.value, PackageError)
