@@ -15,6 +15,14 @@ from flexmoe_cli.tables import show_composed
 
 REFERENCE = "By reference"
 
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify",
+        help="Let experts in whose row or bias would take over the model; files and hashes are checked all the same.",
+    ),
+]
+
 
 def compose(
     base: Annotated[
@@ -63,6 +71,7 @@ def compose(
             metavar="NAME[=REVISION]", help="With --update: only this one; repeat it.", rich_help_panel=REFERENCE
         ),
     ] = None,
+    no_verify: NoVerify = False,
     policy: Policy = None,
     max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
     overwrite: Overwrite = False,
@@ -76,52 +85,66 @@ def compose(
     flexmoe compose composition --update --out newer
     """
     if update:
-        _update(base, out, packages or [], expert or [], policy, overwrite, as_json)
+        options = {
+            "--anchor": anchor,
+            "--name": name,
+            "--public-prior": public_prior,
+            "--num-experts-per-tok": num_experts_per_tok,
+        }
+        _refuse_beside_update(packages, [option for option, value in options.items() if value not in (None, [])])
+        _update(base, out, expert or [], not no_verify, policy, overwrite, as_json)
         return
     if expert:
         raise ValueError("--expert goes with --update; packages are given by their folders or Hub ids.")
+    if anchor is not None and not by_reference:
+        raise ValueError("--anchor goes with --by-reference; with weights, BASE holds those of the anchor.")
     names = parse_renames(name or [])
     with large_import():
         from flexmoe.conversion.by_reference import compose_by_reference
         from flexmoe.conversion.compose import compose as library_compose
 
     shared: dict[str, Any] = {"names": names, "public_prior": public_prior, "num_experts_per_tok": num_experts_per_tok}
+    shared |= {"verify": not no_verify, "policy": policy, "overwrite": overwrite}
     with library_call(as_json), byte_progress("Composing", base) as progress:
         if by_reference:
-            folder = compose_by_reference(
-                base, packages or [], out, anchor=anchor, policy=policy, overwrite=overwrite, **shared
-            )
+            folder = compose_by_reference(base, packages or [], out, anchor=anchor, **shared)
         else:
             folder = library_compose(
-                base,
-                packages or [],
-                out,
-                policy=policy,
-                max_shard_size=max_shard_size,
-                overwrite=overwrite,
-                progress=progress,
-                **shared,
+                base, packages or [], out, max_shard_size=max_shard_size, progress=progress, **shared
             )
     hint = None if by_reference else f"An owner opts out with: flexmoe remove {folder} NAME --out FOLDER"
     show_composed(folder, as_json, hint)
 
 
+def _refuse_beside_update(packages: list[str] | None, options: list[str]) -> None:
+    if packages:
+        raise ValueError("--update moves the pins of one composition: give no packages. Add them in a second step.")
+    if options:
+        raise ValueError(
+            f"{', '.join(options)} would have no effect: --update moves the pins of a composition and changes nothing "
+            "else. Compose anew for that."
+        )
+
+
 def _update(
     composition: str,
     out: Path,
-    packages: list[str],
     experts: list[str],
+    verify: bool,
     policy: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    if packages:
-        raise ValueError("--update moves the pins of one composition: give no packages. Add them in a second step.")
     from flexmoe.conversion.pins import update_composition
 
     with library_call(as_json):
         moves = update_composition(
-            composition, out, experts=parse_revisions(experts) or None, policy=policy, overwrite=overwrite
+            composition,
+            out,
+            experts=parse_revisions(experts) or None,
+            verify=verify,
+            policy=policy,
+            overwrite=overwrite,
         )
     if as_json:
         print_json({"path": str(out), "moved": [move.to_dict() for move in moves]})
@@ -138,6 +161,7 @@ def add(
     package: Annotated[str, typer.Argument(help="Expert package: a folder or a Hub id.", show_default=False)],
     out: Out,
     name: Annotated[str | None, typer.Option(help="Call the expert so. By default the package's own name.")] = None,
+    no_verify: NoVerify = False,
     policy: Policy = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -150,5 +174,5 @@ def add(
     from flexmoe.conversion.compose import add as library_add
 
     with library_call(as_json):
-        folder = library_add(model, package, out, name=name, policy=policy, overwrite=overwrite)
+        folder = library_add(model, package, out, name=name, verify=not no_verify, policy=policy, overwrite=overwrite)
     show_composed(folder, as_json)
