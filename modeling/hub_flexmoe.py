@@ -45,15 +45,15 @@ DOWNLOADED = (
     "*.model",
     "*.tiktoken",
     "*.jinja",
+    "*.spm",
     "README.md",
     "LICENSE*",
+    "USE_POLICY*",
     "model.sig",
 )
 NEVER_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py", "original/*", "onnx/*", "openvino/*")
 
 ATTEMPTS = 3  # at a download whose connection breaks off; what has arrived is kept in between
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def resolve_folder(
         ValueError: `revision` given for a folder.
     """
     path = Path(source).expanduser()
-    if is_repo and not (isinstance(source, str) and _HUB_ID.fullmatch(source)):
+    if is_repo and not (isinstance(source, str) and HUB_ID.fullmatch(source)):
         raise FileNotFoundError(f"{source!r} is no id of a Hub repository")
     if not is_repo and path.is_dir():
         if revision is not None:
@@ -164,7 +164,7 @@ def _download(repo: str, **options: Any) -> str:
 
 def is_hub_id(source: str | os.PathLike[str]) -> bool:
     """Whether this names a repository rather than a folder: text of the form "owner/name" that is no folder here."""
-    return isinstance(source, str) and bool(_HUB_ID.fullmatch(source)) and not Path(source).expanduser().is_dir()
+    return isinstance(source, str) and bool(HUB_ID.fullmatch(source)) and not Path(source).expanduser().is_dir()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a text must not say in public by mistake: e-mail addresses, access tokens, private keys, paths of a machine.
 
-For cards, manifests and other short texts, before they are pushed. Patterns find what looks like one, so an answer may be wrong either
-way. Not here: the text that a model was trained on, or that it remembers.
+For cards, manifests and other short texts, before they are pushed. Patterns find what looks like one, so an answer may
+be wrong either way. Not here: the text that a model was trained on, or that it remembers.
 """
 
 from __future__ import annotations

@@ -43,12 +43,12 @@ def push(
         private: of a repository that is made here; None is what the account's settings say.
         revision: the branch, made if it is not there.
         create_pr: open a pull request instead.
-        allow_private_text: push although card or manifest hold what looks private.
+        allow_private_text: push although its texts (card, manifest, configs, licence) hold what looks private.
 
     Raises:
         FileNotFoundError: no such folder, or nothing of FlexMoE in it.
-        ValueError: the folder is not what it says; a composition names folders; `repo_id` is no Hub id; or card or
-            manifest hold an e-mail address, a token or a path of a machine (`PrivateTextError`).
+        ValueError: the folder is not what it says; a composition names folders; `repo_id` is no Hub id; or a text
+            holds an e-mail address, a token, a key or a path of a machine (`PrivateTextError`).
         PermissionError, ConnectionError: the Hub does not take it.
     """
     return push_upload(
