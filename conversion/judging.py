@@ -21,8 +21,10 @@ from flexmoe.modeling.admission_flexmoe import (
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
 from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
+from flexmoe.modeling.finite_flexmoe import all_finite
 from flexmoe.modeling.fitting_flexmoe import name_in_package
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+from flexmoe.modeling.packages_flexmoe import PackageError
 from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, CheckpointFolder
 
 RowsThere = Mapping[str, Mapping[str, torch.Tensor]]
@@ -40,8 +42,13 @@ def judge_rows_of(
         input_matrices: as `judge_rows` takes them.
 
     Raises:
+        PackageError: a row or a bias is not finite.
         AdmissionError: a row or a bias would take over the model.
     """
+    for newcomer in newcomers:
+        for name, row in newcomer.rows.items():
+            if not all_finite(row):
+                raise PackageError(f"{newcomer.package.folder}: tensor {name!r} holds NaN or an infinity.")
     owners = {name: rows for name, rows in there.items() if name != PUBLIC}
     for newcomer in newcomers:
         findings = judge_row_tensors(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,6 +20,7 @@ from flexmoe.conversion.pins import update_composition
 from flexmoe.conversion.stored import StoredModel
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.modeling.admission_flexmoe import AdmissionError, input_matrix_name, sample_step
+from flexmoe.modeling.packages_flexmoe import PackageError
 from flexmoe.modeling.trust_flexmoe import UntrustedPackageError
 from flexmoe.testing import perturb_expert, tiny_anchor
 
@@ -195,6 +197,12 @@ class TestWhoComesTogether:
             assert dense is not None
             assert torch.equal(ours, matrix[:: sample_step(len(matrix))])
             assert torch.equal(ours, dense)
+
+    @pytest.mark.parametrize("wild", [math.nan, -math.inf])
+    def test_what_is_no_number_is_named_as_that(self, stored: Path, wild: float, tmp_path: Path) -> None:
+        package = plant(stored / "math", tmp_path / "wild", lambda t: t["layers.1.router.weight"].fill_(wild))
+        with pytest.raises(PackageError, match=r"wild: tensor 'layers\.1\.router\.weight' holds NaN or an infinity"):
+            compose(stored / "grafted", [package], tmp_path / "out")
 
     def test_the_prior_in_force_is_the_measure_of_a_bias(self, stored: Path, tmp_path: Path) -> None:
         package = plant(stored / "math", tmp_path / "mid", lambda t: t["layers.0.router.bias"].fill_(5.0))
