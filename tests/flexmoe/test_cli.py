@@ -218,6 +218,7 @@ class TestCalls:
             "package": "p",
             "out": Path("o"),
             "name": "math-2",
+            "verify": True,
             "policy": None,
             "overwrite": True,
         }
