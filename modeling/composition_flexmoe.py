@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cards_flexmoe import composition_facts, render_card
+from .cards_flexmoe import HUB_ID, composition_facts, render_card
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .finite_flexmoe import all_finite
 from .folders_flexmoe import file_inside
@@ -38,7 +38,6 @@ ROUTER_FILE = "router.safetensors"
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _LARGEST_NUMBER = 8  # bytes, of a float64
@@ -77,7 +76,7 @@ class Reference:
             raise ValueError(
                 f"{what}: {values!r} is no reference; one is {{'repo': ..., 'revision': ...}} or {{'folder': ...}}."
             )
-        if "repo" in values and not (_REPO.fullmatch(values["repo"]) and _COMMIT.fullmatch(values["revision"])):
+        if "repo" in values and not (HUB_ID.fullmatch(values["repo"]) and _COMMIT.fullmatch(values["revision"])):
             raise ValueError(f"{what}: {values!r} must name a Hub repository and a commit of 40 hexadecimal digits.")
         return cls(**values)
 
