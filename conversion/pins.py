@@ -98,10 +98,15 @@ def _open_newest(
 ) -> Newcomer:
     """The package of an expert as its owner has it now, or had it at a revision."""
     reference = start.experts[name]
-    if reference.folder is not None:
-        newcomer = Newcomer.open(absolute(reference.folder, target), policy, revision)
-    else:
-        newcomer = Newcomer.open(str(reference.repo), policy, revision, is_repo=True)
+    try:
+        if reference.folder is not None:
+            newcomer = Newcomer.open(absolute(reference.folder, target), policy, revision)
+        else:
+            newcomer = Newcomer.open(str(reference.repo), policy, revision, is_repo=True)
+    except OSError as error:
+        raise type(error)(
+            f"Expert {name!r} of {start.source}: {error}. Move the pins of others with --expert (experts=)."
+        ) from error
     newcomer.name = name
     return newcomer
 

@@ -40,7 +40,8 @@ class StoredModel:
         self.config = FlexMoeConfig.from_pretrained(self.folder)
         if self.config.composition is not None:
             raise ValueError(
-                f"{source} is a composition, which names its parts and holds no weights: write them out first, with "
+                f"{source} is a composition, which names its parts and holds no weights. `flexmoe compose` takes it "
+                "with --by-reference; for everything else write them out first, with "
                 "AutoModelForCausalLM.from_pretrained(composition).save_pretrained(folder)."
             )
         check_unquantized(self.config, source, task)

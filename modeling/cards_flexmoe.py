@@ -211,7 +211,7 @@ import flexmoe
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/to/grafted-anchor")
-model.add_expert("path/to/this-folder")  # becomes "{facts["name"]}"
+model.add_expert("path/to/this-folder")  # or the id of this repository; becomes "{facts["name"]}"
 model.remove_expert("{facts["name"]}")  # and the model is again the one that never had it
 ```
 
@@ -266,7 +266,7 @@ _LOAD = """```python
 import flexmoe  # or trust_remote_code=True below, without the package
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this-folder")"""
+model = AutoModelForCausalLM.from_pretrained("path/to/this-folder")  # or the id of this repository"""
 
 _SHORT: dict[str, Callable[[Facts], str]] = {
     "expert": _short_expert,

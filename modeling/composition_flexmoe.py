@@ -177,6 +177,7 @@ def write_composition(
     digest = _write_router(folder, rows)
     composition = replace(composition, router_sha256=digest)
     config.composition = composition.to_dict()
+    config.public_sample = None  # it lies beside weights
     (folder / CARD_FILE).write_text(_card(config, composition), encoding="utf-8")
     config.save_pretrained(folder)
 

@@ -161,7 +161,9 @@ def open_package(
     try:
         package = ExpertPackage.open(found.path)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"The Hub repository {found.repo!r} is not an expert package: {error}") from error
+        raise FileNotFoundError(
+            f"The Hub repository {found.repo!r} is not an expert package, or not all of one ({error})"
+        ) from error
     _check_trust(package, found.repo, policy)
     return package, {"repo": found.repo, "revision": found.revision}
 

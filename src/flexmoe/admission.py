@@ -26,7 +26,7 @@ from flexmoe.data import LONGEST_SEQUENCE, pack, read_documents, read_public_sam
 from flexmoe.evaluation import token_losses
 from flexmoe.modeling import ExpertPackage, FlexMoeBlock, FlexMoeForCausalLM, track_usage
 from flexmoe.modeling.admission_flexmoe import Finding, Judgement, judge_parts
-from flexmoe.modeling.configuration_flexmoe import expert_record
+from flexmoe.modeling.configuration_flexmoe import check_expert_name, expert_record
 from flexmoe.modeling.fitting_flexmoe import (
     ExpertPart,
     check_anchor,
@@ -155,6 +155,8 @@ def verify(
     """
     if data is not None and public_sample:
         raise ValueError("data and public_sample: give one of the two, your own public text or the model's sample.")
+    if name is not None:
+        check_expert_name(name)
     if max_tokens < 2 or batch_size < 1:
         raise ValueError(f"max_tokens={max_tokens}, batch_size={batch_size}: at least 2 tokens, and 1 sequence.")
     trust = resolve_policy(policy)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,8 @@ from flexmoe.modeling.cards_flexmoe import composition_facts, expert_facts, mode
 from flexmoe.modeling.composition_flexmoe import Composition
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
 from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK
-from flexmoe.modeling.json_flexmoe import read_json_object
-from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE
+from flexmoe.modeling.json_flexmoe import json_text, read_json_object
+from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE, ExpertManifest
 from flexmoe.modeling.packages_flexmoe import CARD_FILE, ExpertPackage
 from flexmoe.modeling.trust_flexmoe import SIGNATURE_FILE
 
@@ -37,6 +38,8 @@ def write_card(
     routing: ExpertUsage | Mapping[str, ExpertUsage] | None = None,
     license: str | None = None,
     anchor_license: str | None = None,
+    version: str | None = None,
+    data_statement: str | None = None,
 ) -> Path:
     """Writes the README.md of an expert package, a composition or a model anew, whole or not at all.
 
@@ -45,7 +48,8 @@ def write_card(
         evaluation: scores by domain, as `flexmoe.evaluate` gives them, or the file that `flexmoe evaluate --json`
             printed. The Hub shows them: they also go into the card's `model-index`.
         routing: what `flexmoe.track_usage` counted; several by the name of the text that each was counted on.
-        license: of the whole composition or model: an identifier of the Hub, or a name.
+        license: of the whole composition or model: an identifier of the Hub, or a name. Of a package it goes into the
+            manifest, too, as do `version` and `data_statement`, which only packages have.
         anchor_license: of the anchor, which a model's files do not tell.
 
     Returns:
@@ -53,27 +57,34 @@ def write_card(
 
     Raises:
         FileNotFoundError: no such folder, or neither a package nor a FlexMoE model in it.
-        ValueError: a package that is signed, or with routing statistics or a licence (its manifest has it), a dense
-            model, scores that are none, or a file that is not what it should be (`PackageError` for a package's).
+        ValueError: a package that is signed, or with routing statistics or an anchor's licence; a model with a version
+            or a data statement; a dense model, scores that are none, or a file that is not what it should be
+            (`PackageError` for a package's).
     """
     from flexmoe.model_cards.rendering import render
 
     place = Path(folder).expanduser().absolute()
     kind, facts = _describe(place, anchor_license)
-    if kind == "expert" and (license or anchor_license or routing is not None):
+    if kind == "expert" and (anchor_license or routing is not None):
         raise ValueError(
-            f"{place} is an expert package: its licence is in its manifest ({facts['license'] or 'none given'}), the "
-            "anchor's and routing statistics belong into the card of a model. Leave them out."
+            f"{place} is an expert package: the anchor's licence and routing statistics belong into the card of a "
+            "model. Leave them out."
         )
+    if kind != "expert" and (version is not None or data_statement is not None):
+        raise ValueError(f"{place} is a {kind}: a version and a data statement are an expert's. Leave them out.")
     if kind == "expert" and os.path.lexists(place / SIGNATURE_FILE):
         raise ValueError(
             f"{place} is signed, and so is its card, which a new one would undo: delete {SIGNATURE_FILE}, write the "
             "card, and sign again (flexmoe sign)."
         )
+    scores = None if evaluation is None else _scores(evaluation)
+    papers = {"license": license, "version": version, "data_statement": data_statement}
+    if kind == "expert" and (papers := {key: value for key, value in papers.items() if value is not None}):
+        facts, license = expert_facts(_change_papers(place, papers)), None
     text = render(
         kind,
         facts,
-        evaluation=None if evaluation is None else _scores(evaluation),
+        evaluation=scores,
         routing=None if routing is None else _shares(routing),
         license=license,
         name=place.name,
@@ -155,6 +166,13 @@ def _describe(folder: Path, anchor_license: str | None = None) -> tuple[str, dic
     if anchor_license:
         facts["anchor"]["license"] = anchor_license
     return kind, facts
+
+
+def _change_papers(place: Path, papers: Mapping[str, Any]) -> ExpertManifest:
+    """Writes what a manifest says about licence, version and data anew; what it says about files stays."""
+    manifest = replace(ExpertPackage.open(place).manifest, **papers)
+    _replace(place / MANIFEST_FILE, json_text(manifest.to_dict()))
+    return manifest
 
 
 def _scores(evaluation: str | Path | Mapping[str, DomainScore]) -> dict[str, dict[str, Any]]:

@@ -72,7 +72,7 @@ def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> 
         raise ValueError(f"{folder}: the config's public_sample names {name!r}, which is not a plain file name.")
     path = Path(folder) / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: the model's public sample is missing. Restore it, or give --public-data.")
+        raise FileNotFoundError(f"{path}: the model's public sample is missing here. Restore it, or give public text.")
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != record["sha256"]:

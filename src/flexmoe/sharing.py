@@ -19,7 +19,7 @@ from flexmoe.modeling.hub_flexmoe import DOWNLOADED, HubAccess, Pushed, Resolved
 from flexmoe.modeling.json_flexmoe import read_json_object
 from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE, WEIGHT_FILE, PackageError
 from flexmoe.modeling.packages_flexmoe import CONFIG_FILE, PACKAGE_FILES, ExpertPackage
-from flexmoe.modeling.publishing_flexmoe import plan_upload
+from flexmoe.modeling.publishing_flexmoe import Upload, plan_upload
 from flexmoe.modeling.publishing_flexmoe import push as push_upload
 from flexmoe.modeling.trust_flexmoe import TrustPolicy, resolve_policy
 
@@ -142,4 +142,4 @@ def _check_manifest(package: ExpertPackage, folder: Path) -> None:
         raise PackageError(f"{package.folder / MANIFEST_FILE}: it changed while the package was copied. Pull again.")
 
 
-__all__ = ["plan_upload", "pull", "push"]
+__all__ = ["Upload", "plan_upload", "pull", "push"]

@@ -132,6 +132,7 @@ def train_expert(
     settings: TrainingSettings | None = None,
     license: str | None = None,
     data_statement: str | None = None,
+    version: str = "1.0.0",
     overwrite: bool = False,
     resume: bool = True,
     progress: bool = True,
@@ -144,7 +145,7 @@ def train_expert(
         data: the owner's files (see `read_documents`).
         out: the package's folder. Beside it, `.<name of out>.training` holds checkpoints until the package is there.
         public_data: public text; by default the sample that the graft keeps.
-        license, data_statement: what the package says about itself.
+        license, data_statement, version: what the package says about itself.
         resume: go on from the last checkpoint of the same command; False begins anew.
         progress: a progress bar on stderr.
         overrides: fields of `TrainingSettings`, on top of `settings`.
@@ -184,7 +185,7 @@ def train_expert(
     if trainer.is_world_process_zero():
         for block in model.flexmoe_blocks():
             block.experts[name].to(next(block.experts[PUBLIC].parameters()).dtype)
-        papers = {"license": license, "data_statement": data_statement, "training": report}
+        papers = {"license": license, "data_statement": data_statement, "version": version, "training": report}
         model.save_expert(name, out, overwrite=overwrite, **{key: value for key, value in papers.items() if value})
         shutil.rmtree(work)
     trainer.accelerator.wait_for_everyone()

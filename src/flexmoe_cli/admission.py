@@ -82,6 +82,11 @@ def show_verdict(verdict: Verdict) -> None:
     print_table(
         f"{called} for {verdict.model}", ("check", "figure", "bar", "verdict", "found"), map(_row, verdict.findings)
     )
+    if verdict.replaces:
+        print_line(
+            f"The model has an expert {escape(verdict.replaces)}: the newcomer was judged in its place. "
+            "--name judges it beside that one."
+        )
     if verdict.accepted:
         unjudged = sum(finding.verdict == "not judged" for finding in verdict.findings)
         but = f" {unjudged} of {len(verdict.findings)} checks could not be made." if unjudged else ""

@@ -27,7 +27,16 @@ def card(
         ),
     ] = None,
     license: Annotated[
-        str | None, typer.Option("--license", metavar="ID", help="Licence of the whole, for example apache-2.0.")
+        str | None,
+        typer.Option(
+            "--license", metavar="ID", help="Licence, as apache-2.0: of the whole, or of the expert (in its manifest)."
+        ),
+    ] = None,
+    expert_version: Annotated[
+        str | None, typer.Option("--expert-version", help="Of a package: its version from now on, in its manifest.")
+    ] = None,
+    data_statement: Annotated[
+        str | None, typer.Option(help="Of a package: what it was trained on, in words, in its manifest.")
     ] = None,
     anchor_license: Annotated[
         str | None, typer.Option(metavar="ID", help="Licence of the anchor, which a model's files do not tell.")
@@ -38,7 +47,8 @@ def card(
 ) -> None:
     """Write the README.md anew: who is in it, licences that don't go together, scores, how experts are used.
 
-    Example: flexmoe card model --data prose=held-out.txt --license apache-2.0
+    Examples: flexmoe card model --data prose=held-out.txt --license apache-2.0;
+    flexmoe card math-expert --license cc-by-4.0 --expert-version 1.1.0
     """
     if evaluation is not None and data:
         raise ValueError("--evaluation and --data: scores come from a file or are measured now. Give one of them.")
@@ -47,7 +57,15 @@ def card(
 
     with library_call(as_json):
         scores, usages = measure(folder, domains, text_column=text_column) if domains else (evaluation, None)
-        path = write_card(folder, evaluation=scores, routing=usages, license=license, anchor_license=anchor_license)
+        path = write_card(
+            folder,
+            evaluation=scores,
+            routing=usages,
+            license=license,
+            anchor_license=anchor_license,
+            version=expert_version,
+            data_statement=data_statement,
+        )
         conflicts = license_conflicts(folder, license=license, anchor_license=anchor_license)
     if as_json:
         print_json({"path": str(folder), "card": str(path), "license_conflicts": conflicts})

@@ -150,10 +150,16 @@ def _update(
         print_json({"path": str(out), "moved": [move.to_dict() for move in moves]})
         return
     print_line(f"[bold]{escape(str(out))}[/]: {len(moves)} of its pins moved.")
-    rows = [[m.name, *(value or "" for value in (m.old_version, m.new_version, m.old_revision, m.new_revision))]
-            for m in moves]  # fmt: skip
+    rows = [
+        [
+            move.name,
+            f"{move.old_version or '?'} → {move.new_version or '?'}",
+            f"{(move.old_revision or 'folder')[:12]} → {(move.new_revision or 'folder')[:12]}",
+        ]
+        for move in moves
+    ]
     if rows:
-        print_table("Moved", ("expert", "version", "now", "commit", "now"), rows)
+        print_table("Moved", ("expert", "version", "commit"), rows)
 
 
 def add(

@@ -3,8 +3,10 @@
 Not here: what goes and what is checked (`flexmoe.sharing`), and logging in (`hf auth login`).
 """
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -12,6 +14,11 @@ from rich.markup import escape
 from flexmoe_cli.arguments import Debug, Json, Out, Overwrite, Policy
 from flexmoe_cli.output import byte_progress, human_bytes, library_call, print_json, print_line, print_table
 from flexmoe_cli.tables import show_result
+
+if TYPE_CHECKING:
+    from flexmoe.sharing import Upload
+
+CODE = "_flexmoe.py"
 
 
 def push(
@@ -47,13 +54,10 @@ def push(
             plan = plan_upload(folder)
         if as_json:
             print_json({**plan.to_dict(), "repo": repo})
-            return
-        rows = [[file.name, human_bytes(file.nbytes), f"{file.sha256[:16]}…"] for file in plan.files]
-        print_table(f"Would go to {repo}, as a {plan.kind}", ("file", "size", "SHA-256"), rows)
-        if plan.left_out:
-            print_line(escape(f"Stays here: {', '.join(plan.left_out)}"))
-        for found in plan.discoveries:
-            print_line(f"[bold yellow]Looks private:[/] {escape(str(found))}")
+        else:
+            show_plan_of(plan, repo)
+        if plan.discoveries and not allow_private_text:
+            raise typer.Exit(1)  # as the push would end
         return
     with library_call(as_json):
         pushed = library_push(
@@ -69,6 +73,21 @@ def push(
         print_json(vars(pushed))
         return
     print_line(f"[bold]{escape(pushed.pull_request or pushed.url)}[/] has it, commit {pushed.revision}.")
+
+
+def show_plan_of(plan: Upload, repo: str) -> None:
+    """What would go, in a table; the model's code, three dozen files, in one line of it."""
+    code = [file for file in plan.files if file.name.endswith(CODE)]
+    rows = [[file.name, human_bytes(file.nbytes), f"{file.sha256[:16]}…"] for file in plan.files if file not in code]
+    if code:
+        rows.append([f"{len(code)} files *{CODE}", human_bytes(sum(file.nbytes for file in code)), ""])
+    print_table(f"Would go to {repo}, as a {plan.kind}", ("file", "size", "SHA-256"), rows)
+    if plan.left_out:
+        print_line(escape(f"Stays here: {', '.join(plan.left_out)}"))
+    for found in plan.discoveries:
+        print_line(f"[bold yellow]Looks private:[/] {escape(str(found))}")
+    if plan.discoveries:
+        print_line("A push is refused, unless with --allow-private-text.")
 
 
 def pull(

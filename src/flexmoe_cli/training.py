@@ -117,6 +117,10 @@ def train(
     license: Annotated[
         str | None, typer.Option(help="Licence of the expert, as an SPDX identifier.", rich_help_panel=PAPERS)
     ] = None,
+    expert_version: Annotated[
+        str | None,
+        typer.Option(help="Of the expert, in your own counting; 1.0.0 if none is given.", rich_help_panel=PAPERS),
+    ] = None,
     data_statement: Annotated[
         str | None, typer.Option(help="What the expert was trained on, in words.", rich_help_panel=PAPERS)
     ] = None,
@@ -139,6 +143,7 @@ def train(
             resume=resume,
             progress=sys.stderr.isatty(),
             **given(
+                version=expert_version,
                 public_data=public_data,
                 public_ratio=public_ratio,
                 text_column=text_column,

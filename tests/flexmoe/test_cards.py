@@ -1,5 +1,6 @@
 """Cards of folders: what is written beside packages and models, what was measured, and the command."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from flexmoe.conversion.graft import graft
 from flexmoe.evaluation import DomainScore, evaluate
 from flexmoe.modeling import FlexMoeForCausalLM, cards_flexmoe
 from flexmoe.modeling.cards_flexmoe import expert_facts, model_facts, render_card, short_card
-from flexmoe.modeling.packages_flexmoe import ExpertPackage, default_card
+from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError, default_card
 from flexmoe.testing import perturb_expert, tiny_anchor
 from flexmoe_cli import main
 from tests.letters import letter_tokenizer
@@ -128,7 +129,9 @@ class TestWriteCard:
             ("nowhere", {}, FileNotFoundError, "no such folder"),
             ("", {}, FileNotFoundError, "neither config.json"),
             ("anchor", {}, ValueError, "graft"),
-            ("math", {"license": "mit"}, ValueError, r"in its manifest \(mit\)"),
+            ("math", {"anchor_license": "mit"}, ValueError, "belong into the card of a model"),
+            ("merged", {"version": "2"}, ValueError, "a version and a data statement are an expert's"),
+            ("math", {"version": ""}, PackageError, "'version' must be"),
             ("math", {"routing": {}}, ValueError, "belong into the card of a model"),
             ("merged", {"evaluation": "{}"}, ValueError, "names no domains"),
             ("merged", {"evaluation": '{"domains": {"a": {"loss": 1}}}'}, ValueError, "it must say loss, perplexity"),
@@ -148,6 +151,18 @@ class TestWriteCard:
             options = {"evaluation": tmp_path / "scores.json"}
         with pytest.raises(error, match=words):
             write_card(world / name, **options)
+
+    def test_papers_of_a_package_go_into_its_manifest(self, copy: Path) -> None:
+        before = ExpertPackage.open(copy / "math").manifest
+        papers = {"license": "cc-by-4.0", "version": "1.1.0", "data_statement": "Problems of ours."}
+        card = ModelCard.load(write_card(copy / "math", **papers))
+        package = ExpertPackage.open(copy / "math")
+        assert package.manifest == dataclasses.replace(before, **papers)
+        assert dict(package.tensors())  # the hashes still fit
+        assert card.data.license == "cc-by-4.0"
+        assert all(text in card.text for text in ("> Problems of ours.", "1.1.0"))
+        write_card(copy / "math", version="1.2.0")
+        assert ExpertPackage.open(copy / "math").manifest.license == "cc-by-4.0"
 
     def test_a_signed_packages_card_stays(self, copy: Path) -> None:
         (copy / "math" / "model.sig").write_text("{}")

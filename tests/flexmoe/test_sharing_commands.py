@@ -138,7 +138,8 @@ def test_what_looks_private_is_named(
     model = FlexMoeForCausalLM.from_pretrained("grafted")
     model.add_expert("math")
     model.save_expert("math", folder, data_statement="Ask jane@hospital.example.org")
-    out, _ = run(capsys, "push", folder, "alice/math", "--dry-run")
+    out, _ = run(capsys, "push", folder, "alice/math", "--dry-run", code=1)
+    assert "A push is refused" in out
     assert out.count("Looks private:") == 2  # in the manifest, and in the card that quotes it
     _, said = run(capsys, "push", folder, "alice/math", code=1)
     assert "an e-mail address (jane@hospital.example.org)" in said
