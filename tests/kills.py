@@ -43,6 +43,7 @@ from tests.processes import PRELOADED
 VERSIONS = ("1", "2")  # of everything: what is killed while it writes one finds the other in its place
 EXPORTS = {"dense": "llama", "mixtral": "llama", "flex_olmo": "olmo2", "qwen3_moe": "qwen3"}  # and the anchor's family
 SECONDS = 60  # that a writer may take
+MORE_TIMES = 40  # kills at a time, at most, until one comes while a folder is written
 
 DISK_CALLS = {
     # functions in C that change the disk, or let go of what was written
@@ -275,16 +276,25 @@ class Killer:
 
 
 def kill(command: str, count: int, world: Path, scratch: Path, *, seed: int = 0) -> Iterator[Kill]:
-    """Kills the command `count` times: two of three at points all over its work, the others after random times."""
+    """Kills the command `count` times: two of three at points all over its work, the others after random times.
+
+    If none of these times fell into the writing, there are more of them, until one does.
+    """
     killer, chance = Killer(command, world, scratch), random.Random(f"{command} {seed}")
-    at_points = -(-2 * count // 3)
+    at_points, while_writing = -(-2 * count // 3), False
     for number in range(count):
         loading = number % 4 == 0 or number == count - 1
         if number < at_points:
             point = int((number + chance.random()) * killer.points / at_points)
             yield killer.at_point(point, loading=loading)
         else:
-            yield killer.after(chance.uniform(0, 2 * killer.seconds), loading=loading)
+            yield (last := killer.after(chance.uniform(0, 2 * killer.seconds), loading=loading))
+            while_writing = while_writing or last.writing
+    for _ in range(MORE_TIMES if count > at_points else 0):
+        if while_writing:
+            return
+        yield (last := killer.after(chance.uniform(0, 2 * killer.seconds), loading=True))
+        while_writing = last.writing
 
 
 def contents(folder: Path) -> dict[str, bytes]:
