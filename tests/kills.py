@@ -317,7 +317,7 @@ def report(kills: Sequence[Kill]) -> dict[str, Any]:
     return {
         "kills": len(kills),
         "while_writing": sum(one.writing for one in kills),
-        "mixes": 0,  # one would have failed the run
+        "mixes": sum(one.found not in VERSIONS for one in kills),  # the run fails at the first
         "by_command": {command: dict(sorted(row.items())) for command, row in rows.items()},
     }
 
