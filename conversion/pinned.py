@@ -14,7 +14,7 @@ import torch
 
 from flexmoe.conversion.judging import anchor_matrices, judge_rows_of, places, public_matrices
 from flexmoe.conversion.newcomers import Newcomer, PolicyLike
-from flexmoe.conversion.stored_composition import Rows, StoredComposition, absolute
+from flexmoe.conversion.stored_composition import Rows, StoredComposition, absolute, open_part
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
 from flexmoe.modeling.fitting_flexmoe import check_anchor, naming
 from flexmoe.modeling.hub_flexmoe import resolve_folder
@@ -33,12 +33,7 @@ def open_pinned(start: StoredComposition, name: str, target: Path, policy: Polic
         PackageError: it is not what its manifest says, or not let in.
         ValueError: it is not the one that the composition was saved with, or was made for another anchor.
     """
-    reference = start.experts[name]
-    if reference.folder is not None:
-        newcomer = Newcomer.open(absolute(reference.folder, target), policy)
-    else:
-        newcomer = Newcomer.open(str(reference.repo), policy, reference.revision, is_repo=True)
-    newcomer.name = name
+    newcomer = open_part(start, name, target, policy, start.experts[name].revision)
     manifest = newcomer.package.manifest
     with naming(newcomer.package):
         if manifest.sha256 != start.sha256[name]:

@@ -14,8 +14,8 @@ from flexmoe.conversion.newcomers import Newcomer, PolicyLike, with_experts
 from flexmoe.conversion.pinned import judge_in_composition, open_pinned
 from flexmoe.conversion.stored_composition import (
     StoredComposition,
-    absolute,
     open_composition,
+    open_part,
     read_whole,
     reference_to,
     rows_of,
@@ -97,18 +97,12 @@ def _open_newest(
     start: StoredComposition, name: str, revision: str | None, target: Path, policy: PolicyLike
 ) -> Newcomer:
     """The package of an expert as its owner has it now, or had it at a revision."""
-    reference = start.experts[name]
     try:
-        if reference.folder is not None:
-            newcomer = Newcomer.open(absolute(reference.folder, target), policy, revision)
-        else:
-            newcomer = Newcomer.open(str(reference.repo), policy, revision, is_repo=True)
+        return open_part(start, name, target, policy, revision)
     except OSError as error:
         raise type(error)(
             f"Expert {name!r} of {start.source}: {error}. Move the pins of others with --expert (experts=)."
         ) from error
-    newcomer.name = name
-    return newcomer
 
 
 def _at_hand(start: StoredComposition, name: str, target: Path, policy: PolicyLike) -> Newcomer | None:

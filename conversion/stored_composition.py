@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from flexmoe.conversion.newcomers import Newcomer, PackageLike
-from flexmoe.conversion.stored import StoredModel
+from flexmoe.conversion.newcomers import Newcomer, PackageLike, PolicyLike
+from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
 from flexmoe.modeling.composition_flexmoe import (
     GENERATION_FILE,
     Composition,
@@ -33,8 +33,6 @@ from flexmoe.modeling.json_flexmoe import read_json_object
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.modeling.packages_flexmoe import PackageError
 from flexmoe.modeling.sources_flexmoe import Sources
-
-CONFIG_FILE = "config.json"
 
 Rows = dict[str, torch.Tensor]
 """Router rows and biases that are not what the sources say, by their names in the model, float32."""
@@ -160,6 +158,27 @@ def reference_to(newcomer: Newcomer, target: Path) -> Reference:
     return Reference.of(ResolvedFolder(newcomer.package.folder, source.get("repo"), source.get("revision")), target)
 
 
+def open_part(
+    start: StoredComposition, name: str, target: Path, policy: PolicyLike = None, revision: str | None = None
+) -> Newcomer:
+    """Opens the package that the composition names as `name`, fetched if need be; it is not read to its end.
+
+    Args:
+        target: where the composition will be written.
+        policy: whose packages are let in.
+        revision: of a repository; None is the main branch.
+
+    Raises: as `Newcomer.open`.
+    """
+    reference = start.experts[name]
+    if reference.folder is not None:
+        newcomer = Newcomer.open(absolute(reference.folder, target), policy, revision)
+    else:
+        newcomer = Newcomer.open(str(reference.repo), policy, revision, is_repo=True)
+    newcomer.name = name
+    return newcomer
+
+
 def read_whole(newcomer: Newcomer) -> None:
     """Reads a package to its end: its hashes are right, its numbers finite, before somebody relies on it.
 
@@ -195,6 +214,7 @@ __all__ = [
     "absolute",
     "is_composition",
     "open_composition",
+    "open_part",
     "read_whole",
     "reference_to",
     "rows_of",

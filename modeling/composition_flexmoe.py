@@ -29,13 +29,12 @@ from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .finite_flexmoe import all_finite
 from .folders_flexmoe import file_inside
 from .hub_flexmoe import ResolvedFolder, Wanted
-from .packages_flexmoe import CARD_FILE
+from .packages_flexmoe import CARD_FILE, CONFIG_FILE
 from .tensor_writer_flexmoe import source_from_tensor, write_checkpoint
 from .tensors_flexmoe import TORCH_DTYPES, TensorFile, TensorInfo, empty_tensor
 
 FORMAT_VERSION = 1
 ROUTER_FILE = "router.safetensors"
-CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)

@@ -20,14 +20,13 @@ from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
 from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK
 from flexmoe.modeling.json_flexmoe import json_text, read_json_object
 from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE, ExpertManifest
-from flexmoe.modeling.packages_flexmoe import CARD_FILE, ExpertPackage
+from flexmoe.modeling.packages_flexmoe import CARD_FILE, CONFIG_FILE, ExpertPackage
 from flexmoe.modeling.trust_flexmoe import SIGNATURE_FILE
 
 if TYPE_CHECKING:
     from flexmoe.evaluation import DomainScore
     from flexmoe.modeling.usage_flexmoe import ExpertUsage
 
-CONFIG_FILE = "config.json"
 _SCORE_KEYS = ("loss", "perplexity", "tokens", "documents")
 
 
