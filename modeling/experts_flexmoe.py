@@ -23,7 +23,7 @@ from .forms_flexmoe import form_of, is_plain_linear, is_untouched
 from .linear_flexmoe import faster_linears, may_be_faster
 from .low_rank_flexmoe import LowRankExpert, mix_sharing
 from .parallel_flexmoe import is_awaited
-from .routing_flexmoe import route, route_one
+from .routing_flexmoe import route_logits, route_one
 from .widths_flexmoe import resize
 
 
@@ -171,7 +171,7 @@ class FlexMoeBlock(nn.Module):
         logits_TA = self.router(x_TH, names)
         if allowed_TA is not None:
             logits_TA = logits_TA.masked_fill(~allowed_TA, float("-inf"))  # also where a row holds NaN
-        weights_TA = route(logits_TA, k, renormalize)
+        weights_TA = route_logits(logits_TA, k, renormalize)
         self._report_logits(values, names, logits_TA)
         self._report_weights(values, names, weights_TA.detach())
         weights_TA = weights_TA.to(x_TH.dtype)

@@ -23,6 +23,7 @@ MODELING_LAYERS = (
     ("folders", "json", "configuration", "context", "loading", "quantization", "compat", "widths", "manifest_schema"),
     ("tensors", "finite", "hashing", "tensor_writer"),
     ("routing", "linear", "forms", "anchors", "parallel", "low_rank"),
+    ("kernels", "kernels_route", "kernels_decode", "kernels_prefill", "ops", "implementations"),
     ("identity", "selection", "manifest", "dense", "norms"),
     ("cards",),
     ("packages",),

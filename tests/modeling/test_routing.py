@@ -4,7 +4,15 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from flexmoe.modeling.routing_flexmoe import load_balancing_loss, route, route_one, router_z_loss
+from flexmoe.modeling.routing_flexmoe import (
+    ExpertTensors,
+    load_balancing_loss,
+    mix,
+    route,
+    route_logits,
+    route_one,
+    router_z_loss,
+)
 
 INF = float("inf")
 
@@ -21,7 +29,7 @@ def witness(logits: torch.Tensor, k: int, renormalize: bool) -> torch.Tensor:
 @pytest.mark.parametrize(("experts", "k"), [(1, 1), (2, 1), (3, 2), (7, 5), (12, 12), (63, 4), (64, 8), (3, 9)])
 def test_route_is_softmax_then_top_k(experts, k, renormalize):
     logits = torch.randn(257, experts, generator=torch.Generator().manual_seed(experts)) * 3
-    weights = route(logits, k, renormalize)
+    weights = route_logits(logits, k, renormalize)
     torch.testing.assert_close(weights.double(), witness(logits, k, renormalize), rtol=1e-5, atol=1e-7)
     assert weights.dtype == torch.float32
     assert ((weights > 0).sum(-1) == min(k, experts)).all()
@@ -33,7 +41,7 @@ def test_one_token_is_routed_as_many_are(experts, k, renormalize):
     logits = torch.randn(129, experts, generator=torch.Generator().manual_seed(experts)) * 3
     logits[::3] = logits[::3].round()  # ties
     logits[::5, experts // 2 :] = -INF
-    together = route(logits, k, renormalize)
+    together = route_logits(logits, k, renormalize)
     alone = torch.tensor([route_one(row, k, renormalize) for row in logits.tolist()])
     torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-7)
     assert torch.equal(alone != 0, together != 0)
@@ -42,19 +50,19 @@ def test_one_token_is_routed_as_many_are(experts, k, renormalize):
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("row", [[-INF] * 3, [0.0, float("nan"), -INF], [INF, 0.0, 1.0], [INF, -INF, INF]])
 def test_one_token_with_numbers_that_are_none(row, renormalize):
-    together = route(torch.tensor([row]), 2, renormalize)[0]
+    together = route_logits(torch.tensor([row]), 2, renormalize)[0]
     assert together.isnan().all() or not together.any()
     torch.testing.assert_close(torch.tensor(route_one(row, 2, renormalize)), together, equal_nan=True)
 
 
 def test_half_precision_logits_are_routed_in_float32():
     logits = torch.randn(9, 5, dtype=torch.bfloat16)
-    assert torch.equal(route(logits, 2, True), route(logits.float(), 2, True))
+    assert torch.equal(route_logits(logits, 2, True), route_logits(logits.float(), 2, True))
 
 
 def test_ties_go_to_the_lowest_index():
-    assert route(torch.zeros(3, 6), 2, True).tolist() == [[0.5, 0.5, 0, 0, 0, 0]] * 3
-    assert route(torch.tensor([[0.0, 1.0, 1.0, 1.0]]), 2, True).tolist() == [[0, 0.5, 0.5, 0]]
+    assert route_logits(torch.zeros(3, 6), 2, True).tolist() == [[0.5, 0.5, 0, 0, 0, 0]] * 3
+    assert route_logits(torch.tensor([[0.0, 1.0, 1.0, 1.0]]), 2, True).tolist() == [[0, 0.5, 0.5, 0]]
 
 
 def test_masked_experts_weigh_nothing_and_change_no_bit():
@@ -63,26 +71,26 @@ def test_masked_experts_weigh_nothing_and_change_no_bit():
     offset = torch.full((129, 12), -INF)
     offset[:, allowed] = 0
     for k in (1, 3, 5):
-        weights = route(logits, k, True, offset)
-        assert torch.equal(weights[:, allowed], route(logits[:, allowed], k, True))
+        weights = route_logits(logits, k, True, offset)
+        assert torch.equal(weights[:, allowed], route_logits(logits[:, allowed], k, True))
         assert not weights[:, [1, 4, 5, 6, 8, 9, 10]].any()
 
 
 def test_fewer_allowed_than_k_and_none_at_all():
     logits = torch.zeros(2, 4)
     offset = torch.tensor([[0.0, -INF, -INF, 0.0], [-INF] * 4])
-    assert route(logits, 3, True, offset).tolist() == [[0.5, 0, 0, 0.5], [0, 0, 0, 0]]
+    assert route_logits(logits, 3, True, offset).tolist() == [[0.5, 0, 0, 0.5], [0, 0, 0, 0]]
 
 
 def test_finite_offsets_are_evidence():
     logits, offset = torch.randn(5, 3), torch.randn(5, 3)
-    assert torch.equal(route(logits, 2, True, offset), route(logits + offset, 2, True))
+    assert torch.equal(route_logits(logits, 2, True, offset), route_logits(logits + offset, 2, True))
 
 
 def test_nan_stays_in_its_row():
     logits = torch.randn(3, 4)
     logits[1, 2] = float("nan")
-    weights = route(logits, 2, True)
+    weights = route_logits(logits, 2, True)
     assert weights[1].isnan().any()
     assert weights[[0, 2]].isfinite().all()
 
@@ -94,7 +102,7 @@ def test_gradients(k, renormalize):
     ours = logits.float().requires_grad_()
     theirs = logits.clone().requires_grad_()
     toward = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (route(ours, k, renormalize) * toward.float()).sum().backward()
+    (route_logits(ours, k, renormalize) * toward.float()).sum().backward()
     (witness(theirs, k, renormalize) * toward).sum().backward()
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
 
@@ -115,3 +123,46 @@ def test_z_loss_leaves_padding_and_masked_experts_out():
     expected = logits[1:].exp().sum(-1).log().square().mean()
     keep = torch.tensor([False, True, True, True, True])
     torch.testing.assert_close(router_z_loss([with_masked], keep), expected)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(0, 3, 2), (1, 1, 1), (5, 7, 5), (33, 64, 8), (4, 3, 9)])
+def test_slots_say_what_the_dense_weights_say(tokens, experts, k, renormalize):
+    generator = torch.Generator().manual_seed(experts)
+    x = torch.randn(tokens, 16, generator=generator, dtype=torch.bfloat16)
+    rows = [torch.randn(1, 16, generator=generator) for _ in range(experts)]
+    biases = [torch.randn(1, generator=generator) for _ in range(experts)]
+    offset = torch.zeros(tokens, experts).masked_fill(torch.rand(tokens, experts, generator=generator) < 0.4, -INF)
+    logits, weights, top_weights, top_ids = route(x, rows, biases, offset, k, renormalize)
+    exact = x.double() @ torch.cat(rows).double().T + torch.cat(biases).double() + offset
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+    assert top_ids.dtype == torch.int32
+    assert top_ids.shape == (tokens, min(k, experts))
+    spread = torch.zeros(tokens, experts + 1).scatter(1, top_ids.long(), top_weights)
+    assert torch.equal(spread[:, :-1], weights)
+    assert (top_weights.diff(dim=-1) <= 0).all()
+    assert ((top_ids == experts) == (top_weights == 0)).all()
+
+
+def test_rows_that_are_no_numbers_have_slots():
+    x, offset = torch.ones(3, 2), torch.zeros(3, 4)
+    rows = [torch.ones(1, 2) * scale for scale in (1.0, 2.0, float("nan"), 3.0)]
+    offset[0, 2] = -INF  # the row of NaN is not allowed here
+    offset[2] = -INF
+    routing = route(x, rows, [torch.zeros(1)] * 4, offset, 3, True)
+    assert routing.top_ids_TK.tolist() == [[3, 1, 0], [0, 1, 2], [4, 4, 4]]
+    assert routing.weights_TE.isnan().all(-1).tolist() == [False, True, False]
+    assert routing.top_weights_TK.isnan().all(-1).tolist() == [False, True, False]
+    assert not routing.weights_TE[2].any()
+
+
+def test_a_token_hears_nothing_of_experts_it_does_not_go_to():
+    x = torch.randn(3, 8)
+    broken = torch.full((8, 8), float("nan"))
+    sound = torch.randn(8, 8)
+    experts = ExpertTensors(up=[sound, broken], down=[sound, broken], activation="relu")
+    weights = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]])
+    said = mix(x, weights, experts)
+    torch.testing.assert_close(said[0], (x[0] @ sound.T).relu() @ sound.T)
+    assert said[1].isnan().all()
+    assert not said[2].any()

@@ -22,7 +22,7 @@ def test_shares_are_the_mean_routing_weights(model):
     tokens = random_tokens(2, 9)
     with flexmoe.track_usage(model) as usage:
         out = model(tokens, output_router_logits=True)
-    weights = torch.stack([flexmoe.modeling.routing_flexmoe.route(x, 2, True) for x in out.router_logits])
+    weights = torch.stack([flexmoe.modeling.routing_flexmoe.route_logits(x, 2, True) for x in out.router_logits])
     expected = weights.mean((0, 1)).tolist()
     assert usage.tokens == 18
     assert list(usage.share().values()) == pytest.approx(expected)

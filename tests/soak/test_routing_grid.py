@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from flexmoe.modeling.routing_flexmoe import route
+from flexmoe.modeling.routing_flexmoe import route_logits
 
 INF = float("inf")
 TOKENS = (0, 1, 2, 17, 257)
@@ -70,12 +70,12 @@ def test_route_over_the_grid(kind: str, mask: str) -> None:
         offset = torch.full((tokens, experts), -INF)
         offset[:, allowed] = 0.0
 
-        weights = route(logits, k, renormalize, offset)
+        weights = route_logits(logits, k, renormalize, offset)
         assert weights.shape == (tokens, experts), where
         assert weights.dtype == torch.float32, where
         assert weights.isfinite().all(), where
 
-        removed = route(logits[:, allowed], k, renormalize)
+        removed = route_logits(logits[:, allowed], k, renormalize)
         assert torch.equal(weights[:, allowed], removed), where
         assert weights.count_nonzero() == removed.count_nonzero(), where
 

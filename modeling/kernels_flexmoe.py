@@ -1,0 +1,160 @@
+"""What the Triton kernels share: tables of pointers to separately stored tensors, activations, and how they are tested.
+
+A layer's experts lie wherever they were loaded, so kernels take a table [rows, experts] of addresses. Tables are kept:
+one that a CUDA graph has captured is read again at every replay, and its address is baked into the graph. When an
+expert is changed, its addresses are changed in the tables that have them (`redirect`): the graph then runs the new
+expert, or, where there is none of the same shape, finds 0 and answers NaN. It never reads freed memory.
+
+Does not cover the kernels themselves (`kernels_route_flexmoe`, `kernels_decode_flexmoe`, `kernels_prefill_flexmoe`),
+nor when they are used (`implementations_flexmoe`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from .routing_flexmoe import ExpertTensors
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("FlexMoE's kernels need Triton: pip install 'triton>=3.6'.") from error
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Whether kernels run in Triton's interpreter, on the CPU. It gets bf16 arithmetic wrong: kernels then widen first."""
+
+ALIGNMENT = 16  # bytes: what one load instruction can take, if the compiler is told that it may
+
+Addresses = tuple[tuple[int, ...], ...]
+
+
+class PointerTables:
+    """Tables of addresses [rows, experts] on a device, each made once; a pure function of the addresses in it."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[torch.device, Addresses], Tensor] = {}
+        self._lock = threading.Lock()
+
+    def of(self, rows: Addresses, device: torch.device) -> Tensor:
+        """The table int64 [rows, experts] of these numbers.
+
+        Raises:
+            RuntimeError: it would have to be made while a CUDA graph is captured.
+        """
+        key = (device, rows)
+        with self._lock:
+            table = self._tables.get(key)
+            if table is None:
+                table = self._tables[key] = _upload(rows, device)
+            return table
+
+    def redirect(self, moves: Mapping[int, int]) -> None:
+        """Puts the new address in the place of an old one wherever it stands; 0: there is nothing any more.
+
+        Whoever still holds such a table, as a captured CUDA graph does, reads it so from now on.
+        """
+        with self._lock:
+            for (device, rows), table in list(self._tables.items()):
+                moved = tuple(tuple(moves.get(address, address) for address in row) for row in rows)
+                if moved != rows:
+                    del self._tables[device, rows]
+                    table.copy_(torch.tensor(moved, dtype=torch.int64))
+                    if all(map(all, moved)):
+                        self._tables.setdefault((device, moved), table)
+
+
+TABLES = PointerTables()
+"""The tables of this process."""
+
+
+def _upload(rows: Addresses, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "A CUDA graph is being captured of experts that no kernel has seen yet: run the model once before."
+        )
+
+    def upload() -> Tensor:
+        table = torch.tensor(rows, dtype=torch.int64).to(device)
+        torch.cuda.current_stream(device).synchronize()
+        return table
+
+    # in another thread, because a graph that is being warmed up takes what this thread allocates into its own pool
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(upload).result()
+
+
+def row_table(rows: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """The table [2, E] for the router: addresses of rows, and of biases."""
+    return TABLES.of((_addresses(rows), _addresses(biases, 4)), rows[0].device)
+
+
+GATE, UP, DOWN, GATE_BIAS, UP_BIAS, DOWN_BIAS, WIDTH = (tl.constexpr(row) for row in range(7))
+"""Rows of an expert table: addresses of matrices [I, H], [I, H], [H, I] and of their biases, then I itself."""
+
+
+def expert_table(experts: ExpertTensors) -> Tensor:
+    """The table [7, E] for the experts of a layer. What they don't have (a gate, biases) has the width in its place.
+
+    Raises:
+        ValueError: a matrix is not contiguous, or lies where it can't be read 16 bytes at a time.
+    """
+    widths = tuple(len(up) for up in experts.up)
+    matrices = (experts.gate, experts.up, experts.down)
+    biases = (experts.gate_bias, experts.up_bias, experts.down_bias)
+    rows = (
+        *(_addresses(tensors) if tensors else widths for tensors in matrices),
+        *(_addresses(tensors, 2) if tensors else widths for tensors in biases),
+        widths,
+    )
+    return TABLES.of(rows, experts.up[0].device)
+
+
+def _addresses(tensors: Sequence[Tensor], alignment: int = ALIGNMENT) -> tuple[int, ...]:
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.data_ptr() % alignment:
+            raise ValueError(
+                f"A tensor {list(tensor.shape)} is not contiguous, or not aligned to {alignment} bytes, so no kernel "
+                "can read it: clone() it."
+            )
+    return tuple(tensor.data_ptr() for tensor in tensors)
+
+
+@triton.jit
+def activated(x, ACTIVATION: tl.constexpr):
+    """`x` (float32) through the activation of that name, in `routing_flexmoe.ACTIVATIONS`."""
+    if ACTIVATION == "silu":
+        return x / (1.0 + tl.exp(-x))
+    elif ACTIVATION == "relu":
+        return tl.where(x < 0.0, 0.0, x)  # as PyTorch has it, NaN stays
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        tl.static_assert(ACTIVATION == "gelu_tanh")
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        return x / (1.0 + tl.exp(-2.0 * inner))  # 0.5 * (1 + tanh(u)) is 1 / (1 + exp(-2u))
+
+
+__all__ = [
+    "DOWN",
+    "DOWN_BIAS",
+    "GATE",
+    "GATE_BIAS",
+    "INTERPRETED",
+    "TABLES",
+    "UP",
+    "UP_BIAS",
+    "WIDTH",
+    "PointerTables",
+    "activated",
+    "expert_table",
+    "row_table",
+]
