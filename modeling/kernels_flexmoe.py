@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tables of pointers to separately stored tensors, activations, and how they are tested.
+"""What the Triton kernels share: tables of pointers to separately stored tensors, and activations.
 
 A layer's experts lie wherever they were loaded, so kernels take a table [rows, experts] of addresses. Tables are kept:
 one that a CUDA graph has captured is read again at every replay, and its address is baked into the graph. When an
