@@ -1,0 +1,150 @@
+"""Compiles the kernels for GPUs that need not be there, and says what came out: a program, and the table it reads.
+
+    python -m tests.kernels.compiled --arch 90 --quick     # prints JSON: {case: what was measured}
+
+It must run without TRITON_INTERPRET, so tests start it as a process of its own (`measured`) and hold what it prints
+against what the cases promise. Each family of kernels has its cases in `cases_<family>.py` beside this file (a tuple
+`CASES`); they take constexprs and options from the function that the launcher takes them from, so what is checked is
+what is launched. Does not cover whether a kernel computes the right thing, or how fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+FAMILIES = ("route", "decode", "prefill")
+OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may use
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as it is launched for one dtype and one class of shapes, and what must be true of its machine code.
+
+    Attributes:
+        name: family, kernel, dtype and what else tells it from the others: "route.few.bf16".
+        kernel: module in modeling/ and function: "kernels_route_flexmoe.route_few".
+        signature: Triton's type of each argument that is no constexpr, in order: {"x": "*bf16", "T": "i32"}.
+        launch: the keyword arguments of the launch, constexprs and options, from the launcher's own function.
+        aligned: arguments that are multiples of 16 (numbers) or lie at such an address (pointers).
+        quick: among those that `make test` compiles, for one GPU; the soak test compiles all for all.
+        max_registers: per thread.
+        wide_share: how much of the bytes that its load instructions name are loaded 16 at a time, at least.
+        products: for each GPU the instruction that its matrix products must be: {80: "mma.sync", 90: "wgmma"}.
+    """
+
+    name: str
+    kernel: str
+    signature: Mapping[str, str]
+    launch: Mapping[str, Any]
+    aligned: Sequence[str] = ()
+    quick: bool = False
+    max_registers: int = 255
+    wide_share: float = 0.0
+    products: Mapping[int, str] = field(default_factory=dict)
+
+    def failures(self, arch: int, found: Mapping[str, Any]) -> list[str]:
+        """What of the promises the measured values break, in words."""
+        wide = found["loads"].get("16", 0) * 16 / max(1, sum(int(w) * n for w, n in found["loads"].items()))
+        product = self.products.get(arch)
+        broken = {
+            f"{found['stack']} bytes of stack: registers are spilled": found["stack"] > 0,
+            f"{found['registers']} registers, at most {self.max_registers}": found["registers"] > self.max_registers,
+            f"{found['shared']} bytes of shared memory": found["shared"] > SHARED_MEMORY[arch],
+            f"{wide:.0%} of the bytes are loaded 16 at a time, loads are {found['loads']}": wide < self.wide_share,
+            f"no {product}, products are {found['products']}": product is not None
+            and product not in found["products"],
+        }
+        return [words for words, is_broken in broken.items() if is_broken]
+
+
+def cases() -> list[Case]:
+    """Those of all families that are there."""
+    names = [f"tests.kernels.cases_{family}" for family in FAMILIES]
+    return [case for name in names if importlib.util.find_spec(name) for case in importlib.import_module(name).CASES]
+
+
+def measured(arch: int, quick: bool) -> dict[str, dict[str, Any]]:
+    """What this program prints: for each case's name, what `measure` found."""
+    command = [sys.executable, "-m", "tests.kernels.compiled", f"--arch={arch}", *(["--quick"] if quick else [])]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        environment.pop("TRITON_INTERPRET", None)
+        ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if ran.returncode:
+        raise RuntimeError(ran.stderr)
+    return json.loads(ran.stdout)
+
+
+def measure(case: Case, arch: int) -> dict[str, Any]:
+    """Registers, bytes of stack and of shared memory, counts of loads by width in bytes, instructions of products."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, function = case.kernel.split(".")
+    kernel = getattr(importlib.import_module(f"flexmoe.modeling.{module}"), function)
+    options = {name: value for name, value in case.launch.items() if name in OPTIONS}
+    constexprs = {name: value for name, value in case.launch.items() if name not in OPTIONS}
+    unknown = {*case.signature, *constexprs} ^ set(kernel.arg_names)
+    if unknown:
+        raise TypeError(f"{case.name}: {sorted(unknown)} are in the case or in {case.kernel}, not in both.")
+    types = {name: case.signature.get(name, "constexpr") for name in kernel.arg_names}
+    attrs = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    source = ASTSource(kernel, types, constexprs, attrs)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return {
+        **_resources(binary.asm["cubin"]),
+        "shared": binary.metadata.shared,
+        "loads": _loads(binary.asm["ptx"]),
+        "products": sorted(set(re.findall(r"\b(wgmma|mma\.sync)", binary.asm["ptx"]))),
+    }
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    used = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
+    return {"registers": int(used["REG"]), "stack": int(used["STACK"])}
+
+
+def _loads(ptx: str) -> dict[int, int]:
+    """How many instructions load 1, 2, 4, 8 or 16 bytes from global memory, tables and scalars included."""
+    widths: Counter[int] = Counter()
+    for vector, bits in re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.[bufs](\d+)\s", ptx):
+        widths[int(vector or 1) * int(bits) // 8] += 1
+    widths.update(int(width, 0) for width in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (\w+)", ptx))
+    return dict(widths)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arch", type=int, required=True, help="compute capability: 80, 90")
+    parser.add_argument("--quick", action="store_true", help="only the cases that `make test` compiles")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    arguments = parser.parse_args()
+    chosen = [case for case in cases() if (case.quick or not arguments.quick) and arguments.only in case.name]
+    json.dump({case.name: measure(case, arguments.arch) for case in chosen}, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()

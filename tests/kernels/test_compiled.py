@@ -1,0 +1,38 @@
+"""What the kernels compile to for an H100: no spills, loads of 16 bytes, the tensor cores' instructions.
+
+One dtype; all of them, and an A100, in `tests/soak/test_compiled_grid.py`.
+"""
+
+import pytest
+
+from tests.kernels.compiled import Case, cases, measured
+
+
+@pytest.fixture(scope="module")
+def found():
+    return measured(90, quick=True)
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case.quick], ids=lambda case: case.name)
+def test_machine_code(case, found):
+    assert case.failures(90, found[case.name]) == []
+
+
+GOOD = {"registers": 64, "stack": 0, "shared": 0, "loads": {"16": 9, "4": 4}, "products": ["mma.sync"]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"registers": 65},
+        {"stack": 8},
+        {"shared": 1 << 20},
+        {"loads": {"16": 8, "4": 4}},
+        {"loads": {}},
+        {"products": []},
+    ],
+)
+def test_each_promise_can_be_broken(change):
+    case = Case("x", "", {}, {}, max_registers=64, wide_share=0.9, products={90: "mma.sync"})
+    assert case.failures(90, GOOD) == []
+    assert len(case.failures(90, GOOD | change)) == 1
