@@ -106,6 +106,7 @@ def test_what_is_no_number(tokens, renormalize):
     assert ours.weights_TE[2:-1].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of NumPy, which the interpreter computes with
 @pytest.mark.parametrize("tokens", [FEW, MANY])
 @pytest.mark.parametrize("value", [INF, NAN])
 def test_an_infinite_row_that_is_masked_does_no_harm(tokens, value):
