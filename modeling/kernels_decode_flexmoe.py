@@ -1,0 +1,329 @@
+"""The expert step for few tokens, as when decoding: every expert that a token goes to is read once, in two launches.
+
+`decode` is `routing_flexmoe.mix`. Its time is that of reading the weights, so they are the first operand of every
+product (64 rows of them fill a tensor core's instruction, 16 tokens would not), and there is no sort and no atomic.
+A token's output has the same bits whoever else is in the batch: columns don't meet, and each sum runs over H or I in
+steps of 16 that don't depend on the number of tokens.
+
+Shapes: T tokens (64 at most), H hidden, E experts (64 at most), I intermediate, which may differ from expert to
+expert; H and I are multiples of 8. fp32, fp16 or bf16: weights, biases and x of one dtype, products summed in fp32.
+
+Does not cover more tokens (`kernels_prefill_flexmoe`), checks of what comes in (`ops_flexmoe`), gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels_flexmoe import (
+    DOWN,
+    DOWN_BIAS,
+    GATE,
+    GATE_BIAS,
+    INTERPRETED,
+    UP,
+    UP_BIAS,
+    WIDTH,
+    activated,
+    expert_table,
+)
+from .routing_flexmoe import ExpertTensors
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("FlexMoE's kernels need Triton: pip install 'triton>=3.6'.") from error
+
+HALF = tl.constexpr(128)  # what the first half of I is a multiple of in `down_kernel`: every DEPTH divides it
+
+
+@triton.jit
+def expert_matrix(table, row: tl.constexpr, e, E, rows, DTYPE: tl.constexpr):
+    """Where expert `e` has its matrix, how many of `rows` may be read there, and where a sum over it starts.
+
+    That is `rows` and 0; or none and NaN, if there is no such matrix any more.
+    """
+    address = tl.load(table + row * E + e)
+    # nothing is known of an address from a table, and loads would be 2 bytes wide
+    pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+    return pointer, tl.where(address != 0, rows, 0), tl.where(address != 0, 0.0, float("nan"))
+
+
+@triton.jit
+def expert_bias(table, row: tl.constexpr, e, E, at, length, DTYPE: tl.constexpr):
+    """Elements `at` of the expert's bias as float32, NaN if there is none any more."""
+    address = tl.load(table + row * E + e)
+    mask = at < tl.where(address != 0, length, 0)
+    return tl.load(address.to(tl.pointer_type(DTYPE)) + at, mask=mask, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def expert_width(table, e, E):
+    """The expert's I. (Without a word on what divides it, loads along I would have to end at any element.)"""
+    return tl.multiple_of(tl.load(table + WIDTH * E + e).to(tl.int32), 8)
+
+
+@triton.jit
+def product(a, b, sums, UPCAST: tl.constexpr):
+    """`sums + a @ b` in float32."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["T"])
+def gate_up_kernel(
+    x_TH,  # [T, H], rows x_stride elements apart
+    weights_TE,  # float32 [T, E]
+    table,  # int64 [7, E], see expert_table
+    h_ETI,  # like x (float32 in the interpreter) [E, T, 8 * MOST_I8], written where an expert has tokens
+    x_stride,
+    T,
+    H8,  # H / 8: the compiler then knows what divides H
+    E,
+    MOST_I8,
+    GATED: tl.constexpr,
+    UP_BIASED: tl.constexpr,
+    GATE_BIASED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """`activation(gate x) * up x`: a program for each ROWS of I of each expert; those without tokens end at once."""
+    DTYPE: tl.constexpr = x_TH.dtype.element_ty
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    e = tl.program_id(1).to(tl.int64)
+    H = H8 * 8
+    I = expert_width(table, e, E)  # noqa: E741
+    t = tl.arange(0, BLOCK_T)
+    goes_T = tl.load(weights_TE + t * E + e, mask=t < T, other=0.0) != 0.0
+    if (first_row >= I) | (tl.max(goes_T.to(tl.int32), 0) == 0):
+        return
+
+    row = tl.arange(0, ROWS)
+    i = first_row + row
+    depth = tl.arange(0, DEPTH)
+    up, up_rows, up_start = expert_matrix(table, UP, e, E, I, DTYPE)
+    up += first_row * H
+    up_IT = tl.full([ROWS, BLOCK_T], 0.0, tl.float32) + up_start
+    if GATED:
+        gate, gate_rows, gate_start = expert_matrix(table, GATE, e, E, I, DTYPE)
+        gate += first_row * H
+        gate_IT = tl.full([ROWS, BLOCK_T], 0.0, tl.float32) + gate_start
+    for start in range(0, H, DEPTH):
+        k = start + depth
+        x_mask = goes_T[None, :] & (k < H)[:, None]
+        x_HT = tl.load(x_TH + t[None, :].to(tl.int64) * x_stride + k[:, None], mask=x_mask, other=0.0)
+        at = row[:, None] * H + k[None, :]
+        up_IH = tl.load(up + at, mask=(i < up_rows)[:, None] & (k < H)[None, :], other=0.0)
+        up_IT = product(up_IH, x_HT, up_IT, UPCAST)
+        if GATED:
+            gate_IH = tl.load(gate + at, mask=(i < gate_rows)[:, None] & (k < H)[None, :], other=0.0)
+            gate_IT = product(gate_IH, x_HT, gate_IT, UPCAST)
+
+    if UP_BIASED:
+        up_IT += expert_bias(table, UP_BIAS, e, E, i, I, DTYPE)[:, None]
+    if GATED:
+        if GATE_BIASED:
+            gate_IT += expert_bias(table, GATE_BIAS, e, E, i, I, DTYPE)[:, None]
+        h_IT = activated(gate_IT, ACTIVATION) * up_IT
+    else:
+        h_IT = activated(up_IT, ACTIVATION)
+    to = h_ETI + (e * T + t[None, :]) * (MOST_I8 * 8) + i[:, None]
+    tl.store(to, h_IT.to(h_ETI.dtype.element_ty), mask=(i < I)[:, None] & goes_T[None, :])
+
+
+@triton.jit
+def _down_step(down, h, sums_HT, row, out, rows, i, I, goes_T, UPCAST: tl.constexpr):  # noqa: E741
+    """The sums with elements `i` of I added, for outputs `out` of which `down` has `rows`; it points to the first."""
+    down_HI = tl.load(down + row[:, None] * I + i[None, :], mask=(out < rows)[:, None] & (i < I)[None, :], other=0.0)
+    h_IT = tl.load(h + i[:, None], mask=goes_T[None, :] & (i < I)[:, None], other=0.0)
+    return product(down_HI, h_IT, sums_HT, UPCAST)
+
+
+@triton.jit(do_not_specialize=["T"])
+def down_kernel(
+    h_ETI,  # of gate_up_kernel
+    weights_TE,  # float32 [T, E]
+    table,  # int64 [7, E], see expert_table
+    y_TH,  # like h [T, H]
+    x_TH,  # only its dtype counts, which is that of the weights
+    T,
+    H8,
+    E,
+    MOST_I8,
+    DOWN_BIASED: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The weighted sum of `down h`: a program for each ROWS of H, which goes through the experts with tokens."""
+    DTYPE: tl.constexpr = x_TH.dtype.element_ty
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    H = H8 * 8
+    row = tl.arange(0, ROWS)
+    out = first_row + row
+    depth = tl.arange(0, DEPTH)
+    t = tl.arange(0, BLOCK_T)
+    all_e = tl.arange(0, BLOCK_E)
+    goes_TE = tl.load(
+        weights_TE + t[:, None] * E + all_e[None, :], mask=(t < T)[:, None] & (all_e < E)[None, :], other=0.0
+    )
+    has_tokens_E = tl.max((goes_TE != 0.0).to(tl.int64), 0)
+    has_tokens = tl.sum(has_tokens_E << all_e.to(tl.int64), 0)  # a bit per expert: no expert is waited for in vain
+
+    y_HT = tl.zeros([ROWS, BLOCK_T], tl.float32)
+    for e in range(E):
+        if (has_tokens >> e) & 1 == 1:
+            I = expert_width(table, e, E)  # noqa: E741
+            weight_T = tl.load(weights_TE + t * E + e, mask=t < T, other=0.0)
+            goes_T = weight_T != 0.0
+            h = h_ETI + (tl.cast(e, tl.int64) * T + t[None, :]) * (MOST_I8 * 8)
+            down, rows, sums_start = expert_matrix(table, DOWN, e, E, H, DTYPE)
+            down += first_row * I
+            # two sums, of both halves of I: one alone is a chain in which each instruction waits for the one before
+            half = tl.cdiv(I, 2 * HALF) * HALF
+            low_HT = tl.full([ROWS, BLOCK_T], 0.0, tl.float32) + sums_start
+            high_HT = tl.zeros([ROWS, BLOCK_T], tl.float32)
+            for start in range(0, half, DEPTH):
+                low_HT = _down_step(down, h, low_HT, row, out, rows, start + depth, I, goes_T, UPCAST)
+                high_HT = _down_step(down, h, high_HT, row, out, rows, half + start + depth, I, goes_T, UPCAST)
+            said_HT = low_HT + high_HT
+            if DOWN_BIASED:
+                said_HT += expert_bias(table, DOWN_BIAS, e, E, out, H, DTYPE)[:, None]
+            # where, not a product: a token hears nothing of an expert that it does not go to, NaN included
+            y_HT += tl.where(goes_T[None, :], weight_T[None, :] * said_HT, 0.0)
+    to = y_TH + t[None, :].to(tl.int64) * H + out[:, None]
+    tl.store(to, y_HT.to(y_TH.dtype.element_ty), mask=(out < H)[:, None] & (t < T)[None, :])
+
+
+MOST_TOKENS = 64
+"""From here on an expert's weights are used often enough to sort the tokens by expert."""
+
+SHARED = 112 * 1024  # bytes a program may have for loads under way: two programs on an SM, one loads as the other ends
+MOST_STAGES = 7
+
+# ROWS, DEPTH and warps by bytes of an element, then by BLOCK_T. 64 rows and 4 warps are one wgmma of an H100. DEPTH is
+# a stretch of memory, the longer the better for DRAM, but x takes shared memory too. float32 is multiplied outside the
+# tensor cores, where a thread holds its elements in registers: small tiles.
+GATE_UP_TILES = {
+    2: {16: (64, 128, 4), 32: (64, 64, 4), 64: (64, 64, 4)},
+    4: {16: (32, 64, 4), 32: (32, 32, 4), 64: (32, 32, 4)},
+}
+# ROWS, by bytes of an element: as many as leave hardly an SM without work. At H = 4096, 32 are 128 programs, for the
+# 132 SMs of an H100 and an H200; 64 would let half of them wait.
+DOWN_ROWS = {2: (64, 32, 16), 4: (16,)}
+IN_INTERPRETER = {"ROWS": 32, "DEPTH": 64}  # more than one step and program even in small tests
+
+
+def block_of_tokens(tokens: int) -> int:
+    """BLOCK_T for a number of tokens: what a tensor core's instruction can be wide."""
+    return next(block for block in (16, 32, 64) if tokens <= block)
+
+
+def gate_up_launch(itemsize: int, tokens: int, gated: bool, shared: int = SHARED) -> dict[str, Any]:
+    """Constants of `gate_up_kernel` for elements of that many bytes; `shared`: bytes that a program may have."""
+    block_t = block_of_tokens(tokens)
+    rows, depth, warps = GATE_UP_TILES[itemsize][block_t]
+    bytes_per_stage = (rows * (2 if gated else 1) + block_t) * depth * itemsize
+    return _launch(rows, depth, block_t, warps, min(shared, SHARED) // bytes_per_stage)
+
+
+def down_launch(itemsize: int, tokens: int, hidden: int, sms: int, shared: int = SHARED) -> dict[str, Any]:
+    """Constants of `down_kernel`, as for `gate_up_launch`, on a device with that many SMs."""
+    block_t = block_of_tokens(tokens)
+    choices = DOWN_ROWS[itemsize]
+    rows = next((rows for rows in choices if triton.cdiv(hidden, rows) >= 0.9 * sms), choices[-1])
+    depth = (256 if rows + block_t <= 48 else 128) // itemsize  # of each half of I: then four stages fit, or more
+    warps = 2 if rows == block_t == 16 else 4  # each has 16 x 8 at least
+    bytes_per_stage = 2 * (rows + block_t) * depth * itemsize
+    return _launch(rows, depth, block_t, warps, min(shared, SHARED) // bytes_per_stage)
+
+
+def _launch(rows: int, depth: int, block_t: int, warps: int, stages: int) -> dict[str, Any]:
+    tile = {"ROWS": rows, "DEPTH": depth, **(IN_INTERPRETER if INTERPRETED else {})}
+    options = {"num_warps": warps, "num_stages": max(1, min(MOST_STAGES, stages)), "enable_fp_fusion": True}
+    return {**tile, "BLOCK_T": block_t, "UPCAST": INTERPRETED, **options}
+
+
+def decode(x_TH: Tensor, weights_TE: Tensor, experts: ExpertTensors) -> Tensor:
+    """The weighted sum of what the experts say, for at most `MOST_TOKENS` tokens.
+
+    Args:
+        x_TH: [tokens, hidden]; rows may lie apart, elements of a row not.
+        weights_TE: float32 [tokens, experts], contiguous; 0: the token does not go there.
+
+    Returns:
+        [tokens, hidden] in the dtype of `x_TH`.
+    """
+    tokens, hidden = x_TH.shape
+    # the interpreter stores no bf16
+    dtype = torch.float32 if INTERPRETED else x_TH.dtype
+    y_TH = torch.empty(tokens, hidden, dtype=dtype, device=x_TH.device)
+    if not tokens:
+        return y_TH.to(x_TH.dtype)
+    n_experts = len(experts.up)
+    most_i = max(map(len, experts.up))
+    h_ETI = torch.empty(n_experts, tokens, most_i, dtype=dtype, device=x_TH.device)
+    table = expert_table(experts)
+    sms, shared = device_limits(x_TH.device)
+    gate_up = gate_up_launch(x_TH.element_size(), tokens, bool(experts.gate), shared)
+    down = down_launch(x_TH.element_size(), tokens, hidden, sms, shared)
+    numbers = (tokens, hidden // 8, n_experts, most_i // 8)
+    with torch.cuda.device_of(x_TH):
+        gate_up_kernel[triton.cdiv(most_i, gate_up["ROWS"]), n_experts](
+            x_TH,
+            weights_TE,
+            table,
+            h_ETI,
+            x_TH.stride(0),
+            *numbers,
+            GATED=bool(experts.gate),
+            UP_BIASED=bool(experts.up_bias),
+            GATE_BIASED=bool(experts.gate_bias),
+            ACTIVATION=experts.activation,
+            **gate_up,
+        )
+        down_kernel[(triton.cdiv(hidden, down["ROWS"]),)](
+            h_ETI,
+            weights_TE,
+            table,
+            y_TH,
+            x_TH,
+            *numbers,
+            DOWN_BIASED=bool(experts.down_bias),
+            BLOCK_E=triton.next_power_of_2(n_experts),
+            **down,
+        )
+    return y_TH.to(x_TH.dtype)
+
+
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """A device's SMs, and the bytes of shared memory that a program may have there."""
+    if INTERPRETED:
+        return 1, SHARED
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return properties["multiprocessor_count"], properties["max_shared_mem"]
+
+
+__all__ = [
+    "MOST_TOKENS",
+    "decode",
+    "device_limits",
+    "down_kernel",
+    "down_launch",
+    "expert_bias",
+    "expert_matrix",
+    "expert_width",
+    "gate_up_kernel",
+    "gate_up_launch",
+    "product",
+]

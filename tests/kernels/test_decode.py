@@ -1,0 +1,134 @@
+"""The expert step for few tokens: against a witness in float64, what must not be heard, the same bits in any batch.
+
+A large random grid is in `tests/soak/test_kernel_experts_grid.py`, speed in `tests/bench`.
+"""
+
+import math
+
+import pytest
+import torch
+
+from flexmoe.modeling import kernels_decode_flexmoe as kernels
+from flexmoe.modeling.kernels_decode_flexmoe import MOST_TOKENS, decode
+from flexmoe.testing import TOLERANCES
+from tests.kernels.expert_witness import (
+    BIASES,
+    Experts,
+    case_name,
+    draw_tokens,
+    draw_weights,
+    poison,
+    said,
+    seeded,
+    table_without,
+)
+
+# A product of sizes would be slow: each value stands in one row at least.
+CASES = [
+    (0, 2, Experts([24, 40], 24)),
+    (1, 1, Experts([136], 40)),
+    (2, 1, Experts([24, 40, 8], 136, biases=BIASES)),
+    (15, 3, Experts([40] * 3, 24, gated=False, activation="gelu", biases=("up_bias", "down_bias"))),
+    (17, 5, Experts([24, 136, 40, 40, 8, 16, 24], 40, activation="gelu_tanh")),
+    (33, 2, Experts([264, 24, 40], 40, activation="relu", biases=("gate_bias", "down_bias"))),
+    (64, 8, Experts([8 * (1 + i % 5) for i in range(12)], 40, activation="gelu", biases=("up_bias",))),
+    (3, 8, Experts([24, 16, 40] * 21, 24)),
+    (4, 1, Experts([16] * 64, 16, gated=False)),
+    (5, 2, Experts([40] * 3, 40, dtype=torch.bfloat16, biases=BIASES)),
+    (64, 2, Experts([136, 40, 24], 136, dtype=torch.bfloat16, gated=False, activation="relu")),
+    (17, 2, Experts([40, 136, 24], 40, dtype=torch.float16, biases=BIASES)),
+]
+
+
+@pytest.mark.parametrize(("tokens", "k", "kind"), CASES, ids=case_name)
+def test_against_the_witness(tokens, k, kind, monkeypatch):
+    generator = seeded(tokens, k, kind)
+    experts = kind.draw(generator)
+    x_TH = draw_tokens(tokens, kind.hidden, kind.dtype, generator)
+    weights_TE = draw_weights(tokens, len(kind.widths), k, generator)
+    poison(monkeypatch)
+    y_TH = decode(x_TH, weights_TE, experts)
+    assert y_TH.dtype == kind.dtype
+    torch.testing.assert_close(
+        y_TH.double().cpu(), said(x_TH, weights_TE, experts), **TOLERANCES[kind.dtype], equal_nan=False
+    )
+    nowhere_T = (weights_TE == 0).all(-1)
+    assert torch.equal(y_TH[nowhere_T], torch.zeros_like(y_TH[nowhere_T]))
+
+
+@pytest.fixture
+def layer(monkeypatch):
+    """x [17, 40], weights [17, 4] and experts: token 0 goes to 0 and 1, token 1 to 1 alone, nobody to 3."""
+    kind = Experts([24, 136, 40, 16], 40, biases=BIASES)
+    generator = seeded("layer")
+    weights_TE = draw_weights(17, 4, 2, generator)
+    weights_TE[:, 3] = 0.0
+    weights_TE[0] = torch.tensor([0.3, 0.7, 0.0, 0.0])
+    weights_TE[1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    poison(monkeypatch)
+    return draw_tokens(17, 40, torch.float32, generator), weights_TE, kind.draw(generator)
+
+
+def test_no_tokens_need_no_launch(layer, monkeypatch):
+    x_TH, weights_TE, experts = layer
+    monkeypatch.setattr(kernels, "gate_up_kernel", None)
+    monkeypatch.setattr(kernels, "down_kernel", None)
+    assert decode(x_TH[:0], weights_TE[:0], experts).shape == (0, 40)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_has_the_same_bits_in_any_batch(dtype):
+    generator = seeded("batches")
+    experts = Experts([264, 40, 24], 136, dtype=dtype, biases=BIASES).draw(generator)
+    x_TH = draw_tokens(MOST_TOKENS, 136, dtype, generator)
+    weights_TE = draw_weights(MOST_TOKENS, 3, 2, generator)
+    y_TH = decode(x_TH, weights_TE, experts)
+    for batch in ([0], [1], [16], [63], list(range(20, 35)), list(range(30, 63))):
+        assert torch.equal(decode(x_TH[batch], weights_TE[batch], experts), y_TH[batch]), batch
+
+
+def test_nan_in_a_token_stays_there(layer):
+    x_TH, weights_TE, experts = layer
+    clean_TH = decode(x_TH, weights_TE, experts)
+    x_TH[1, 3] = math.nan
+    y_TH = decode(x_TH, weights_TE, experts)
+    assert y_TH[1].isnan().all()
+    others = torch.arange(17) != 1
+    assert torch.equal(y_TH[others], clean_TH[others])
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down", *BIASES])
+@pytest.mark.parametrize("e", [0, 3])
+def test_nan_in_an_expert_is_heard_where_it_is_chosen_alone(e, name, layer):
+    x_TH, weights_TE, experts = layer
+    clean_TH = decode(x_TH, weights_TE, experts)
+    getattr(experts, name)[e].fill_(math.nan)
+    y_TH = decode(x_TH, weights_TE, experts)
+    chosen_T = weights_TE[:, e] != 0
+    assert chosen_T.any() == (e == 0)
+    assert y_TH[chosen_T].isnan().all()
+    assert torch.equal(y_TH[~chosen_T], clean_TH[~chosen_T])
+
+
+def test_weights_that_are_nan_make_the_token_nan(layer):
+    x_TH, weights_TE, experts = layer
+    clean_TH = decode(x_TH, weights_TE, experts)
+    weights_TE[1] = math.nan
+    y_TH = decode(x_TH, weights_TE, experts)
+    assert y_TH[1].isnan().all()
+    others = torch.arange(17) != 1
+    assert torch.equal(y_TH[others], clean_TH[others])
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down", *BIASES])
+def test_what_is_no_longer_there_is_nan_and_not_read(name, layer, monkeypatch):
+    x_TH, weights_TE, experts = layer
+    clean_TH = decode(x_TH, weights_TE, experts)
+    table = table_without(experts, getattr(experts, name)[1])
+    monkeypatch.setattr(kernels, "expert_table", lambda _: table)
+    y_TH = decode(x_TH, weights_TE, experts)
+    chosen_T = weights_TE[:, 1] != 0
+    assert chosen_T.any()
+    assert not chosen_T.all()
+    assert y_TH[chosen_T].isnan().all()
+    assert torch.equal(y_TH[~chosen_T], clean_TH[~chosen_T])
