@@ -23,6 +23,7 @@ from .forms_flexmoe import form_of, is_plain_linear, is_untouched
 from .linear_flexmoe import faster_linears, may_be_faster
 from .low_rank_flexmoe import LowRankExpert, mix_sharing
 from .parallel_flexmoe import is_awaited
+from .prepacked_flexmoe import Prepacked
 from .routing_flexmoe import route_logits, route_one
 from .widths_flexmoe import resize
 
@@ -165,7 +166,7 @@ class FlexMoeBlock(nn.Module):
         is_one_token = hidden_states.numel() == self.hidden_size and row_mask_BA is None
         if is_one_token and len(names) > 1 and not sharing and may_be_faster(hidden_states):
             mixed_H = self._mix_one(hidden_states.reshape(-1), names, k, renormalize, values, residual)
-            return sum(residual, mixed_H.view(hidden_states.shape))
+            return sum(residual, mixed_H.to(hidden_states.dtype).view(hidden_states.shape))
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         allowed_TA = _allowed(row_mask_BA, x_TH.shape[0], x_TH.device)
         logits_TA = self.router(x_TH, names)
@@ -274,10 +275,11 @@ class FlexMoeBlock(nn.Module):
             self._report_logits(values, names, logits_A[None])
         if "usage" in values:
             self._report_weights(values, names, torch.tensor([weights]))
+        prepacked = None if zeros else values.get("prepacked")
         chosen = []  # all parts are looked up before any weights are read, which flush the caches
         for name, weight in zip(names, weights, strict=True):
             if weight:
-                chosen.append((weight, self._expert(name, x_H, zeros)))
+                chosen.append((weight, self._expert(name, x_H, zeros, prepacked)))
             elif is_awaited(self.experts[name]):
                 self._call(name, zeros, x_H[None][:0])
         (weight, expert), *others = chosen or [(0.0, torch.zeros_like)]
@@ -286,10 +288,17 @@ class FlexMoeBlock(nn.Module):
             mixed_H.add_(expert(x_H), alpha=weight)
         return mixed_H
 
-    def _expert(self, name: str, like: Tensor, zeros: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-        """The expert for inputs like `like`, [T, H] or [H], in the fastest way that there is for its network here."""
+    def _expert(
+        self, name: str, like: Tensor, zeros: Sequence[Tensor], one_token_of: Prepacked | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """The expert for inputs like `like`, [T, H] or [H], in the fastest way that there is for its network here.
+
+        One that `one_token_of` has compiled answers in float32.
+        """
         expert = self.experts[name]
         if not zeros and like.numel() and may_be_faster(like) and (form := form_of(expert)):
+            if one_token_of is not None and (compiled := one_token_of.one_token(expert)):
+                return compiled
             return form.bind(expert, like)
         return functools.partial(self._call_faster, name, zeros)
 

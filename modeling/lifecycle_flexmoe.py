@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,20 +49,15 @@ from .parallel_flexmoe import (
     shard_by_plan,
     tensor_parallel_mesh,
 )
+from .prepacked_flexmoe import CpuInference
 from .quantization_flexmoe import quantized_alike
 from .selection_flexmoe import CacheStamp, Selection, check_names
 from .trust_flexmoe import TrustPolicy
 
-# For type checkers alone: at run time the model classes bring PreTrainedModel in themselves.
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel as _Model
-else:
-    _Model = object
-
 _counting = threading.Lock()
 
 
-class ExpertLifecycle(_Model):
+class ExpertLifecycle(CpuInference):
     """The part of a FlexMoE model that deals with experts by name."""
 
     config: FlexMoeConfig
@@ -234,6 +229,7 @@ class ExpertLifecycle(_Model):
         if active is not None:
             self.config.active_experts = [other for other in active if other != name]
         self.config.experts = [record for record in self.config.expert_records if record["name"] != name]
+        self.undo_prepacking()
         for block in self.flexmoe_blocks():
             del block.experts[name]
             del block.router[name]
@@ -345,6 +341,7 @@ class ExpertLifecycle(_Model):
             plan = self._plan_for(records, "_tp_plan")
             for block_name, (network, _) in zip(self._named_blocks(), parts, strict=True):
                 shard_by_plan(network, f"{block_name}.experts.{name}", plan, mesh)
+        self.undo_prepacking()
         self.config.experts = list(records.values())
         for block, (network, row) in zip(self.flexmoe_blocks(), parts, strict=True):
             public = block.experts[PUBLIC]

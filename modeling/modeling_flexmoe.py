@@ -233,6 +233,8 @@ class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTra
             values["router_logits"] = []
         if usage := scoped_values(self, "usage"):
             values["usage"] = usage
+        if self._prepacked is not None:
+            values["prepacked"] = self._prepacked
         values["token_mask"] = _token_mask(inputs, attention_mask)
         values["stamp"] = stamp
         with forward_scope(values):

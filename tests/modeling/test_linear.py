@@ -26,7 +26,7 @@ def taken(monkeypatch):
     """Small weights take the faster way, too, as on a CPU without half-precision instructions; lists what did."""
     calls = []
     monkeypatch.setattr(linear_flexmoe, "SMALLEST_WEIGHT", 1)
-    monkeypatch.setattr(linear_flexmoe, "_has_instructions", lambda dtype: dtype not in HALVES)
+    monkeypatch.setattr(linear_flexmoe, "has_instructions", lambda dtype: dtype not in HALVES)
     for name in ("split_linear", "widened_linear"):
         own = getattr(linear_flexmoe, name)
         monkeypatch.setattr(linear_flexmoe, name, lambda *a, own=own, name=name: calls.append(name) or own(*a))
