@@ -65,7 +65,7 @@ def many_launch(experts: int, row_dtype: torch.dtype, tokens: int) -> dict[str, 
     return {
         "ROW": DTYPES[row_dtype],
         "EXPERTS_P": padded,
-        "BLOCK_T": 16 if tokens <= 2048 else 32,  # each block reads all rows again: larger ones when all SMs have one
+        "BLOCK_T": 16 if tokens <= 2048 and padded <= 32 else 32,  # each reads all rows: larger once all SMs have one
         "PARTS": 8,  # one for each warp, because products that are added to one sum wait for each other
         "BLOCK_H": 32 if padded <= 32 else 16,
         "PRECISION": "tf32x3",
@@ -179,7 +179,11 @@ def route_many(
             input_precision=PRECISION,
         )
     products_TE = tl.sum(sum_PTE, 0)
-    logits_TE = _finish(products_TE, t_T, t_T < T, table, offset, logits, E, offset_stride, ROW, EXPERTS_P)
+    _finish(products_TE, t_T, t_T < T, table, offset, logits, E, offset_stride, ROW, EXPERTS_P)
+    # All warps hold all sums now, and each would do all that follows. Read again, they are spread over the threads.
+    tl.debug_barrier()
+    at_TE = (t_T * E)[:, None] + e_E[None, :]
+    logits_TE = tl.load(logits + at_TE, mask=(t_T < T)[:, None] & (e_E < E)[None, :], other=float("-inf"))
     _settle(logits_TE, t_T, t_T < T, weights, top_weights, top_ids, E, K, RENORMALIZE, EXPERTS_P)
 
 
@@ -367,11 +371,28 @@ def route_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of `route` from those of its results.
 
-    An expert that is masked for a token, or that the token does not keep, adds nothing to the token's gradient, even
-    if its row holds NaN.
-
     Returns:
         dx_TH in the dtype of `x_TH`; in float32 d_rows_EH, d_biases_E and d_offset_TE.
+    """
+    gradients = (d_logits_TE, d_weights_TE, d_top_weights_TK)
+    dx_TH, dz_TE = input_gradients(*gradients, x_TH, rows, routing, k, renormalize)
+    return dx_TH, dz_TE.t() @ x_TH.float(), dz_TE.sum(0), dz_TE
+
+
+def input_gradients(
+    d_logits_TE: Tensor | None,
+    d_weights_TE: Tensor | None,
+    d_top_weights_TK: Tensor | None,
+    x_TH: Tensor,
+    rows: Sequence[Tensor],
+    routing: Routing,
+    k: int,
+    renormalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Those of x and of the offset, in one launch. Of the latter, those of rows and biases are sums.
+
+    An expert that is masked for a token, or that the token does not keep, adds nothing to the token's gradient, even
+    if its row holds NaN.
     """
     tokens, hidden = x_TH.shape
     experts = len(rows)
@@ -398,7 +419,7 @@ def route_backward(
                 RENORMALIZE=renormalize,
                 **launch,
             )
-    return dx_TH.to(x_TH.dtype), dz_TE.t() @ x_TH.float(), dz_TE.sum(0), dz_TE
+    return dx_TH.to(x_TH.dtype), dz_TE
 
 
 def _rows_contiguous(values: Tensor) -> Tensor:
@@ -411,6 +432,7 @@ __all__ = [
     "backward_kernel",
     "backward_launch",
     "few_launch",
+    "input_gradients",
     "many_launch",
     "route",
     "route_backward",

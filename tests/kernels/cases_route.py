@@ -25,7 +25,8 @@ def _forward(experts: int, x_dtype: torch.dtype, row_dtype: torch.dtype) -> list
         aligned=ALIGNED,
         quick=quick,
         max_registers=128,  # of 512 threads
-        wide_share=0.3,  # the rest are addresses; 0 if rows were read in smaller pieces
+        # the rest are addresses; 0 if rows were read in smaller pieces, as one row of 2 bytes an element is
+        wide_share=0.3 if experts > 1 else 0.0,
     )
     many = [
         Case(
@@ -35,7 +36,7 @@ def _forward(experts: int, x_dtype: torch.dtype, row_dtype: torch.dtype) -> list
             launch={"RENORMALIZE": True, **many_launch(experts, row_dtype, tokens)},
             aligned=ALIGNED,
             quick=quick and tokens == 4096,
-            wide_share=0.6,
+            wide_share=0.4,
             products={80: "mma.sync", 90: "mma.sync"},
         )
         for tokens in (512, 4096)

@@ -127,13 +127,13 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(used["REG"]), "stack": int(used["STACK"])}
 
 
-def _loads(ptx: str) -> dict[int, int]:
+def _loads(ptx: str) -> dict[str, int]:
     """How many instructions load 1, 2, 4, 8 or 16 bytes from global memory, tables and scalars included."""
     widths: Counter[int] = Counter()
     for vector, bits in re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.[bufs](\d+)\s", ptx):
         widths[int(vector or 1) * int(bits) // 8] += 1
     widths.update(int(width, 0) for width in re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;]*?\], (\w+)", ptx))
-    return dict(widths)
+    return {str(width): count for width, count in sorted(widths.items())}
 
 
 def main() -> None:
