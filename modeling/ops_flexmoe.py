@@ -351,7 +351,7 @@ def _check_experts(experts: ExpertTensors, x_TH: Tensor) -> None:
         raise ValueError("There are no experts: one must be.")
     hidden = x_TH.shape[1]
     widths = [len(up) for up in experts.up]
-    shapes = {
+    shapes: dict[str, list[tuple[int, ...]]] = {
         "gate": [(width, hidden) for width in widths],
         "up": [(width, hidden) for width in widths],
         "down": [(hidden, width) for width in widths],
