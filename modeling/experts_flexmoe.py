@@ -245,18 +245,15 @@ class FlexMoeBlock(nn.Module):
         return _add_up(chosen)
 
     def _mix_chosen(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
-        """Each expert sees the tokens that chose it."""
+        """Each expert sees the tokens that chose it, which are gathered once for all."""
         mixed_TH = torch.zeros_like(x_TH)
-        counts = weights_TA.count_nonzero(0).tolist()
-        for name, count, weight_T1 in zip(names, counts, weights_TA.split(1, -1), strict=True):
-            if not count and not is_awaited(self.experts[name]):
-                continue
-            if count == len(x_TH):
-                mixed_TH += self._expert(name, x_TH, zeros)(x_TH) * weight_T1
-                continue
-            tokens = weight_T1.squeeze(-1).nonzero().squeeze(-1)
-            x_NH = x_TH[tokens]
-            mixed_TH.index_add_(0, tokens, self._expert(name, x_NH, zeros)(x_NH) * weight_T1[tokens])
+        experts_S, tokens_S = weights_TA.t().nonzero(as_tuple=True)
+        counts = experts_S.bincount(minlength=len(names)).tolist()
+        gathered = (tokens_S, x_TH[tokens_S], weights_TA[tokens_S, experts_S, None])
+        for name, tokens, x_NH, weight_N1 in zip(names, *(part.split(counts) for part in gathered), strict=True):
+            if len(tokens) or is_awaited(self.experts[name]):
+                # one expert at a time: so a sum has the same bits where each token goes to each expert
+                mixed_TH.index_add_(0, tokens, self._expert(name, x_NH, zeros)(x_NH) * weight_N1)
         return mixed_TH
 
     def _mix_one(

@@ -113,6 +113,8 @@ def route_few(
     """A program for each token: rows are read as tiles, and added up once at the end."""
     t = tl.program_id(0).to(tl.int64)
     H = H_8 * 8
+    t_T = t + tl.arange(0, 1)
+    bias_E, offset_TE = _addends(table, offset, t_T, t_T >= 0, E, offset_stride, ROW, EXPERTS_P)
     h_1H = tl.arange(0, BLOCK_H)[None, :]
     chunks_C1 = tl.arange(0, EXPERTS_P // CHUNK)[:, None]
     products_CJ = tl.zeros([EXPERTS_P // CHUNK, CHUNK], tl.float32)
@@ -132,9 +134,21 @@ def route_few(
             x_1H, w_JH = next_x_1H, next_w_JH
         products_CJ = tl.where(chunks_C1 == chunk, tl.sum(sum_JH, 1)[None, :], products_CJ)
     products_TE = tl.reshape(products_CJ, [1, EXPERTS_P])
-    t_T = t + tl.arange(0, 1)
-    logits_TE = _finish(products_TE, t_T, t_T >= 0, table, offset, logits, E, offset_stride, ROW, EXPERTS_P)
-    _settle(logits_TE, t_T, t_T >= 0, weights, top_weights, top_ids, E, K, RENORMALIZE, EXPERTS_P)
+    _settle(
+        products_TE,
+        bias_E,
+        offset_TE,
+        t_T,
+        t_T >= 0,
+        logits,
+        weights,
+        top_weights,
+        top_ids,
+        E,
+        K,
+        RENORMALIZE,
+        EXPERTS_P,
+    )
 
 
 @triton.jit(do_not_specialize=["T", "E", "K"])
@@ -168,6 +182,7 @@ def route_many(
     there_E = address_E != 0
     row_E = tl.multiple_of(address_E.to(tl.pointer_type(ROW)), 16)
     h_PH = tl.arange(0, PARTS)[:, None] * BLOCK_H + tl.arange(0, BLOCK_H)[None, :]
+    bias_E, offset_TE = _addends(table, offset, t_T, t_T < T, E, offset_stride, ROW, EXPERTS_P)
     sum_PTE = tl.zeros([PARTS, BLOCK_T, EXPERTS_P], tl.float32)
     for start in range(0, H, PARTS * BLOCK_H):
         h_P1H = (start + h_PH)[:, None, :]
@@ -181,37 +196,68 @@ def route_many(
             sum_PTE,
             input_precision=PRECISION,
         )
-    products_TE = tl.sum(sum_PTE, 0)
-    _finish(products_TE, t_T, t_T < T, table, offset, logits, E, offset_stride, ROW, EXPERTS_P)
-    # All warps hold all sums now, and each would do all that follows. Read again, they are spread over the threads.
-    tl.debug_barrier()
+    # All warps hold all sums then, and each would do all that follows. Read again, they are spread over the threads.
     at_TE = (t_T * E)[:, None] + e_E[None, :]
-    logits_TE = tl.load(logits + at_TE, mask=(t_T < T)[:, None] & (e_E < E)[None, :], other=float("-inf"))
-    _settle(logits_TE, t_T, t_T < T, weights, top_weights, top_ids, E, K, RENORMALIZE, EXPERTS_P)
+    real_TE = (t_T < T)[:, None] & (e_E < E)[None, :]
+    tl.store(logits + at_TE, tl.sum(sum_PTE, 0), mask=real_TE)
+    tl.debug_barrier()
+    products_TE = tl.load(logits + at_TE, mask=real_TE, other=0.0)
+    tl.debug_barrier()  # nobody writes the logits there while another still reads
+    _settle(
+        products_TE,
+        bias_E,
+        offset_TE,
+        t_T,
+        t_T < T,
+        logits,
+        weights,
+        top_weights,
+        top_ids,
+        E,
+        K,
+        RENORMALIZE,
+        EXPERTS_P,
+    )
 
 
 @triton.jit
-def _finish(products_TE, t_T, real_T, table, offset, logits, E, offset_stride, ROW: tl.constexpr, N: tl.constexpr):
-    """Logits, from products of tokens and rows; stored, and returned with -inf in the columns past E."""
+def _addends(table, offset, t_T, real_T, E, offset_stride, ROW: tl.constexpr, N: tl.constexpr):
+    """Biases [E], NaN where there is none any more, and offsets [T, E]: read early, because it takes long."""
     e_E = tl.arange(0, N)
-    real_TE = real_T[:, None] & (e_E < E)[None, :]
-    address_E = tl.load(table + e_E, mask=e_E < E, other=0)
-    bias_address_E = tl.load(table + E + e_E, mask=e_E < E, other=0)
-    there_E = (address_E != 0) & (bias_address_E != 0)
-    bias_E = tl.load(bias_address_E.to(tl.pointer_type(ROW)), mask=there_E, other=0.0).to(tl.float32)
-    logits_TE = tl.where(there_E[None, :], products_TE + bias_E[None, :], float("nan"))
+    address_E = tl.load(table + E + e_E, mask=e_E < E, other=0)
+    there_E = address_E != 0
+    bias_E = tl.load(address_E.to(tl.pointer_type(ROW)), mask=there_E, other=0.0).to(tl.float32)
+    there_E = there_E & (tl.load(table + e_E, mask=e_E < E, other=0) != 0)
+    bias_E = tl.where(there_E, bias_E, float("nan"))
+    offset_TE = tl.zeros([t_T.shape[0], N], tl.float32)
     if offset is not None:
+        real_TE = real_T[:, None] & (e_E < E)[None, :]
         offset_TE = tl.load(offset + (t_T * offset_stride)[:, None] + e_E[None, :], mask=real_TE, other=0.0)
-        logits_TE = tl.where(offset_TE == float("-inf"), float("-inf"), logits_TE + offset_TE)
-    tl.store(logits + (t_T * E)[:, None] + e_E[None, :], logits_TE, mask=real_TE)
-    return tl.where((e_E < E)[None, :], logits_TE, float("-inf"))
+    return bias_E, offset_TE
 
 
 @triton.jit
-def _settle(logits_TE, t_T, real_T, weights, top_weights, top_ids, E, K, RENORMALIZE: tl.constexpr, N: tl.constexpr):
-    """Softmax and top-k of logits, stored."""
+def _settle(
+    products_TE,
+    bias_E,
+    offset_TE,
+    t_T,
+    real_T,
+    logits,
+    weights,
+    top_weights,
+    top_ids,
+    E,
+    K,
+    RENORMALIZE: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Logits, softmax and top-k from products of tokens and rows, stored."""
     e_1E = tl.arange(0, N)[None, :]
     real_TE = real_T[:, None] & (e_1E < E)
+    logits_TE = products_TE + bias_E[None, :] + offset_TE
+    logits_TE = tl.where((offset_TE == float("-inf")) | (e_1E >= E), float("-inf"), logits_TE)
+    tl.store(logits + (t_T * E)[:, None] + e_1E, logits_TE, mask=real_TE)
     no_number_TE = (logits_TE != logits_TE) | (logits_TE == float("inf"))
     odd_T1 = (tl.max(no_number_TE.to(tl.int32), 1) > 0)[:, None]
     logits_TE = tl.where(odd_T1 & (e_1E < E), 0.0, logits_TE)  # no order: slots are the first

@@ -1,9 +1,9 @@
-"""A single token through an expert in one loop that Inductor compiles, for CPUs.
+"""A single token through an expert, or through one matrix, in a loop that Inductor compiles, for CPUs.
 
 Decoding reads every weight of the chosen experts once per token, so it can be no faster than that. torch's products of
 one row reach a third of what the memory gives, oneDNN's on weights laid out for it half; the loop reads the weights
 where they lie, gate and up together, and reaches nine tenths (2 cores of a Zen 4, bfloat16, [2816, 1024]). It computes
-in float32 throughout and rounds nowhere.
+in float32 throughout; an expert's answer is not even rounded at its end.
 
 Does not cover several tokens, or when this is used (`prepacked_flexmoe`). Needs a C++ compiler, as Inductor does.
 """
@@ -31,11 +31,13 @@ def parts_of(network: nn.Module, form: FfnForm) -> list[Tensor] | None:
         return None
     found = [p for linear in linears if linear for p in (linear._parameters["weight"], linear._parameters["bias"])]
     tensors: list[Tensor] = [tensor for tensor in found if tensor is not None]
-    plain = all(
-        type(t) is nn.Parameter and t.device.type == "cpu" and t.is_contiguous() and t.dtype.is_floating_point
-        for t in tensors
-    )
-    return tensors if plain else None
+    return tensors if all(map(is_plain, tensors)) else None
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether this is a parameter that lies on the CPU in one piece, of no type of its own."""
+    on_cpu = type(tensor) is nn.Parameter and tensor.device.type == "cpu"
+    return on_cpu and tensor.is_contiguous() and tensor.dtype.is_floating_point and not tensor.is_inference()
 
 
 def compiled_loop(network: nn.Module, form: FfnForm, tensors: Sequence[Tensor]) -> Loop | None:
@@ -66,12 +68,29 @@ def compiled_loop(network: nn.Module, form: FfnForm, tensors: Sequence[Tensor]) 
     return _loops[key]
 
 
+def compiled_product(weight_OI: Tensor, bias_O: Tensor | None) -> Loop:
+    """`F.linear` of one row: a function of `x_I` in any dtype, the weight, and the bias if there is one, to `x_I`'s.
+
+    It is compiled once for all matrices of these shapes.
+
+    Raises:
+        RuntimeError: there is no C++ compiler that works.
+    """
+    tensors = [weight_OI] if bias_O is None else [weight_OI, bias_O]
+    key = ("product", *((tensor.shape, tensor.dtype) for tensor in tensors), torch.get_num_threads())
+    if key not in _loops:
+        _loops[key] = _compile(_rounded_product, tensors, weight_OI.dtype)
+    return _loops[key]
+
+
 _loops: dict[Any, Loop] = {}
 
 
-def _said(
-    activation: nn.Module, has_bias: tuple[bool, ...], gated: bool, x_H: Tensor, *tensors: Tensor
-) -> Tensor:
+def _rounded_product(x_I: Tensor, weight_OI: Tensor, *bias_O: Tensor) -> Tensor:
+    return _product(x_I.float(), weight_OI, *bias_O).to(x_I.dtype)
+
+
+def _said(activation: nn.Module, has_bias: tuple[bool, ...], gated: bool, x_H: Tensor, *tensors: Tensor) -> Tensor:
     rest = iter(tensors)
     weights = [(next(rest), next(rest) if bias else None) for bias in has_bias[: 3 if gated else 2]]
     up_I = _product(x_H, *weights[0])
@@ -79,17 +98,17 @@ def _said(
     return _product(h_I, *weights[1])
 
 
-def _product(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+def _product(x_I: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     y_O = (weight_OI.float() * x_I).sum(-1)  # what Inductor makes one loop of, where it would call torch for a product
     return y_O if bias_O is None else y_O + bias_O.float()
 
 
-def _compile(said: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Loop:
+def _compile(said: Callable[..., Tensor], tensors: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> Loop:
     import torch._inductor
     from torch.fx.experimental.proxy_tensor import make_fx
 
     hidden = tensors[0].shape[1]
-    examples: list[Any] = [torch.zeros(hidden), *(torch.empty_like(tensor) for tensor in tensors)]
+    examples: list[Any] = [torch.zeros(hidden, dtype=dtype), *(torch.empty_like(tensor) for tensor in tensors)]
     with torch.no_grad():
         graph = make_fx(said)(*examples)
         # no pool of compiling processes for one function
@@ -97,4 +116,4 @@ def _compile(said: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Loop:
     return compiled
 
 
-__all__ = ["Loop", "compiled_loop", "parts_of"]
+__all__ = ["Loop", "compiled_loop", "compiled_product", "is_plain", "parts_of"]

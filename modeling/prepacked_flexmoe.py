@@ -1,8 +1,8 @@
 """A model made ready for fast inference on this CPU: `model.prepack_for_cpu()`, and how it is undone.
 
-Two things, each where it wins. Matrices in half precision are laid out as oneDNN wants them, which it would otherwise
-do anew in each product: the products have the same bits. And a single token, as when decoding, goes through each
-expert in one compiled loop (`one_token_flexmoe`).
+Two things, each where it wins, for the experts and for the anchor's own matrices. Those in half precision are laid out
+as oneDNN wants them, which it would otherwise do anew in each product: the products have the same bits. And a single
+token, as when decoding, goes through compiled loops (`one_token_flexmoe`).
 
 What was made of tensors is used only while they are what they were: one that is replaced, moved or written to takes
 the ordinary way at once. Does not cover training (gradients go through torch's own products), autocast, or models
@@ -11,6 +11,7 @@ under `torch.compile`, whose compiler does such things itself ("freezing").
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .forms_flexmoe import FfnForm, form_of, is_plain_linear, is_untouched
-from .linear_flexmoe import HALVES, SMALLEST_WEIGHT, has_instructions
-from .one_token_flexmoe import compiled_loop, parts_of
+from .linear_flexmoe import HALVES, SMALLEST_WEIGHT, has_instructions, may_be_faster
+from .one_token_flexmoe import compiled_loop, compiled_product, is_plain, parts_of
 
 # For type checkers alone: at run time the model classes bring PreTrainedModel in themselves.
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Prepacked:
 
     def __init__(self) -> None:
         self._packs: dict[int, _Made] = {}
-        self._loops: dict[int, _MadeOfParts] = {}
+        self._products: dict[int, _Made] = {}
+        self._networks: dict[int, _MadeOfParts] = {}
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -80,30 +82,62 @@ class Prepacked:
         return sum(source.nbytes for made in self._packs.values() for source in made.sources)
 
     def pack(self, weight_OI: Tensor) -> None:
-        """Lays a matrix out for `product`, unless it is too small, or oneDNN has no instructions for its dtype."""
-        if weight_OI.dtype in HALVES and has_instructions(weight_OI.dtype) and weight_OI.numel() >= SMALLEST_WEIGHT:
+        """Lays a matrix out for `product`, if oneDNN has instructions for its dtype."""
+        if weight_OI.dtype in HALVES and has_instructions(weight_OI.dtype):
             packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI.detach(), 1)
             self._packs[id(weight_OI)] = _Made(packed, [weight_OI])
 
-    def product(self, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None:
-        """`F.linear` to the same bits; None if there is nothing of this weight, or it has changed since."""
-        made = self._packs.get(id(weight_OI))
-        if made is None or not made.is_current():
-            return None
-        return torch.ops.mkldnn._linear_pointwise.default(x_NI, made.value, bias_O, "none", [], "")
+    def compile_product(self, weight_OI: Tensor, bias_O: Tensor | None) -> None:
+        """Compiles the product of this matrix with one row."""
+        sources = [weight_OI] if bias_O is None else [weight_OI, bias_O]
+        self._products[id(weight_OI)] = _Made(compiled_product(weight_OI, bias_O), sources)
 
-    def compile(self, network: nn.Module, form: FfnForm) -> None:
-        """Compiles the loop of one token through `network`, if all its parts are plain."""
+    def compile_network(self, network: nn.Module, form: FfnForm) -> None:
+        """Compiles the way of one token through `network`, if all its parts are plain."""
         tensors = parts_of(network, form)
         if tensors and (loop := compiled_loop(network, form, tensors)) is not None:
-            self._loops[id(network)] = _MadeOfParts(loop, network, tensors)
+            self._networks[id(network)] = _MadeOfParts(loop, network, tensors)
+
+    def product(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor | None:
+        """`F.linear`, for several rows to the same bits; None if there is nothing of this weight as it is now."""
+        is_row = x.numel() == x.shape[-1]
+        made = (self._products if is_row else self._packs).get(id(weight_OI))
+        if made is None or x.dtype != weight_OI.dtype or not made.is_current():
+            return None
+        if not is_row:
+            return torch.ops.mkldnn._linear_pointwise.default(x, made.value, bias_O, "none", [], "")
+        if bias_O is not made.sources[-1] and (bias_O is not None or len(made.sources) > 1):
+            return None
+        return made.value(x.reshape(-1), *made.sources).view(*x.shape[:-1], len(weight_OI))
 
     def one_token(self, network: nn.Module) -> Callable[[Tensor], Tensor] | None:
         """What `network` says of one token [H], in float32; None if nothing was compiled of what it is now."""
-        made = self._loops.get(id(network))
+        made = self._networks.get(id(network))
         if made is None or not made.is_current_in(network):
             return None
         return lambda x_H: made.value(x_H.float(), *made.sources)
+
+
+class _PrepackedForward:
+    """The `forward` of a linear layer that is none of an expert's; a copy of the model has the ordinary one."""
+
+    def __init__(self, linear: nn.Module, prepacked: Prepacked | None) -> None:
+        self._linear = linear
+        self._prepacked = prepacked
+
+    def __call__(self, x: Tensor) -> Tensor:
+        linear: Any = self._linear
+        if self._prepacked is not None and type(x) is Tensor and may_be_faster(x):
+            product = self._prepacked.product(x, linear.weight, linear.bias)
+            if product is not None:
+                return product
+        return type(linear).forward(linear, x)
+
+    def __deepcopy__(self, memo: Any) -> _PrepackedForward:
+        return _PrepackedForward(copy.deepcopy(self._linear, memo), None)
+
+    def __reduce__(self) -> Any:
+        return _PrepackedForward, (self._linear, None)
 
 
 class CpuInference(_Model):
@@ -114,14 +148,14 @@ class CpuInference(_Model):
     def prepack_for_cpu(self) -> int:
         """Makes decoding on this CPU as fast as its memory allows, until the model is changed.
 
-        Half-precision matrices of all experts are laid out for the CPU's instructions (several tokens at a time: the
-        same bits), and the way of one token through an expert is compiled, which takes some seconds once (float32
-        throughout: closer to the exact result, not the same bits). Training, `add_expert`, `remove_expert`,
+        Half-precision matrices are laid out for the CPU's instructions (several tokens at a time: the same bits), and
+        the way of one token through experts and matrices is compiled, which takes some seconds once (in float32:
+        closer to the exact result, not the same bits). Training, `add_expert`, `remove_expert`,
         `replace_expert` and `undo_prepacking` undo it; what is saved is never affected.
 
         Returns:
-            Bytes of memory that the laid-out matrices take beside the model: as much again as the experts' matrices
-            in half precision, or 0 where the CPU has no instructions for them.
+            Bytes of memory that the laid-out matrices take beside the model: as much again as its matrices in half
+            precision, or 0 where the CPU has no instructions for them.
 
         Raises:
             ValueError: the model trains, or is not on a CPU.
@@ -131,29 +165,39 @@ class CpuInference(_Model):
         if self.device.type != "cpu":
             raise ValueError(f"prepack_for_cpu is for models on a CPU; this one is on {self.device}.")
         made = Prepacked()
-        for block in self.flexmoe_blocks():
-            for network in block.experts.values():
-                for part in network.modules():
-                    if is_plain_linear(part) and not part.weight.is_inference():
-                        made.pack(part.weight)
-        self._compile_loops(made)
-        self._prepacked = made
-        return made.nbytes
-
-    def _compile_loops(self, made: Prepacked) -> None:
+        linears = [part for part in self.modules() if is_plain_linear(part) and is_plain(part.weight)]
+        linears = [linear for linear in linears if linear.weight.numel() >= SMALLEST_WEIGHT]
+        chosen = set(linears)
+        for linear in linears:
+            made.pack(linear.weight)
         try:
+            for linear in linears:
+                made.compile_product(linear.weight, linear.bias)
             for block in self.flexmoe_blocks():
                 for network in block.experts.values():
                     if (form := form_of(network)) is not None:
-                        made.compile(network, form)
+                        made.compile_network(network, form)
         except RuntimeError as error:  # Inductor's errors are of this kind
-            logger.warning(
-                "Single tokens take the ordinary way: Inductor found no C++ compiler that works (%s).", error
-            )
+            logger.warning("Single tokens take the ordinary way: no C++ compiler that works was found (%s).", error)
+        self.undo_prepacking()
+        self._prepacked = made
+        for linear in self._linears_of_the_anchor():
+            if linear in chosen:
+                linear.forward = _PrepackedForward(linear, made)
+        return made.nbytes
 
     def undo_prepacking(self) -> None:
         """Gives back the memory that `prepack_for_cpu` took; nothing happens if it took none."""
-        self._prepacked = None
+        if self._prepacked is not None:
+            self._prepacked = None
+            for linear in self._linears_of_the_anchor():
+                if isinstance(linear.__dict__.get("forward"), _PrepackedForward):
+                    del linear.forward
+
+    def _linears_of_the_anchor(self) -> list[Any]:
+        """Its linear layers outside of experts, which are called as modules by code that is not ours."""
+        within = {part for block in self.flexmoe_blocks() for part in block.modules()}
+        return [part for part in self.modules() if isinstance(part, nn.Linear) and part not in within]
 
     def train(self, mode: bool = True) -> Any:
         """As torch's own; a model that trains is not prepacked."""
