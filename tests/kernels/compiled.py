@@ -41,6 +41,7 @@ class Case:
         signature: Triton's type of each argument that is no constexpr, in order: {"x": "*bf16", "T": "i32"}.
         launch: the keyword arguments of the launch, constexprs and options, from the launcher's own function.
         aligned: arguments that are multiples of 16 (numbers) or lie at such an address (pointers).
+        gpus: those that it is launched so on.
         quick: among those that `make test` compiles, for one GPU; the soak test compiles all for all.
         max_registers: per thread.
         wide_share: how much of the bytes that its load instructions name are loaded 16 at a time, at least.
@@ -52,6 +53,7 @@ class Case:
     signature: Mapping[str, str]
     launch: Mapping[str, Any]
     aligned: Sequence[str] = ()
+    gpus: Sequence[int] = tuple(SHARED_MEMORY)
     quick: bool = False
     max_registers: int = 255
     wide_share: float = 0.0
@@ -142,7 +144,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="only the cases that `make test` compiles")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     arguments = parser.parse_args()
-    chosen = [case for case in cases() if (case.quick or not arguments.quick) and arguments.only in case.name]
+    here = [case for case in cases() if arguments.arch in case.gpus]
+    chosen = [case for case in here if (case.quick or not arguments.quick) and arguments.only in case.name]
     json.dump({case.name: measure(case, arguments.arch) for case in chosen}, sys.stdout, indent=1)
 
 

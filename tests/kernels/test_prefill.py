@@ -1,0 +1,176 @@
+"""The expert step for many tokens: its sort, then all of it against a witness in float64; what must not be heard.
+
+A large random grid is in `tests/soak/test_kernel_experts_grid.py`, speed in `tests/bench`.
+"""
+
+import math
+
+import pytest
+import torch
+
+from flexmoe.modeling import kernels_prefill_flexmoe as kernels
+from flexmoe.modeling.kernels_prefill_flexmoe import prefill, sort
+from flexmoe.testing import TOLERANCES
+from tests.kernels.expert_witness import (
+    BIASES,
+    DEVICE,
+    Experts,
+    case_name,
+    draw_tokens,
+    draw_weights,
+    poison,
+    said,
+    seeded,
+    slots,
+    table_without,
+)
+
+SORTS = [(1, 1, 1, 16), (1, 8, 3, 16), (40, 2, 7, 16), (33, 8, 12, 64), (300, 3, 1, 128), (257, 1, 63, 32)]
+
+
+@pytest.mark.parametrize("few_programs", [False, True])
+@pytest.mark.parametrize(("tokens", "k", "n_experts", "block_m"), SORTS)
+def test_pairs_are_sorted_by_expert(tokens, k, n_experts, block_m, few_programs, monkeypatch):
+    generator = seeded(tokens, k, n_experts)
+    ids_TK = torch.randint(0, n_experts + 1, (tokens, k), generator=generator, dtype=torch.int32)
+    ids_TK[ids_TK == 2] = 0  # an expert that nobody goes to
+    poison(monkeypatch)
+    if few_programs:
+        monkeypatch.setattr(kernels, "SORTERS", 2)
+    by_expert = sort(ids_TK.to(DEVICE), n_experts, block_m)
+
+    token_of_row, row_of_slot, expert_of_block = [], torch.full([tokens, k], -1), []
+    for e in range(n_experts):
+        pairs = (ids_TK == e).nonzero().tolist()
+        for t, slot in pairs:
+            row_of_slot[t, slot] = len(token_of_row)
+            token_of_row.append(t)
+        token_of_row += [tokens] * (-len(pairs) % block_m)
+        expert_of_block += [e] * -(-len(pairs) // block_m)
+    assert by_expert.row_of_slot_TK.tolist() == row_of_slot.tolist()
+    assert by_expert.token_of_row.tolist()[: len(token_of_row)] == token_of_row
+    surplus = len(by_expert.expert_of_block) - len(expert_of_block)
+    assert surplus >= 0
+    assert by_expert.expert_of_block.tolist() == expert_of_block + [n_experts] * surplus
+
+
+def test_every_pair_may_have_an_expert_of_its_own():
+    """The most blocks that there can be: each expert's last one is all but empty."""
+    ids_TK = torch.tensor([[0, 1, 2], [3, 4, 5]], dtype=torch.int32, device=DEVICE)
+    assert sort(ids_TK, 6, 16).expert_of_block.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+# A product of sizes would be slow: each value stands in one row at least.
+CASES = [
+    (0, 2, Experts([24, 40], 24)),
+    (1, 1, Experts([136], 40)),
+    (2, 3, Experts([24, 40, 8], 136, biases=BIASES)),
+    (17, 5, Experts([24, 136, 40, 40, 8, 16, 24], 40, activation="gelu_tanh")),
+    (65, 2, Experts([40] * 3, 24, gated=False, activation="gelu", biases=("up_bias", "down_bias"))),
+    (257, 1, Experts([72, 24, 40], 40, activation="relu", biases=("gate_bias", "down_bias"))),
+    (65, 8, Experts([8 * (1 + i % 5) for i in range(12)], 40, activation="gelu", biases=("up_bias",))),
+    (3, 8, Experts([24, 16, 40] * 21, 24)),
+    (9, 4, Experts([16] * 64, 16, gated=False)),
+    (40, 2, Experts([40] * 3, 40, dtype=torch.bfloat16, biases=BIASES)),
+    (65, 2, Experts([136, 40, 24], 136, dtype=torch.bfloat16, gated=False, activation="relu")),
+    (17, 2, Experts([40, 136, 24], 40, dtype=torch.float16, biases=BIASES)),
+]
+
+
+@pytest.mark.parametrize(("tokens", "k", "kind"), CASES, ids=case_name)
+def test_against_the_witness(tokens, k, kind, monkeypatch):
+    generator = seeded(tokens, k, kind)
+    experts = kind.draw(generator)
+    x_TH = draw_tokens(tokens, kind.hidden, kind.dtype, generator)
+    weights_TE = draw_weights(tokens, len(kind.widths), k, generator)
+    poison(monkeypatch)
+    y_TH = prefill(x_TH, *slots(weights_TE, k), experts)
+    assert y_TH.dtype == kind.dtype
+    torch.testing.assert_close(
+        y_TH.double().cpu(), said(x_TH, weights_TE, experts), **TOLERANCES[kind.dtype], equal_nan=False
+    )
+    nowhere_T = (weights_TE == 0).all(-1)
+    assert torch.equal(y_TH[nowhere_T], torch.zeros_like(y_TH[nowhere_T]))
+
+
+@pytest.fixture
+def layer(monkeypatch):
+    """x [17, 40], weights [17, 4] and experts: token 0 goes to 0 and 1, token 1 to 1 alone, nobody to 3."""
+    kind = Experts([24, 136, 40, 16], 40, biases=BIASES)
+    generator = seeded("layer")
+    weights_TE = draw_weights(17, 4, 2, generator)
+    weights_TE[:, 3] = 0.0
+    weights_TE[0] = torch.tensor([0.3, 0.7, 0.0, 0.0])
+    weights_TE[1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    poison(monkeypatch)
+    return draw_tokens(17, 40, torch.float32, generator), weights_TE, kind.draw(generator)
+
+
+def test_no_tokens_need_no_launch(layer, monkeypatch):
+    x_TH, weights_TE, experts = layer
+    monkeypatch.setattr(kernels, "count_kernel", None)
+    assert prefill(x_TH[:0], *slots(weights_TE[:0], 2), experts).shape == (0, 40)
+
+
+def test_many_tokens_go_in_turns(layer, monkeypatch):
+    x_TH, weights_TE, experts = layer
+    at_once_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    monkeypatch.setattr(kernels, "TOKENS_AT_ONCE", 7)
+    assert torch.equal(prefill(x_TH, *slots(weights_TE, 2), experts), at_once_TH)
+
+
+def test_surplus_slots_are_not_heard(layer):
+    """Whatever they hold: their weight may be NaN."""
+    x_TH, weights_TE, experts = layer
+    top_weights_TK, top_ids_TK = slots(weights_TE, 4)
+    clean_TH = prefill(x_TH, top_weights_TK, top_ids_TK, experts)
+    assert (top_ids_TK == 4).any()
+    top_weights_TK[top_ids_TK == 4] = math.nan
+    assert torch.equal(prefill(x_TH, top_weights_TK, top_ids_TK, experts), clean_TH)
+
+
+def test_nan_in_a_token_stays_there(layer):
+    x_TH, weights_TE, experts = layer
+    clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    x_TH[1, 3] = math.nan
+    y_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    assert y_TH[1].isnan().all()
+    others = torch.arange(17) != 1
+    assert torch.equal(y_TH[others], clean_TH[others])
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down", *BIASES])
+@pytest.mark.parametrize("e", [0, 3])
+def test_nan_in_an_expert_is_heard_where_it_is_chosen_alone(e, name, layer):
+    x_TH, weights_TE, experts = layer
+    clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    getattr(experts, name)[e].fill_(math.nan)
+    y_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    chosen_T = weights_TE[:, e] != 0
+    assert chosen_T.any() == (e == 0)
+    assert y_TH[chosen_T].isnan().all()
+    assert torch.equal(y_TH[~chosen_T], clean_TH[~chosen_T])
+
+
+def test_weights_that_are_nan_make_the_token_nan(layer):
+    x_TH, weights_TE, experts = layer
+    clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    weights_TE[1] = math.nan
+    y_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    assert y_TH[1].isnan().all()
+    others = torch.arange(17) != 1
+    assert torch.equal(y_TH[others], clean_TH[others])
+
+
+@pytest.mark.parametrize("name", ["gate", "up", "down", *BIASES])
+def test_what_is_no_longer_there_is_nan_and_not_read(name, layer, monkeypatch):
+    x_TH, weights_TE, experts = layer
+    clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    table = table_without(experts, getattr(experts, name)[1])
+    monkeypatch.setattr(kernels, "expert_table", lambda _: table)
+    y_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    chosen_T = weights_TE[:, 1] != 0
+    assert chosen_T.any()
+    assert not chosen_T.all()
+    assert y_TH[chosen_T].isnan().all()
+    assert torch.equal(y_TH[~chosen_T], clean_TH[~chosen_T])
