@@ -37,8 +37,6 @@ except ImportError as error:
 MOST_FEW = 64
 """Tokens that each get a program of their own."""
 
-MOST_EXPERTS = 64
-
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 """What rows may be made of, in Triton's words."""
 
@@ -55,9 +53,9 @@ def few_launch(experts: int, row_dtype: torch.dtype) -> dict[str, Any]:
     return {
         "ROW": DTYPES[row_dtype],
         "EXPERTS_P": padded,
-        "CHUNK": min(padded, 8),  # 8 x 2048 numbers are 32 registers of each of 512 threads, and as many on the way
-        "BLOCK_H": 2048,
-        "num_warps": 16,
+        "CHUNK": min(padded, 8),  # 8 x 1024 numbers are 32 registers of each of 256 threads, and as many on the way
+        "BLOCK_H": 1024,
+        "num_warps": 8,
         **OPTIONS,
     }
 
@@ -476,7 +474,6 @@ def _rows_contiguous(values: Tensor) -> Tensor:
 
 
 __all__ = [
-    "MOST_EXPERTS",
     "MOST_FEW",
     "backward_kernel",
     "backward_launch",

@@ -24,7 +24,6 @@ def _forward(experts: int, x_dtype: torch.dtype, row_dtype: torch.dtype) -> list
         launch={"RENORMALIZE": True, **few_launch(experts, row_dtype)},
         aligned=ALIGNED,
         quick=quick,
-        max_registers=128,  # of 512 threads
         # the rest are addresses; 0 if rows were read in smaller pieces, as one row of 2 bytes an element is
         wide_share=0.3 if experts > 1 else 0.0,
     )

@@ -370,13 +370,6 @@ def test_the_kernel_behind_the_operator(case, kernels_on_cpu):
     assert ours.logits_TE.grad_fn.name() != theirs.logits_TE.grad_fn.name()
 
 
-def test_redirect_reaches_the_tables_of_the_kernels():
-    kernels = pytest.importorskip("flexmoe.modeling.kernels_flexmoe")
-    table = kernels.TABLES.of(((16, 32),), torch.device("cpu"))
-    ops.redirect({32: 48})
-    assert table.tolist() == [[16, 48]]
-
-
 @pytest.fixture
 def copies(tmp_path, monkeypatch):
     """Makes a package of copies of the operators' files, as remote code is one, and imports its operators."""
@@ -404,6 +397,14 @@ def test_the_same_sources_share_their_operators(copies):
     for module in (ops, copy):
         routing = module.route(*args, 2, True)
         assert torch.equal(routing.weights_TE, reference.route(*args, 2, True).weights_TE)
+
+
+def test_redirect_reaches_the_tables_that_the_operators_read(copies):
+    kernels = pytest.importorskip("flexmoe.modeling.kernels_flexmoe")
+    table = kernels.TABLES.of(((16, 32, 64),), torch.device("cpu"))
+    ops.redirect({32: 48})
+    copies("moving_flexmoe_sources").redirect({64: 0})
+    assert table.tolist() == [[16, 48, 0]]
 
 
 def test_other_sources_have_operators_of_their_own(copies):
