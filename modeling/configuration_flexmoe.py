@@ -25,6 +25,9 @@ AUTO_MAP = {
 }
 """What each Auto class loads from the files beside a checkpoint, with `trust_remote_code=True`."""
 
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+"""What may run the layers of a model (`implementations_flexmoe`)."""
+
 RECORD_KEYS = (
     "name",
     "kind",
@@ -230,6 +233,26 @@ class FlexMoeConfig(PreTrainedConfig):
         return values, unused
 
     @property
+    def _flexmoe_implementation(self) -> str:
+        """What runs the layers, "auto", "torch" or "triton" (`implementations_flexmoe`); not saved.
+
+        Setting it raises ValueError if it is none of these.
+        """
+        return self.__dict__.get("_flexmoe_implementation_internal", "auto")
+
+    @_flexmoe_implementation.setter
+    def _flexmoe_implementation(self, value: str) -> None:
+        if value not in IMPLEMENTATIONS:
+            raise ValueError(f"The implementation {value!r} is unknown: it must be one of {list(IMPLEMENTATIONS)}.")
+        self.__dict__["_flexmoe_implementation_internal"] = value
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers' own; what runs the layers is this process's affair."""
+        values = super().to_dict()
+        values.pop("_flexmoe_implementation_internal", None)
+        return values
+
+    @property
     def expert_records(self) -> list[dict[str, Any]]:
         """The records of all experts, in order."""
         return list(self.experts or [])
@@ -328,6 +351,7 @@ FlexMoeConfig.register_for_auto_class()
 
 __all__ = [
     "AUTO_MAP",
+    "IMPLEMENTATIONS",
     "PUBLIC",
     "RECORD_KEYS",
     "ExpertPackageConfig",

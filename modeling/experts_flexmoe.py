@@ -20,11 +20,13 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .context_flexmoe import forward_values
 from .forms_flexmoe import form_of, is_plain_linear, is_untouched
+from .fused_flexmoe import fused_mix, fused_route
+from .implementations_flexmoe import MODULES, NO_OPERATORS, OPERATORS, FusedPlan, Inputs, LayerPath, choose_path
 from .linear_flexmoe import faster_linears, may_be_faster
-from .low_rank_flexmoe import LowRankExpert, mix_sharing
+from .low_rank_flexmoe import LowRankExpert, Spread, mix_sharing
 from .parallel_flexmoe import is_awaited
 from .prepacked_flexmoe import Prepacked
-from .routing_flexmoe import route_logits, route_one
+from .routing_flexmoe import Routing, route_logits, route_one
 from .widths_flexmoe import resize
 
 
@@ -163,37 +165,103 @@ class FlexMoeBlock(nn.Module):
         renormalize = values.get("renormalize", self.norm_topk_prob)
         row_mask_BA = values.get("row_mask")
         sharing = () if residual else self._sharing(names)
+        implementation = MODULES if residual else values.get("implementation", MODULES)
         is_one_token = hidden_states.numel() == self.hidden_size and row_mask_BA is None
-        if is_one_token and len(names) > 1 and not sharing and may_be_faster(hidden_states):
+        if (
+            is_one_token
+            and implementation != OPERATORS
+            and len(names) > 1
+            and not sharing
+            and may_be_faster(hidden_states)
+        ):
             mixed_H = self._mix_one(hidden_states.reshape(-1), names, k, renormalize, values, residual)
             return sum(residual, mixed_H.to(hidden_states.dtype).view(hidden_states.shape))
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         allowed_TA = _allowed(row_mask_BA, x_TH.shape[0], x_TH.device)
-        logits_TA = self.router(x_TH, names)
-        if allowed_TA is not None:
-            logits_TA = logits_TA.masked_fill(~allowed_TA, float("-inf"))  # also where a row holds NaN
-        weights_TA = route_logits(logits_TA, k, renormalize)
+        path = NO_OPERATORS if implementation == MODULES else self.path(names, Inputs.of(x_TH), implementation)
+        if path.fuses_router:
+            rows = [self.router[name] for name in names]
+            routing = fused_route(x_TH, rows, allowed_TA, k, renormalize)
+            logits_TA, weights_TA = routing.logits_TE, routing.weights_TE
+        else:
+            logits_TA = self.router(x_TH, names)
+            if allowed_TA is not None:
+                logits_TA = logits_TA.masked_fill(~allowed_TA, float("-inf"))  # also where a row holds NaN
+            weights_TA = route_logits(logits_TA, k, renormalize)
         self._report_logits(values, names, logits_TA)
         self._report_weights(values, names, weights_TA.detach())
         weights_TA = weights_TA.to(x_TH.dtype)
-        everywhere = torch.compiler.is_compiling() or (k >= len(names) and allowed_TA is None)
-        if len(names) == 1 and not torch.compiler.is_compiling():  # torch's own products: the dense anchor's bits
+        if path.fuses_router and path.plan is not None:
+            mixed_TH = self._mix_fused(x_TH, names, routing, sharing, path.plan)
+        elif len(names) == 1 and not torch.compiler.is_compiling():  # torch's own products: the dense anchor's bits
             mixed_TH = self._call(names[0], residual, x_TH) * weights_TA
-        elif not sharing:
-            mixed_TH = self._mix(x_TH, names, weights_TA, everywhere, residual)
         else:
-            mixed_TH = self._mix_sharing(x_TH, names, weights_TA, everywhere, sharing)
+            everyone = k >= len(names) and allowed_TA is None
+            spread: Spread = "masked" if torch.compiler.is_compiling() else "all" if everyone else "chosen"
+            mixed_TH = self._mix(x_TH, names, weights_TA, spread, residual, sharing)
         return sum(residual, mixed_TH.view(hidden_states.shape))
 
-    def _mix(
-        self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, everywhere: bool, zeros: Sequence[Tensor]
+    def path(self, names: Sequence[str], inputs: Inputs, implementation: str) -> LayerPath:
+        """Which way `forward` takes such inputs through the experts `names`, and why."""
+        if implementation == MODULES:
+            return NO_OPERATORS
+        sharing = self._sharing(names)
+        others = tuple(name for name in names if name not in sharing)
+        return choose_path(implementation, inputs, tuple(names), others, self.experts, self.router)
+
+    def _mix_fused(
+        self, x_TH: Tensor, names: Sequence[str], routing: Routing, sharing: Sequence[str], plan: FusedPlan
     ) -> Tensor:
-        """Each expert on its own; `everywhere`: every token goes to every expert."""
-        if torch.compiler.is_compiling():
-            return self._mix_masked(x_TH, names, weights_TA, zeros)
-        if everywhere:
-            return self._mix_all(x_TH, names, weights_TA, zeros)
-        return self._mix_chosen(x_TH, names, weights_TA, zeros)
+        """Those of `sharing` through the public network's products, all others through the experts' operator."""
+        columns = [i for i, name in enumerate(names) if name not in sharing]
+        networks = [self.experts[names[i]] for i in columns]
+        mixed_TH = fused_mix(x_TH, routing, networks, columns, plan)
+        if not sharing:
+            return mixed_TH
+        weights_TM = routing.weights_TE[:, [names.index(name) for name in sharing]].to(x_TH.dtype)
+        return mixed_TH + self._mix_sharing(x_TH, weights_TM, sharing, "masked")
+
+    def _mix(
+        self,
+        x_TH: Tensor,
+        names: Sequence[str],
+        weights_TA: Tensor,
+        spread: Spread,
+        zeros: Sequence[Tensor],
+        sharing: Sequence[str] = (),
+    ) -> Tensor:
+        """Those of `sharing` together, all others each on its own."""
+        if not sharing:
+            return self._mix_as(spread, x_TH, names, weights_TA, zeros)
+        columns = dict(zip(names, weights_TA.split(1, -1), strict=True))
+        weights_TM = torch.cat([columns[name] for name in sharing], -1)
+        others = [name for name in names if name not in sharing]
+        if not others:
+            return self._mix_sharing(x_TH, weights_TM, sharing, spread)
+        if spread != "chosen":
+            mixed_TH = self._mix_sharing(x_TH, weights_TM, sharing, spread)
+        else:  # tokens of the others alone need no products of the public network
+            mixed_TH = torch.zeros_like(x_TH)
+            tokens = weights_TM.any(-1).nonzero().squeeze(-1)
+            if not len(tokens) and any(is_awaited(self.experts[name]) for name in sharing):
+                tokens = tokens.new_zeros(1)  # of weight 0
+            if len(tokens):
+                said_NH = self._mix_sharing(x_TH[tokens], weights_TM[tokens], sharing, spread)
+                mixed_TH.index_add_(0, tokens, said_NH)
+        weights_TO = torch.cat([columns[name] for name in others], -1)
+        return mixed_TH + self._mix_as(spread, x_TH, others, weights_TO, ())
+
+    def _mix_as(
+        self, spread: Spread, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]
+    ) -> Tensor:
+        mixers = {"all": self._mix_all, "chosen": self._mix_chosen, "masked": self._mix_masked}
+        return mixers[spread](x_TH, names, weights_TA, zeros)
+
+    def _mix_sharing(self, x_TH: Tensor, weights_TM: Tensor, sharing: Sequence[str], spread: Spread) -> Tensor:
+        """The members of `sharing`, with one product of the public network for all of them."""
+        members: list[Any] = [None if name == PUBLIC else self.experts[name] for name in sharing]
+        form = next(member.form for member in members if member is not None)
+        return mix_sharing(x_TH, weights_TM, members, self.experts[PUBLIC], form, spread)
 
     def _sharing(self, names: Sequence[str]) -> tuple[str, ...]:
         """Which of `names` make the public network's products once for all of them: low-rank experts, and public."""
@@ -205,31 +273,6 @@ class FlexMoeBlock(nn.Module):
         if PUBLIC in experts and is_untouched(experts[PUBLIC]):
             sharing.add(PUBLIC)
         return tuple(name for name in names if name in sharing)
-
-    def _mix_sharing(
-        self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, everywhere: bool, sharing: Sequence[str]
-    ) -> Tensor:
-        """Those of `sharing` together, all others each on its own."""
-        columns = dict(zip(names, weights_TA.split(1, -1), strict=True))
-        weights_TM = torch.cat([columns[name] for name in sharing], -1)
-        members: list[Any] = [None if name == PUBLIC else self.experts[name] for name in sharing]
-        form = next(member.form for member in members if member is not None)
-        public = self.experts[PUBLIC]
-        others = [name for name in names if name not in sharing]
-        if everywhere or not others:
-            mixed_TH = mix_sharing(x_TH, weights_TM, members, public, form, everywhere)
-        else:  # tokens of the others alone need no products of the public network
-            mixed_TH = torch.zeros_like(x_TH)
-            tokens = weights_TM.any(-1).nonzero().squeeze(-1)
-            if not len(tokens) and any(is_awaited(self.experts[name]) for name in sharing):
-                tokens = tokens.new_zeros(1)  # of weight 0
-            if len(tokens):
-                said_NH = mix_sharing(x_TH[tokens], weights_TM[tokens], members, public, form, everywhere)
-                mixed_TH.index_add_(0, tokens, said_NH)
-        if not others:
-            return mixed_TH
-        weights_TO = torch.cat([columns[name] for name in others], -1)
-        return mixed_TH + self._mix(x_TH, others, weights_TO, everywhere, ())
 
     def _mix_all(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
         """Every token goes to every expert: nothing to gather."""

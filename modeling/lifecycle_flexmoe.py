@@ -37,6 +37,7 @@ from .fitting_flexmoe import (
     public_widths,
 )
 from .hub_flexmoe import HubAccess
+from .implementations_flexmoe import Inputs, LayerPath, asked_for
 from .packages_flexmoe import ExpertPackage, write_package
 from .parallel_flexmoe import (
     PLANS,
@@ -88,6 +89,20 @@ class ExpertLifecycle(CpuInference):
         """The blocks by their names, in layer order."""
         blocks = [(name, module) for name, module in self.named_modules() if isinstance(module, FlexMoeBlock)]
         return dict(sorted(blocks, key=lambda named: named[1].layer_index))
+
+    def implementation_paths(
+        self, device: str | None = None, dtype: torch.dtype | None = None, capability: tuple[int, int] | None = None
+    ) -> list[LayerPath]:
+        """Which way inference takes through each layer, PyTorch's modules or fused operators, and why.
+
+        Args:
+            device: for a device of this type; by default, where the model is.
+            dtype: of the hidden states; by default that of the experts.
+            capability: compute capability of a CUDA device, as (9, 0).
+        """
+        inputs = Inputs(device or self.device.type, dtype, capability=capability)
+        with torch.no_grad():
+            return [block.path(self.active_experts, inputs, asked_for(self.config)) for block in self.flexmoe_blocks()]
 
     # Who takes part
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,10 @@ from transformers.pytorch_utils import Conv1D
 from .forms_flexmoe import FfnForm, is_plain_linear, read_form
 from .linear_flexmoe import faster_linears
 from .parallel_flexmoe import has_company, is_awaited, is_fully_sharded
+
+Spread = Literal["all", "chosen", "masked"]
+"""Which tokens an expert computes: all, those that chose it (how many is data), or all, of which those that did not
+choose it are masked: they may hold NaN. Compiled code and captured graphs have no shapes that depend on data."""
 
 _PACKED = ((".A.weight", ".lora_A.weight"), (".B.weight", ".lora_B.weight"), (".B.bias", ".bias_delta"))
 
@@ -116,14 +120,14 @@ def mix_sharing(
     members: Sequence[LowRankExpert | None],
     public: nn.Module,
     form: FfnForm,
-    everywhere: bool = True,
+    spread: Spread = "all",
 ) -> Tensor:
     """The weighted sum [T, H] of what `members` say: low-rank experts, and None for the public network itself.
 
     Args:
         weights_TM: 0 where a member does not see a token.
         form: of the public network.
-        everywhere: every member sees every token; else it sees only those where its weight is not 0.
+        spread: which tokens a member sees.
 
     Raises:
         ValueError: the public network cannot be read without being called: FSDP2 shards it on its own, or a hook on
@@ -136,7 +140,7 @@ def mix_sharing(
     with faster_linears(x_TH):
         products = {name: parts[name](x_TH) for name in (form.gate, form.up) if name is not None}
         for member, weight_T1 in zip(members, weights_TM.split(1, -1), strict=True):
-            tokens = None if everywhere else weight_T1.squeeze(-1).nonzero().squeeze(-1)
+            tokens = weight_T1.squeeze(-1).nonzero().squeeze(-1) if spread == "chosen" else None
             if tokens is not None and not len(tokens):
                 if not is_awaited(public if member is None else member):
                     continue
@@ -146,11 +150,11 @@ def mix_sharing(
             said_NH = None if member is None else member.delta(form.down)(h_NI)
             if joins:
                 hidden_TI = torch.zeros_like(products[form.up]) if hidden_TI is None else hidden_TI
-                _add(hidden_TI, h_NI, weight_N1, tokens)
+                _add(hidden_TI, h_NI, weight_N1, tokens, spread)
             else:
                 said_NH = down(h_NI) if said_NH is None else down(h_NI) + said_NH
             if said_NH is not None:
-                _add(mixed_TH, said_NH, weight_N1, tokens)
+                _add(mixed_TH, said_NH, weight_N1, tokens, spread)
         if hidden_TI is not None:
             mixed_TH = mixed_TH + F.linear(hidden_TI, down.weight)
             if down.bias is not None:
@@ -179,11 +183,11 @@ def _rows(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x if tokens is None else x[tokens]
 
 
-def _add(total: Tensor, said: Tensor, weight_N1: Tensor, tokens: Tensor | None) -> None:
-    """Adds the weighted rows to `total`. Compiled code has all tokens, and those of weight 0 may hold NaN."""
+def _add(total: Tensor, said: Tensor, weight_N1: Tensor, tokens: Tensor | None, spread: Spread) -> None:
+    """Adds the weighted rows to `total`."""
     if tokens is not None:
         total.index_add_(0, tokens, (said * weight_N1).to(total.dtype))  # autocast leaves two dtypes
-    elif torch.compiler.is_compiling():
+    elif spread == "masked":
         total += torch.where(weight_N1 != 0, said, 0.0) * weight_N1
     else:
         total += said * weight_N1
@@ -280,6 +284,7 @@ __all__ = [
     "Factor",
     "LowRankDelta",
     "LowRankExpert",
+    "Spread",
     "as_out_in",
     "low_rank_scale",
     "matrices",

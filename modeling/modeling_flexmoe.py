@@ -27,6 +27,7 @@ from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_top_k
 from .context_flexmoe import checkpoint_with_context, forward_scope, scoped_values
 from .experts_flexmoe import FlexMoeBlock
 from .identity_flexmoe import refresh_fingerprint
+from .implementations_flexmoe import asked_for
 from .lifecycle_flexmoe import ExpertLifecycle
 from .loading_flexmoe import check_everyone_is_there
 from .norms_flexmoe import norm_follows_each_ffn
@@ -228,6 +229,7 @@ class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTra
             "row_mask": selection.row_mask,
             "top_k": k,
             "renormalize": bool(self.config.norm_topk_prob),
+            "implementation": asked_for(self.config),
         }
         if collect:
             values["router_logits"] = []

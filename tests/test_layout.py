@@ -23,7 +23,7 @@ MODELING_LAYERS = (
     ("folders", "json", "configuration", "context", "loading", "quantization", "compat", "widths", "manifest_schema"),
     ("tensors", "finite", "hashing", "tensor_writer"),
     ("routing", "linear", "forms", "anchors", "parallel", "low_rank", "one_token", "prepacked"),
-    ("kernels", "kernels_route", "kernels_decode", "kernels_prefill", "ops", "implementations"),
+    ("kernels", "kernels_route", "kernels_decode", "kernels_prefill", "ops", "implementations", "fused"),
     ("identity", "selection", "manifest", "dense", "norms"),
     ("cards",),
     ("packages",),

@@ -1,0 +1,62 @@
+"""How a layer runs on the operators of `ops_flexmoe`: tensors out of modules, and the choices of a call as an offset.
+
+Shapes: T tokens, H hidden, A allowed experts, K slots. Does not cover whether the operators take a layer
+(`implementations_flexmoe`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .implementations_flexmoe import FusedPlan
+from .ops_flexmoe import mix, route
+from .routing_flexmoe import Routing
+
+
+def fused_route(
+    x_TH: Tensor, rows: Sequence[nn.Module], allowed_TA: Tensor | None, k: int, renormalize: bool
+) -> Routing:
+    """Where each token goes, in one launch. Which experts a sequence may use is data: a captured graph sees it change.
+
+    Args:
+        rows: the router row of each allowed expert.
+        allowed_TA: bool [tokens, allowed], or None: all.
+    """
+    linears: list[Any] = list(rows)
+    offset_TA = None
+    if allowed_TA is not None:
+        offset_TA = torch.zeros(allowed_TA.shape, device=x_TH.device).masked_fill(~allowed_TA, -math.inf)
+    return route(x_TH, [r.weight for r in linears], [r.bias for r in linears], offset_TA, k, renormalize)
+
+
+def fused_mix(
+    x_TH: Tensor, routing: Routing, networks: Sequence[nn.Module], columns: Sequence[int], plan: FusedPlan
+) -> Tensor:
+    """The weighted sum [tokens, hidden] of what `networks` say.
+
+    Args:
+        routing: among all allowed experts.
+        columns: which of those `networks` are.
+    """
+    if len(columns) < routing.weights_TE.shape[1]:
+        routing = _among(routing, columns)
+    return mix(x_TH, routing, plan.tensors(networks))
+
+
+def _among(routing: Routing, columns: Sequence[int]) -> Routing:
+    """The routing with no more experts than `columns`; the slots of the others are surplus."""
+    everyone = routing.weights_TE.shape[1]
+    places = [columns.index(e) if e in columns else len(columns) for e in range(everyone + 1)]
+    place_E = torch.tensor(places, dtype=torch.int32).to(routing.top_ids_TK.device)
+    ids_TK = place_E[routing.top_ids_TK.long()]
+    weights_TK = torch.where(ids_TK == len(columns), 0.0, routing.top_weights_TK)
+    chosen = list(columns)
+    return Routing(routing.logits_TE[:, chosen], routing.weights_TE[:, chosen], weights_TK, ids_TK)
+
+
+__all__ = ["fused_mix", "fused_route"]

@@ -1,0 +1,317 @@
+"""Which implementation a layer runs, PyTorch's modules or the fused operators, and why: chosen in this one place.
+
+`config._flexmoe_implementation` is "auto", "torch" or "triton"; the environment variable FLEXMOE_IMPLEMENTATION, for
+debugging, goes before it. "torch" calls experts as modules. "triton" runs the operators of `ops_flexmoe` wherever they
+can take what is there: kernels on CUDA, their reference on a CPU, which is for tests and slow. "auto" runs them where
+they have been measured to be faster. Whatever they cannot take runs as modules, and the reason is given in words.
+
+Shapes: H hidden, I intermediate, E experts. Does not cover how a layer then runs (`experts_flexmoe`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_flexmoe import IMPLEMENTATIONS
+from .forms_flexmoe import FfnForm, form_of, is_plain_linear, is_untouched
+from .low_rank_flexmoe import LowRankExpert
+from .ops_flexmoe import KERNEL_DTYPES, MOST_EXPERTS
+from .routing_flexmoe import ACTIVATIONS, ExpertTensors
+
+AUTO, MODULES, OPERATORS = IMPLEMENTATIONS
+
+ENVIRONMENT = "FLEXMOE_IMPLEMENTATION"
+
+MEASURED: dict[tuple[int, int], dict[torch.dtype, tuple[int, int]]] = {}
+"""By compute capability and dtype, from how many tokens to how many "auto" takes the kernels: where they were measured
+(`tests/bench/bench_routing.py`) to be at least as fast as modules. Nobody has run them on a GPU yet, so nothing is
+here, and "auto" takes modules."""
+
+
+class Unfit(Exception):
+    """Why the operators cannot take a layer; its message is a sentence without a full stop."""
+
+
+@dataclass(frozen=True)
+class FusedPlan:
+    """How the operators take a layer: only names, so it holds for whatever tensors the modules have.
+
+    Attributes:
+        form: of the experts' networks.
+        activation: a key of `ACTIVATIONS`.
+        biases: whether up, down and gate have one.
+    """
+
+    form: FfnForm
+    activation: str
+    biases: tuple[bool, bool, bool]
+
+    def tensors(self, networks: Sequence[nn.Module]) -> ExpertTensors:
+        """The matrices of `networks`, as they are now."""
+        form, (up, down, gate) = self.form, self.biases
+        return ExpertTensors(
+            up=_parameters(networks, form.up, "weight"),
+            down=_parameters(networks, form.down, "weight"),
+            gate=[] if form.gate is None else _parameters(networks, form.gate, "weight"),
+            up_bias=_parameters(networks, form.up, "bias") if up else [],
+            down_bias=_parameters(networks, form.down, "bias") if down else [],
+            gate_bias=_parameters(networks, form.gate, "bias") if gate and form.gate is not None else [],
+            activation=self.activation,
+        )
+
+
+@dataclass(frozen=True)
+class LayerPath:
+    """The way that a layer takes.
+
+    Attributes:
+        reason: why so, in words.
+        fuses_router: whether the operator routes; else the rows are called as modules.
+        plan: how the operator mixes the experts; None: they are called as modules.
+    """
+
+    reason: str
+    fuses_router: bool = False
+    plan: FusedPlan | None = None
+
+
+NO_OPERATORS = LayerPath("the implementation 'torch' was asked for")
+
+
+def _parameters(networks: Sequence[nn.Module], part: str, name: str) -> list[Tensor]:
+    return [getattr(getattr(network, part), name) for network in networks]
+
+
+def asked_for(config: Any) -> str:
+    """The implementation that the environment, or else the config of a model, asks for.
+
+    Raises:
+        ValueError: the environment asks for one that is unknown.
+    """
+    name = os.environ.get(ENVIRONMENT) or config._flexmoe_implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{ENVIRONMENT} asks for {name!r}, which is unknown: it must be one of {list(IMPLEMENTATIONS)}."
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a choice has to know of the hidden states.
+
+    Attributes:
+        device: "cuda", "cpu" ...
+        dtype: None is that of the experts.
+        tokens: None stands for any number.
+        capability: of a CUDA device.
+        requires_grad: whether they need a gradient.
+    """
+
+    device: str
+    dtype: torch.dtype | None = None
+    tokens: int | None = None
+    capability: tuple[int, int] | None = None
+    requires_grad: bool = False
+
+    @classmethod
+    def of(cls, x_TH: Tensor) -> Inputs:
+        """Those of hidden states [T, H]."""
+        capability = _capability(x_TH.device) if x_TH.is_cuda else None
+        return cls(x_TH.device.type, x_TH.dtype, x_TH.shape[0], capability, x_TH.requires_grad)
+
+
+def choose_path(
+    implementation: str,
+    inputs: Inputs,
+    names: tuple[str, ...],
+    others: tuple[str, ...],
+    experts: nn.ModuleDict,
+    router: nn.ModuleDict,
+) -> LayerPath:
+    """The way through a layer.
+
+    Args:
+        implementation: "auto" or "triton".
+        names: the allowed experts.
+        others: those of them that do not share the public network's products.
+        experts: the layer's networks by name.
+        router: its router rows by name.
+    """
+    reason = _unmeasured(inputs) if implementation == AUTO else None
+    if reason is None and torch.is_autocast_enabled(inputs.device):
+        reason = "autocast decides the dtypes of products, and an operator has its own"
+    if reason is None and len(names) == 1:
+        reason = "a single expert is a dense model, and has its bits"
+    if reason is None:
+        reason = row_reason(names, router)
+    if reason is not None:
+        return LayerPath(reason)
+    if torch.is_grad_enabled() and _needs_gradient(inputs, [experts[name] for name in others]):
+        return LayerPath("the router is fused; experts train through PyTorch's modules", fuses_router=True)
+    if not others:
+        return LayerPath(
+            "the router is fused; low-rank experts share the public network's products", fuses_router=True
+        )
+    found = plan_or_reason(others, experts, inputs.dtype)
+    if isinstance(found, str):
+        return LayerPath(found)
+    (up, down, activation_part, gate), activation, biases = found
+    plan = FusedPlan(FfnForm(up, down, activation_part, gate), activation, biases)
+    shared = "" if len(others) == len(names) else "; low-rank experts share the public network's products"
+    return LayerPath(f"router and experts are fused{shared}", fuses_router=True, plan=plan)
+
+
+def _needs_gradient(inputs: Inputs, networks: Sequence[nn.Module]) -> bool:
+    return inputs.requires_grad or any(p.requires_grad for network in networks for p in network.parameters())
+
+
+def _unmeasured(inputs: Inputs) -> str | None:
+    """Why "auto" does not take the operators; None if it does."""
+    if inputs.device != "cuda":
+        return f"on {inputs.device} the operators are a reference, and slow"
+    capability = inputs.capability or (0, 0)
+    fastest = MEASURED.get(capability, {}).get(inputs.dtype or torch.bfloat16)
+    if fastest is None:
+        return (
+            f"nobody has measured the kernels on compute capability {capability[0]}.{capability[1]} with "
+            f'{inputs.dtype or "this dtype"}; config._flexmoe_implementation = "triton" takes them all the same'
+        )
+    if inputs.tokens is not None and not fastest[0] <= inputs.tokens <= fastest[1]:
+        return f"modules are faster with {inputs.tokens} tokens (the kernels from {fastest[0]} to {fastest[1]})"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def plan_or_reason(names: tuple[str, ...], experts: nn.ModuleDict, dtype: torch.dtype | None) -> tuple[Any, ...] | str:
+    """The fields of a plan, or why there is none: a constant in compiled code, hence no object."""
+    try:
+        return astuple(plan(names, [experts[name] for name in names], dtype))
+    except Unfit as reason:
+        return str(reason)
+
+
+@torch.compiler.assume_constant_result
+def row_reason(names: tuple[str, ...], router: nn.ModuleDict) -> str | None:
+    """Why the operator cannot take these router rows; None if it can; a constant in compiled code."""
+    rows = [router[name] for name in names]
+    for name, row in zip(names, rows, strict=True):
+        if not is_plain_linear(row) or any(type(p) is not nn.Parameter for p in row.parameters()):
+            return f"the router row of {name!r} is wrapped or watched ({type(row).__name__})"
+    dtypes = {p.dtype for row in rows for p in row.parameters()}
+    if len(dtypes) > 1:
+        return f"router rows are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    if len(names) > MOST_EXPERTS:
+        return f"{len(names)} experts are more than the {MOST_EXPERTS} that a kernel takes"
+    return None
+
+
+def plan(names: Sequence[str], networks: Sequence[nn.Module], dtype: torch.dtype | None = None) -> FusedPlan:
+    """How the operators take these experts.
+
+    Args:
+        names: what the experts are called, for reasons.
+        networks: one per expert.
+        dtype: of the hidden states; None is the experts'.
+
+    Raises:
+        Unfit: they cannot.
+    """
+    plans = {name: _plan_of_one(name, network) for name, network in zip(names, networks, strict=True)}
+    first = plans[names[0]]
+    if odd := [name for name, other in plans.items() if other != first]:
+        raise Unfit(f"the network of {odd[0]!r} is of another form than that of {names[0]!r}")
+    dtypes = {p.dtype for network in networks for p in network.parameters()} | ({dtype} if dtype else set())
+    if len(dtypes) > 1:
+        raise Unfit(f"experts and hidden states are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
+    if not dtypes <= set(KERNEL_DTYPES):
+        raise Unfit(f"a kernel takes no {dtypes.pop()}")
+    return first
+
+
+def _plan_of_one(name: str, network: nn.Module) -> FusedPlan:
+    if isinstance(network, LowRankExpert):
+        raise Unfit(f"{name!r} is a low-rank expert whose network is of no known form, or wrapped")
+    form = form_of(network)
+    if form is None:
+        raise Unfit(
+            f"the network of {name!r} ({type(network).__name__}) is of no form that a kernel computes, or wrapped"
+        )
+    biases = []
+    for part_name in (form.up, form.down, form.gate):
+        part: Any = None if part_name is None else network._modules[part_name]
+        if part is not None:
+            _check_part(f"{name}.{part_name}", part)
+        biases.append(part is not None and part.bias is not None)
+    activation = activation_name(network._modules[form.activation])
+    if activation is None:
+        raise Unfit(f"the activation of {name!r} is none of {', '.join(ACTIVATIONS)}, or wrapped")
+    return FusedPlan(form, activation, (biases[0], biases[1], biases[2]))
+
+
+def _check_part(name: str, part: Any) -> None:
+    if not is_plain_linear(part):
+        raise Unfit(f"{name} is wrapped or watched ({type(part).__module__}.{type(part).__name__})")
+    if type(part.weight) is not nn.Parameter:
+        raise Unfit(f"{name} holds a {type(part.weight).__name__}")
+    if any(size % 8 for size in part.weight.shape):
+        raise Unfit(f"{name} is {list(part.weight.shape)}, and a kernel takes multiples of 8")
+    for parameter in part.parameters(recurse=False):
+        if not parameter.is_meta and not (parameter.is_contiguous() and parameter.data_ptr() % 16 == 0):
+            raise Unfit(f"a tensor of {name} is not contiguous or not aligned to 16 bytes")
+
+
+def activation_name(module: nn.Module | None) -> str | None:
+    """The key of `ACTIVATIONS` that computes what `module` does; None if none does. Told by its values."""
+    if module is None or not is_untouched(module):
+        return None
+    if module not in _activations:
+        _activations[module] = _by_values(module)
+    return _activations[module]
+
+
+_activations: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def _by_values(module: nn.Module) -> str | None:
+    x = torch.linspace(-16, 16, 1025, dtype=torch.float64, device="cpu")
+    try:
+        with torch.no_grad():
+            said = module(x)
+    except Exception:  # whatever an activation with parameters of its own may say to float64 on a CPU
+        return None
+    # formulas of the same function differ by the digits of a constant, those of two functions by far more
+    close = (name for name, own in ACTIVATIONS.items() if torch.allclose(own(x), said, rtol=0, atol=1e-8))
+    return next(close, None)
+
+
+__all__ = [
+    "AUTO",
+    "ENVIRONMENT",
+    "MEASURED",
+    "MODULES",
+    "NO_OPERATORS",
+    "OPERATORS",
+    "FusedPlan",
+    "Inputs",
+    "LayerPath",
+    "Unfit",
+    "activation_name",
+    "asked_for",
+    "choose_path",
+    "plan",
+    "plan_or_reason",
+    "row_reason",
+]

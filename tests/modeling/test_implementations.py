@@ -1,0 +1,270 @@
+"""The operators in place of modules: the same logits, the choice by name, and a reason wherever they are not taken.
+
+On the CPU they run their reference, so what is tested here is everything around the kernels, which tests/kernels has.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+from flexmoe import FlexMoeConfig, FlexMoeForCausalLM, track_usage
+from flexmoe.modeling import ops_flexmoe
+from flexmoe.modeling.implementations_flexmoe import ENVIRONMENT, activation_name
+from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
+
+OWNERS = ("math", "code", "legal")
+LOW_RANK = {"name": "thin", "kind": "low_rank", "rank": [2, 2]}
+FUSED = "router and experts are fused"
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Lists which operators ran, through their CPU implementations."""
+    made = []
+    for name in ("ROUTE", "MIX"):
+        own = getattr(ops_flexmoe, name)
+        monkeypatch.setattr(ops_flexmoe, name, lambda *a, own=own, name=name: made.append(name) or own(*a))
+    return made
+
+
+def fused(family: str = "olmo2", experts=OWNERS, **config) -> FlexMoeForCausalLM:
+    model = tiny_flexmoe(family, experts, num_experts_per_tok=2, **config)
+    model.config._flexmoe_implementation = "triton"
+    return model
+
+
+@torch.no_grad()
+def both(model: FlexMoeForCausalLM, length: int = 9, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits by modules, and by operators."""
+    tokens = random_tokens(2, length)
+    model.config._flexmoe_implementation = "torch"
+    by_modules = model(tokens, **kwargs).logits
+    model.config._flexmoe_implementation = "triton"
+    return by_modules, model(tokens, **kwargs).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2", "qwen3", "gpt_neox"])
+def test_operators_say_what_modules_say(calls, family, dtype):
+    model = fused(family).to(dtype)
+    by_modules, by_operators = both(model)
+    assert calls == ["ROUTE", "MIX"] * 2
+    scale = 1 if dtype == torch.float32 else 4  # roundings in two layers
+    torch.testing.assert_close(by_operators, by_modules, **{k: scale * v for k, v in TOLERANCES[dtype].items()})
+    assert {path.reason for path in model.implementation_paths()} == {FUSED}
+
+
+@pytest.mark.parametrize("k", [1, 2, 9])
+@pytest.mark.parametrize("rows", [(["public", "math"], ["code", "legal"]), (["math"], ["public", "code", "legal"])])
+def test_masks_are_data(calls, rows, k):
+    model = fused()
+    by_modules, by_operators = both(model, expert_mask=model.expert_mask(rows), num_experts_per_tok=k)
+    assert "MIX" in calls
+    torch.testing.assert_close(by_operators, by_modules, **TOLERANCES[torch.float32])
+
+
+def test_what_is_masked_may_hold_nan(calls):
+    model = fused()
+    for block in model.flexmoe_blocks():
+        for parameter in (*block.experts["code"].parameters(), *block.router["code"].parameters()):
+            parameter.data.fill_(float("nan"))
+    _, by_operators = both(model, expert_mask=model.expert_mask([["public", "math"], ["legal"]]))
+    assert by_operators.isfinite().all()
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_low_rank_experts_share_the_public_products(calls, k):
+    model = fused(experts=("math", LOW_RANK, "code"))
+    by_modules, by_operators = both(model, num_experts_per_tok=k)
+    assert calls == ["ROUTE", "MIX"] * 2
+    torch.testing.assert_close(by_operators, by_modules, **TOLERANCES[torch.float32])
+    assert all("share the public network" in path.reason for path in model.implementation_paths())
+
+
+def test_logits_of_the_router_and_usage_are_reported(calls):
+    model = fused()
+    tokens = random_tokens(2, 9)
+    with torch.no_grad(), track_usage(model) as by_operators:
+        ours = model(tokens, output_router_logits=True, expert_mask=model.expert_mask([["public", "math"], OWNERS]))
+    assert calls
+    model.config._flexmoe_implementation = "torch"
+    with torch.no_grad(), track_usage(model) as by_modules:
+        theirs = model(tokens, output_router_logits=True, expert_mask=model.expert_mask([["public", "math"], OWNERS]))
+    torch.testing.assert_close(ours.router_logits, theirs.router_logits, **TOLERANCES[torch.float32])
+    torch.testing.assert_close(by_operators.share(), by_modules.share(), **TOLERANCES[torch.float32])
+
+
+def test_experts_train_through_modules_and_their_rows_through_the_operator(calls):
+    model = fused()
+    tokens = random_tokens(2, 9)
+    model(tokens, labels=tokens).loss.backward()
+    assert set(calls) == {"ROUTE"}
+    fused_gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.config._flexmoe_implementation = "torch"
+    model(tokens, labels=tokens).loss.backward()
+    assert any("router" in name for name in fused_gradients)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(fused_gradients[name], parameter.grad, **TOLERANCES[torch.float32], msg=name)
+
+
+@pytest.mark.parametrize("length", [1, 9])
+def test_compiled_whole(length):
+    model = fused()
+    tokens = random_tokens(2, length)
+    seen = []
+
+    def backend(graph, examples):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    masks = [model.expert_mask([names, names]) for names in (("public", "math"), OWNERS)]
+    with torch.no_grad():
+        compiled(tokens, expert_mask=masks[0])
+        assert [sum(f".{name}." in target for target in seen) for name in ("route", "mix")] == [2, 2]
+        with torch.compiler.set_stance("fail_on_recompile"):  # a mask is data
+            for mask in masks:
+                torch.testing.assert_close(
+                    compiled(tokens, expert_mask=mask).logits,
+                    model(tokens, expert_mask=mask).logits,
+                    **TOLERANCES[torch.float32],
+                )
+
+
+def test_generation_with_a_static_cache(calls):
+    model = fused()
+    tokens = random_tokens(2, 5)
+    static = model.generate(tokens, max_new_tokens=6, do_sample=False, cache_implementation="static")
+    model.config._flexmoe_implementation = "torch"
+    assert torch.equal(static, model.generate(tokens, max_new_tokens=6, do_sample=False))
+    assert calls
+
+
+# Why a layer runs as modules
+
+
+def lora(model):
+    model.add_adapter(LoraConfig(target_modules=r".*\.experts\.math\.(up_proj|down_proj)", r=2), "tuned")
+
+
+def hooked(model):
+    for block in model.flexmoe_blocks():
+        block.experts["code"].up_proj.register_forward_hook(lambda module, args, out: out)
+
+
+def hooked_row(model):
+    for block in model.flexmoe_blocks():
+        block.router["legal"].register_forward_hook(lambda module, args, out: out)
+
+
+def other_activation(model):
+    for block in model.flexmoe_blocks():
+        block.experts["math"].act_fn = nn.Mish()
+
+
+def one_in_another_dtype(model):
+    for block in model.flexmoe_blocks():
+        block.experts["math"].to(torch.bfloat16)
+
+
+def misaligned(model):
+    for block in model.flexmoe_blocks():
+        weight = block.experts["code"].gate_proj.weight
+        storage = torch.zeros(weight.numel() + 1)
+        storage[1:] = weight.detach().flatten()
+        weight.data = storage[1:].view(weight.shape)
+
+
+REASONS = {
+    lora: "math.up_proj is wrapped or watched (peft.tuners.lora.layer.Linear)",
+    hooked: "code.up_proj is wrapped or watched (torch.nn.modules.linear.Linear)",
+    hooked_row: "the router row of 'legal' is wrapped or watched",
+    other_activation: "the activation of 'math' is none of silu, gelu, gelu_tanh, relu",
+    one_in_another_dtype: "several dtypes",
+    misaligned: "a tensor of code.gate_proj is not contiguous or not aligned to 16 bytes",
+}
+
+
+@pytest.mark.parametrize("change", REASONS, ids=lambda change: change.__name__)
+def test_what_no_operator_takes_runs_as_modules(calls, change):
+    model = fused()
+    change(model)
+    assert all(REASONS[change] in path.reason for path in model.implementation_paths())
+    if change is one_in_another_dtype:
+        return  # modules do not take it either
+    by_modules, by_operators = both(model)
+    assert "MIX" not in calls
+    torch.testing.assert_close(by_operators, by_modules, **TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("gpt2", "of no form that a kernel computes"), ("phi3", "of no form that a kernel computes")],
+)
+def test_families_whose_networks_are_of_another_form(calls, family, reason):
+    model = fused(family)
+    assert all(reason in path.reason for path in model.implementation_paths())
+    by_modules, by_operators = both(model)
+    torch.testing.assert_close(by_operators, by_modules, rtol=0, atol=0)
+
+
+def test_autocast_and_single_experts_run_as_modules(calls):
+    model = fused()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(random_tokens(2, 9))
+    model.set_active_experts(["math"])
+    with torch.no_grad():
+        model(random_tokens(2, 9))
+    assert not calls
+
+
+def test_auto_takes_modules_where_nobody_has_measured(calls):
+    model = tiny_flexmoe("olmo2", OWNERS)
+    assert model.config._flexmoe_implementation == "auto"
+    with torch.no_grad():
+        model(random_tokens(2, 9))
+    assert not calls
+    assert all("on cpu the operators are a reference" in path.reason for path in model.implementation_paths())
+    on_a_gpu = model.implementation_paths(device="cuda", capability=(9, 0))
+    assert all("nobody has measured the kernels on compute capability 9.0" in path.reason for path in on_a_gpu)
+    model.config._flexmoe_implementation = "triton"
+    assert {path.reason for path in model.implementation_paths(device="cuda", capability=(9, 0))} == {FUSED}
+
+
+def test_the_environment_goes_before_the_config(calls, monkeypatch):
+    model = fused()
+    monkeypatch.setenv(ENVIRONMENT, "torch")
+    with torch.no_grad():
+        model(random_tokens(1, 9))
+        assert not calls
+        monkeypatch.setenv(ENVIRONMENT, "cuda")
+        with pytest.raises(ValueError, match=r"FLEXMOE_IMPLEMENTATION.*'cuda'.*\['auto', 'torch', 'triton'\]"):
+            model(random_tokens(1, 9))
+
+
+def test_the_choice_is_checked_and_stays_in_this_process(tmp_path):
+    model = fused()
+    with pytest.raises(ValueError, match=r"'cuda' is unknown: it must be one of \['auto', 'torch', 'triton'\]"):
+        model.config._flexmoe_implementation = "cuda"
+    assert copy.deepcopy(model.config)._flexmoe_implementation == "triton"
+    model.save_pretrained(tmp_path)
+    assert "triton" not in (tmp_path / "config.json").read_text()
+    assert FlexMoeConfig.from_pretrained(tmp_path)._flexmoe_implementation == "auto"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, _flexmoe_implementation="triton")
+    assert loaded.config._flexmoe_implementation == "triton"
+
+
+SAID = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+SAID |= {"relu": "relu", "quick_gelu": None, "relu2": None, "mish": None, "gelu_10": None}
+
+
+@pytest.mark.parametrize(("name", "expected"), SAID.items())
+def test_activations_are_told_by_what_they_compute(name, expected):
+    assert activation_name(ACT2FN[name]) == expected
