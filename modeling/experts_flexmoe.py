@@ -20,7 +20,7 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .context_flexmoe import forward_values
 from .forms_flexmoe import form_of, is_plain_linear, is_untouched
-from .fused_flexmoe import fused_mix, fused_route
+from .fused_flexmoe import fused_mix, fused_route, redirecting
 from .implementations_flexmoe import MODULES, NO_OPERATORS, OPERATORS, FusedPlan, Inputs, LayerPath, choose_path
 from .linear_flexmoe import faster_linears, may_be_faster
 from .low_rank_flexmoe import LowRankExpert, Spread, mix_sharing
@@ -200,6 +200,10 @@ class FlexMoeBlock(nn.Module):
             spread: Spread = "masked" if torch.compiler.is_compiling() else "all" if everyone else "chosen"
             mixed_TH = self._mix(x_TH, names, weights_TA, spread, residual, sharing)
         return sum(residual, mixed_TH.view(hidden_states.shape))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FlexMoeBlock:
+        with redirecting(self):  # `to` moves tensors
+            return super()._apply(fn, recurse)
 
     def path(self, names: Sequence[str], inputs: Inputs, implementation: str) -> LayerPath:
         """Which way `forward` takes such inputs through the experts `names`, and why."""

@@ -6,15 +6,16 @@ Shapes: T tokens, H hidden, A allowed experts, K slots. Does not cover whether t
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .implementations_flexmoe import FusedPlan
-from .ops_flexmoe import mix, route
+from .ops_flexmoe import kernels_have_run, mix, redirect, route
 from .routing_flexmoe import Routing
 
 
@@ -48,6 +49,33 @@ def fused_mix(
     return mix(x_TH, routing, plan.tensors(networks))
 
 
+@contextlib.contextmanager
+def redirecting(block: nn.Module) -> Iterator[None]:
+    """Around a change of a layer: captured CUDA graphs, which still have the old addresses, are told the new ones.
+
+    An expert in the slot of one of the same shapes is run from then on. Where nothing is any more, or something else,
+    the kernels find 0 and say NaN, and freed memory is not read.
+    """
+    before = _places(block)
+    yield
+    after = _places(block)
+    moves = {}
+    for path, (address, *kind) in before.items():
+        now, *kind_now = after.get(path, (0,))
+        if now != address:
+            moves[address] = now if kind_now == kind else 0
+    if moves:
+        redirect(moves)
+
+
+def _places(block: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Address, device, dtype and shape of a layer's tensors by their path; nothing as long as no kernel has run."""
+    if not kernels_have_run():
+        return {}
+    plain = ((path, p) for path, p in block.named_parameters() if type(p) is nn.Parameter and not p.is_meta)
+    return {path: (p.data_ptr(), p.device, p.dtype, p.shape) for path, p in plain}
+
+
 def _among(routing: Routing, columns: Sequence[int]) -> Routing:
     """The routing with no more experts than `columns`; the slots of the others are surplus."""
     everyone = routing.weights_TE.shape[1]
@@ -59,4 +87,4 @@ def _among(routing: Routing, columns: Sequence[int]) -> Routing:
     return Routing(routing.logits_TE[:, chosen], routing.weights_TE[:, chosen], weights_TK, ids_TK)
 
 
-__all__ = ["fused_mix", "fused_route"]
+__all__ = ["fused_mix", "fused_route", "redirecting"]

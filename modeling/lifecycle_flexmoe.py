@@ -36,6 +36,7 @@ from .fitting_flexmoe import (
     parts_from_public,
     public_widths,
 )
+from .fused_flexmoe import redirecting
 from .hub_flexmoe import HubAccess
 from .implementations_flexmoe import Inputs, LayerPath, asked_for
 from .packages_flexmoe import ExpertPackage, write_package
@@ -246,8 +247,9 @@ class ExpertLifecycle(CpuInference):
         self.config.experts = [record for record in self.config.expert_records if record["name"] != name]
         self.undo_prepacking()
         for block in self.flexmoe_blocks():
-            del block.experts[name]
-            del block.router[name]
+            with redirecting(block):
+                del block.experts[name]
+                del block.router[name]
         del self._serials[name]
         self._plan_for_experts()
 
@@ -360,8 +362,9 @@ class ExpertLifecycle(CpuInference):
         self.config.experts = list(records.values())
         for block, (network, row) in zip(self.flexmoe_blocks(), parts, strict=True):
             public = block.experts[PUBLIC]
-            block.experts[name] = network.train(self.training).requires_grad_(_trains(public))
-            block.router[name] = row.requires_grad_(_trains(public))
+            with redirecting(block):
+                block.experts[name] = network.train(self.training).requires_grad_(_trains(public))
+                block.router[name] = row.requires_grad_(_trains(public))
         self._serials[name] = _new_serial()
         self._plan_for_experts()
 

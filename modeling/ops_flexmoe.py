@@ -329,6 +329,11 @@ def mix(x_TH: Tensor, routing: Routing, experts: ExpertTensors) -> Tensor:
     return MIX(x_TH, *routing[1:], *(list(tensors) for tensors in matrices), experts.activation)
 
 
+def kernels_have_run() -> bool:
+    """Whether there may be tables of addresses, of this copy of the sources or of another."""
+    return any(name.endswith(".kernels_flexmoe") for name in list(sys.modules))
+
+
 def redirect(moves: Mapping[int, int]) -> None:
     """`kernels_flexmoe.TABLES.redirect`, of the tables that these operators read.
 
@@ -388,4 +393,4 @@ def _check_for_kernels(experts: int, sizes: Mapping[str, int], *dtypes: torch.dt
             raise TypeError(f"The kernels take {', '.join(map(str, KERNEL_DTYPES))}, not {dtype}. {instead}")
 
 
-__all__ = ["MOST_EXPERTS", "NAMESPACE", "mix", "redirect", "route"]
+__all__ = ["MOST_EXPERTS", "NAMESPACE", "kernels_have_run", "mix", "redirect", "route"]
