@@ -79,6 +79,13 @@ def scoped_values(model: nn.Module, kind: str) -> tuple[Any, ...]:
     return (_scopes.get() or {}).get(key, ())
 
 
+def is_recording() -> bool:
+    """Whether this pass is compiled or captured as a CUDA graph: it is run again, so it must not look at values."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def checkpoint_with_context(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """Makes an activation-checkpointing function run its recomputation with the values of the first forward pass.
 
@@ -100,4 +107,4 @@ def checkpoint_with_context(checkpoint: Callable[..., Any]) -> Callable[..., Any
     return run_checkpointed
 
 
-__all__ = ["checkpoint_with_context", "forward_scope", "forward_values", "model_scope", "scoped_values"]
+__all__ = ["checkpoint_with_context", "forward_scope", "forward_values", "is_recording", "model_scope", "scoped_values"]

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.utils.generic import maybe_autocast
 
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
-from .context_flexmoe import forward_values
+from .context_flexmoe import forward_values, is_recording
 from .forms_flexmoe import form_of, is_plain_linear, is_untouched
 from .fused_flexmoe import fused_mix, fused_route, redirecting
 from .implementations_flexmoe import MODULES, NO_OPERATORS, OPERATORS, FusedPlan, Inputs, LayerPath, choose_path
@@ -143,6 +143,7 @@ class FlexMoeBlock(nn.Module):
         super().__init__()
         hidden_size = config.get_text_config().hidden_size
         self.layer_index = layer_index
+        self.changes = 0  # those after which a captured CUDA graph of this layer is worth nothing
         self.hidden_size = hidden_size
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = bool(config.norm_topk_prob)
@@ -197,7 +198,7 @@ class FlexMoeBlock(nn.Module):
             mixed_TH = self._call(names[0], residual, x_TH) * weights_TA
         else:
             everyone = k >= len(names) and allowed_TA is None
-            spread: Spread = "masked" if torch.compiler.is_compiling() else "all" if everyone else "chosen"
+            spread: Spread = "masked" if is_recording() else "all" if everyone else "chosen"
             mixed_TH = self._mix(x_TH, names, weights_TA, spread, residual, sharing)
         return sum(residual, mixed_TH.view(hidden_states.shape))
 

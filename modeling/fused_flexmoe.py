@@ -50,11 +50,11 @@ def fused_mix(
 
 
 @contextlib.contextmanager
-def redirecting(block: nn.Module) -> Iterator[None]:
+def redirecting(block: Any) -> Iterator[None]:
     """Around a change of a layer: captured CUDA graphs, which still have the old addresses, are told the new ones.
 
     An expert in the slot of one of the same shapes is run from then on. Where nothing is any more, or something else,
-    the kernels find 0 and say NaN, and freed memory is not read.
+    the kernels find 0 and say NaN, and freed memory is not read; `block.changes` counts these, and newcomers.
     """
     before = _places(block)
     yield
@@ -66,6 +66,8 @@ def redirecting(block: nn.Module) -> Iterator[None]:
             moves[address] = now if kind_now == kind else 0
     if moves:
         redirect(moves)
+    if before.keys() != after.keys() or 0 in moves.values():
+        block.changes += 1
 
 
 def _places(block: nn.Module) -> dict[str, tuple[Any, ...]]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .adapters_flexmoe import adapters_around
 from .admission_flexmoe import judge_parts, refuse_unless_admitted
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
-from .context_flexmoe import model_scope
+from .context_flexmoe import is_recording, model_scope
 from .experts_flexmoe import FlexMoeBlock
 from .fitting_flexmoe import (
     ExpertPart,
@@ -412,7 +412,7 @@ class ExpertLifecycle(CpuInference):
         return self._serials[name]
 
     def _stamp(self, selection: Selection) -> CacheStamp | None:
-        if torch.compiler.is_compiling():
+        if is_recording():
             return None
         serials = tuple(self.serial_of(name) for name in selection.names)
         return CacheStamp(serials, selection.names, selection.row_mask)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .context_flexmoe import scoped_values
+from .context_flexmoe import is_recording, scoped_values
 from .parallel_flexmoe import has_company
 
 
@@ -70,7 +70,7 @@ def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None) ->
     _check_mask(expert_mask, batch, everyone)
     columns = [everyone.index(name) for name in names]
     rows_BA = expert_mask[:, columns]
-    if torch.compiler.is_compiling():  # what follows looks at values
+    if is_recording():  # what follows looks at values
         return Selection(names, rows_BA)
     return _without_idle_experts(names, rows_BA)
 

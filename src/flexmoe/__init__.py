@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flexmoe.conversion.pins import update_composition
     from flexmoe.evaluation import evaluate
     from flexmoe.grafting import graft
+    from flexmoe.graphs import CapturedForward
     from flexmoe.inspection import inspect
     from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, track_usage
     from flexmoe.modeling.trust_flexmoe import TrustPolicy
@@ -61,6 +62,7 @@ _LAZY = {
     "densify": "flexmoe.conversion.low_rank",
     "evaluate": "flexmoe.evaluation",
     "graft": "flexmoe.grafting",
+    "CapturedForward": "flexmoe.graphs",
     "inspect": "flexmoe.inspection",
     "expert_lora_config": "flexmoe.peft",
     "Plan": "flexmoe.planning",
@@ -83,6 +85,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "CapturedForward",
     "ExpertPackage",
     "FlexMoeConfig",
     "FlexMoeForCausalLM",

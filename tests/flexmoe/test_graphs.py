@@ -1,0 +1,111 @@
+"""A captured forward pass: what it refuses, and when. A recorder plays CUDA's part; tests/kernels runs on a GPU."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flexmoe import CapturedForward
+from flexmoe.modeling import fused_flexmoe
+from flexmoe.testing import perturb_expert, random_tokens, tiny_flexmoe
+
+OWNERS = ("math", "code")
+
+
+class Recorder:
+    """In the place of `torch.cuda.CUDAGraph`: counts its replays."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+
+
+@pytest.fixture
+def model(monkeypatch):
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph": lambda graph: contextlib.nullcontext(),
+        "CUDAGraph": Recorder,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(fused_flexmoe, "kernels_have_run", lambda: True)
+    model = tiny_flexmoe("olmo2", OWNERS)
+    model.config._flexmoe_implementation = "triton"
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    return model
+
+
+def captured(model) -> CapturedForward:
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    return CapturedForward(model, input_ids=random_tokens(2, 1), expert_mask=mask, use_cache=False)
+
+
+def test_inputs_are_copied_in_and_the_output_stays_in_place(model):
+    forward = captured(model)
+    first = forward(input_ids=random_tokens(2, 1) + 1)
+    assert torch.equal(forward._inputs["input_ids"], random_tokens(2, 1) + 1)
+    mask = torch.tensor([[True, False, True]] * 2)
+    assert forward(expert_mask=mask) is first
+    assert torch.equal(forward._inputs["expert_mask"], mask)
+    assert forward._graph.replays == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"input_ids": torch.zeros(2, 2, dtype=torch.long)}, r"input_ids is \[2, 2\] of torch.int64; .* \[2, 1\]"),
+        ({"input_ids": torch.zeros(2, 1)}, r"input_ids is \[2, 1\] of torch.float32; .* torch.int64"),
+        ({"position_ids": torch.zeros(2, 1)}, r"position_ids is \[2, 1\] of torch.float32; .* with NoneType"),
+        ({"use_cache": True}, "use_cache is bool"),
+    ],
+)
+def test_inputs_of_another_shape_are_refused(model, given, said):
+    forward = captured(model)
+    with pytest.raises(ValueError, match=said):
+        forward(**given)
+    assert not forward._graph.replays
+
+
+CHANGES = {
+    "removed": lambda model: model.remove_expert("code"),
+    "added": lambda model: model.add_expert_copy("new"),
+    "cast": lambda model: model.to(torch.bfloat16),
+    "switched off": lambda model: model.set_active_experts(["public", "math"]),
+    "other k": lambda model: setattr(model.config, "num_experts_per_tok", 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_it_refuses_to_run_after_a_change(model, change):
+    forward = captured(model)
+    CHANGES[change](model)
+    with pytest.raises(RuntimeError, match=r"not those that this graph was captured with .* capture it again"):
+        forward()
+    assert not forward._graph.replays
+
+
+def test_it_follows_what_is_replaced_by_the_same_shapes(model, tmp_path):
+    forward = captured(model)
+    perturb_expert(model, "math", seed=3)
+    model.save_expert("math", tmp_path / "math")
+    model.replace_expert("code", tmp_path / "math", verify=False)
+    model.rename_expert("math", "sums")
+    forward()
+    assert forward._graph.replays == 1
+
+
+def test_what_cannot_be_captured(model, monkeypatch):
+    with pytest.raises(ValueError, match=r"inference, and this model trains: call eval\(\)"):
+        captured(model.train())
+    model.eval()
+    model.config._flexmoe_implementation = "torch"
+    with pytest.raises(ValueError, match=r"the implementation 'torch' was asked for\. What cannot .*reduce-overhead"):
+        captured(model)
+    monkeypatch.setattr(type(model), "device", torch.device("cpu"))
+    with pytest.raises(ValueError, match="for models on CUDA; this one is on cpu"):
+        captured(model)
