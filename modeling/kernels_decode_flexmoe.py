@@ -218,9 +218,13 @@ GATE_UP_TILES = {
     2: {16: (64, 128, 4), 32: (64, 64, 4), 64: (64, 64, 4)},
     4: {16: (32, 64, 4), 32: (32, 32, 4), 64: (32, 32, 4)},
 }
-# ROWS, by bytes of an element: as many as leave hardly an SM without work. At H = 4096, 32 are 128 programs, for the
-# 132 SMs of an H100 and an H200; 64 would let half of them wait.
-DOWN_ROWS = {2: (64, 32, 16), 4: (16,)}
+# DEPTH of each half of I, and warps, by bytes of an element, then by ROWS. A warp multiplies 16 rows at least. ROWS
+# are as many as leave hardly an SM without work: at H = 4096, 32 are 128 programs, for the 132 SMs of an H100 and an
+# H200; 64 would let half of them wait.
+DOWN_TILES = {
+    2: {64: (64, 4), 32: (64, 2), 16: (128, 2)},
+    4: {16: (32, 4)},
+}
 IN_INTERPRETER = {"ROWS": 32, "DEPTH": 64}  # more than one step and program even in small tests
 
 
@@ -240,10 +244,11 @@ def gate_up_launch(itemsize: int, tokens: int, gated: bool, shared: int = SHARED
 def down_launch(itemsize: int, tokens: int, hidden: int, sms: int, shared: int = SHARED) -> dict[str, Any]:
     """Constants of `down_kernel`, as for `gate_up_launch`, on a device with that many SMs."""
     block_t = block_of_tokens(tokens)
-    choices = DOWN_ROWS[itemsize]
-    rows = next((rows for rows in choices if triton.cdiv(hidden, rows) >= 0.9 * sms), choices[-1])
-    depth = (256 if rows + block_t <= 48 else 128) // itemsize  # of each half of I: then four stages fit, or more
-    warps = 2 if rows == block_t == 16 else 4  # each has 16 x 8 at least
+    tiles = DOWN_TILES[itemsize]
+    rows = next((rows for rows in tiles if triton.cdiv(hidden, rows) >= 0.9 * sms), min(tiles))
+    depth, warps = tiles[rows]
+    if block_t > 16:  # more of h: more warps for its columns, and less of a row, so that there are stages
+        depth, warps = min(depth, 64), 4
     bytes_per_stage = 2 * (rows + block_t) * depth * itemsize
     return _launch(rows, depth, block_t, warps, min(shared, SHARED) // bytes_per_stage)
 
