@@ -107,4 +107,11 @@ def checkpoint_with_context(checkpoint: Callable[..., Any]) -> Callable[..., Any
     return run_checkpointed
 
 
-__all__ = ["checkpoint_with_context", "forward_scope", "forward_values", "is_recording", "model_scope", "scoped_values"]
+__all__ = [
+    "checkpoint_with_context",
+    "forward_scope",
+    "forward_values",
+    "is_recording",
+    "model_scope",
+    "scoped_values",
+]

@@ -177,12 +177,12 @@ def _unmeasured(inputs: Inputs) -> str | None:
     """Why "auto" does not take the operators; None if it does."""
     if inputs.device != "cuda":
         return f"on {inputs.device} the operators are a reference, and slow"
-    capability = inputs.capability or (0, 0)
-    fastest = MEASURED.get(capability, {}).get(inputs.dtype or torch.bfloat16)
+    fastest = MEASURED.get(inputs.capability, {}).get(inputs.dtype or torch.bfloat16) if inputs.capability else None
     if fastest is None:
+        where = f"compute capability {'.'.join(map(str, inputs.capability))}" if inputs.capability else "this GPU"
         return (
-            f"nobody has measured the kernels on compute capability {capability[0]}.{capability[1]} with "
-            f'{inputs.dtype or "this dtype"}; config._flexmoe_implementation = "triton" takes them all the same'
+            f"nobody has measured the kernels on {where} with {inputs.dtype or 'this dtype'} yet: "
+            'config._flexmoe_implementation = "triton" takes them all the same'
         )
     if inputs.tokens is not None and not fastest[0] <= inputs.tokens <= fastest[1]:
         return f"modules are faster with {inputs.tokens} tokens (the kernels from {fastest[0]} to {fastest[1]})"

@@ -17,6 +17,7 @@ import torch
 
 from flexmoe.modeling.composition_flexmoe import Composition
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
+from flexmoe.modeling.implementations_flexmoe import MODULES, OPERATORS, LayerPath
 from flexmoe.modeling.json_flexmoe import read_json_object
 from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE
 from flexmoe.modeling.packages_flexmoe import ExpertPackage
@@ -30,8 +31,12 @@ _EXPERT_TENSOR = re.compile(r"(?P<block>.+)\.(?:experts|router)\.(?P<expert>[a-z
 _ROW_TENSOR = re.compile(r"(?P<block>.+)\.router\.(?:(?P<expert>[a-z][a-z0-9_-]*)\.)?(?P<part>weight|bias)")
 
 
-def inspect(path: str | Path) -> dict[str, Any]:
+def inspect(path: str | Path, device: str | None = None) -> dict[str, Any]:
     """What is in the folder.
+
+    Args:
+        path: the folder.
+        device: "cpu" or "cuda", to be told which way inference takes through each layer there; None does not ask.
 
     Returns:
         `kind` ("model", "composition" or "package"), `path`, `anchor` (its record), `layers` (how many have experts),
@@ -39,7 +44,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
         `kind`, `active`, `parameters`, `bytes`, `row_norms` and `biases` (one per layer), `rank`, `alpha`, `version`,
         `license`, `data_statement`, `training`, `source`; None where nothing is recorded. A model has also
         `model_type`, `num_experts_per_tok`, `norm_topk_prob`, `public_prior` (None where layers differ),
-        `public_sample`. A composition holds no weights, so their figures are None; `source` says where a part is.
+        `public_sample`, and with a `device`, `paths`: for each layer `layer`, `implementation` ("torch", "triton") and
+        `reason`. A composition holds no weights, so their figures are None; `source` says where a part is.
 
     Raises:
         FileNotFoundError: no such folder, or neither a model nor a package in it.
@@ -51,7 +57,8 @@ def inspect(path: str | Path) -> dict[str, Any]:
     if (folder / MANIFEST_FILE).is_file():
         return _inspect_package(folder)
     if (folder / MODEL_FILE).is_file():
-        return _inspect_model(folder)
+        found = _inspect_model(folder)
+        return found if device is None else {**found, "paths": _paths(folder, device)}
     raise FileNotFoundError(
         f"{folder} holds neither {MODEL_FILE} (a model) nor {MANIFEST_FILE} (an expert package). Give one that does."
     )
@@ -90,6 +97,27 @@ def _inspect_model(folder: Path) -> dict[str, Any]:
         "public_sample": config.public_sample,
         "experts": experts,
     }
+
+
+def _paths(folder: Path, device: str) -> list[dict[str, Any]]:
+    """The way of a model like this one, which is built without weights."""
+    from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+
+    config: Any = FlexMoeConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = FlexMoeForCausalLM(config).eval().to(config.dtype or torch.get_default_dtype())
+    capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else None
+    paths = model.implementation_paths(device, capability=capability)
+    if getattr(config, "quantization_config", None):
+        paths = [LayerPath("the model is quantised")] * len(paths)
+    return [
+        {
+            "layer": block.layer_index,
+            "implementation": OPERATORS if path.plan is not None else MODULES,
+            "reason": path.reason,
+        }
+        for block, path in zip(model.flexmoe_blocks(), paths, strict=True)
+    ]
 
 
 def _inspect_composition(folder: Path, config: FlexMoeConfig) -> dict[str, Any]:

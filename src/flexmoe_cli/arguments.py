@@ -6,7 +6,7 @@ Not here: whether the values make sense together, which the library checks.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -15,6 +15,7 @@ Out = Annotated[Path, typer.Option("--out", help="Folder to write. It appears wh
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Debug = Annotated[bool, typer.Option("--debug", help="On an error show the Python traceback.")]
+Device = Literal["cpu", "cuda"]
 Policy = Annotated[
     Path | None,
     typer.Option(

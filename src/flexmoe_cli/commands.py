@@ -13,6 +13,7 @@ import typer
 from flexmoe_cli.arguments import (
     ROUTER,
     Debug,
+    Device,
     Embedder,
     Json,
     Model,
@@ -162,13 +163,19 @@ def remove(
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of a model or of an expert package.", show_default=False)],
+    device: Annotated[
+        Device | None,
+        typer.Option(help="Where inference would run. Default: on a GPU, if there is one.", show_default=False),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what is in a model or a package: experts, sizes, licences, router rows. Loads no weights."""
+    """Show what is in a model or a package: experts, sizes, licences, rows, what runs its layers. Loads no weights."""
+    from torch import cuda
+
     from flexmoe.inspection import inspect as library_inspect
 
-    found = library_inspect(path)
+    found = library_inspect(path, device or ("cuda" if cuda.is_available() else "cpu"))
     if as_json:
         print_json(found)
     else:

@@ -5,6 +5,7 @@ Not here: the demo's tables (`flexmoe.demo.report`), colours and JSON (`output`)
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from flexmoe.planning import Plan, Training
 
 
+_WAYS = {"torch": "PyTorch's modules", "triton": "fused kernels"}
 _HOLDS = {
     "package": "holds the expert",
     "model": "holds a model with the experts",
@@ -211,10 +213,23 @@ def _facts(found: Mapping[str, Any]) -> dict[str, Any]:
             "experts per token": found["num_experts_per_tok"],
             "weights sum to one": "yes" if found["norm_topk_prob"] else "no",
             "public prior": found["public_prior"],
+            "inference": "\n".join(_ways(found["paths"])) if "paths" in found else None,
         }
     else:
         facts["data"] = found["experts"][0]["data_statement"]
     return facts
+
+
+def _ways(paths: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What runs the layers and why: one line for neighbours that take the same way."""
+    said = []
+    for (implementation, reason), group in itertools.groupby(
+        paths, key=lambda path: (path["implementation"], path["reason"])
+    ):
+        layers = [path["layer"] for path in group]
+        which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
+        said.append(f"{which}: {_WAYS[implementation]} ({reason})")
+    return said
 
 
 def _expert_row(expert: Mapping[str, Any], kind: str) -> list[str]:

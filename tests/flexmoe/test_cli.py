@@ -292,7 +292,7 @@ class TestCalls:
 
 class TestErrors:
     def fail(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-        def raises(_: Path) -> None:
+        def raises(*_: object) -> None:
             raise error
 
         monkeypatch.setattr("flexmoe.inspection.inspect", raises)
@@ -333,7 +333,7 @@ class TestErrors:
     def test_a_warning_is_one_line_without_code(self, monkeypatch, capsys) -> None:
         import warnings
 
-        def warns(_: Path) -> dict:
+        def warns(*_: object) -> dict:
             warnings.warn("something\nodd", UserWarning, stacklevel=1)
             return {}
 
@@ -528,12 +528,14 @@ def test_the_main_job(tmp_path: Path, monkeypatch, capsys) -> None:
     without = run("remove", "whole", "math", "--out", "without")
     assert names(without) == ["public", "code"]
     assert names(run("add", "without", "math", "--out", "again", "--name", "algebra")) == ["public", "code", "algebra"]
-    assert run("inspect", "without") == without
+    inspected = run("inspect", "without", "--device", "cuda")
+    assert [path["layer"] for path in inspected.pop("paths")] == [0, 1]
+    assert inspected == without
 
     only = run("evaluate", "whole", "--data", "x=held_out.txt", "--expert", "public", "--expert", "code")
     assert only["domains"] == run("evaluate", "without", "--data", "x=held_out.txt")["domains"]
 
-    assert main(["inspect", "whole"]) == 0
+    assert main(["inspect", "whole", "--device", "cpu"]) == 0
     assert "MIT" in capsys.readouterr().out
     assert main(["remove", "whole", "math", "--out", "without"]) == 1
     assert "--overwrite" in capsys.readouterr().err

@@ -73,6 +73,28 @@ def test_the_active_set_shows(model, tmp_path: Path) -> None:
     assert [expert["active"] for expert in inspect(tmp_path)["experts"]] == [True, True, False]
 
 
+@pytest.mark.parametrize(
+    ("family", "device", "environment", "implementation", "reason"),
+    [
+        ("llama", "cpu", "", "torch", "on cpu the operators are a reference, and slow"),
+        ("llama", "cuda", "", "torch", "nobody has measured the kernels on this GPU"),
+        ("llama", "cuda", "triton", "triton", "router and experts are fused"),
+        ("llama", "cuda", "torch", "torch", "the implementation 'torch' was asked for"),
+        ("gpt2", "cuda", "triton", "torch", "is of no form that a kernel computes"),
+    ],
+)
+def test_the_way_through_the_layers(
+    tmp_path: Path, monkeypatch, family, device, environment, implementation, reason
+) -> None:
+    tiny_flexmoe(family, ["math"]).save_pretrained(tmp_path)
+    monkeypatch.setenv("FLEXMOE_IMPLEMENTATION", environment)
+    found = inspect(tmp_path, device=device)
+    assert [path["layer"] for path in found["paths"]] == [0, 1]
+    assert {path["implementation"] for path in found["paths"]} == {implementation}
+    assert all(reason in path["reason"] for path in found["paths"])
+    assert "paths" not in inspect(tmp_path)
+
+
 def test_a_package(model, tmp_path: Path) -> None:
     model.save_expert("math", tmp_path / "package", license="MIT", data_statement="Sums.")
     found = inspect(tmp_path / "package")
