@@ -133,3 +133,10 @@ def table_without(experts: ExpertTensors, tensor: Tensor) -> Tensor:
     table = expert_table(experts)
     TABLES.redirect({tensor.data_ptr(): 0})
     return table
+
+
+def table_with_nothing_at(experts: ExpertTensors, e: int) -> Tensor:
+    """The table of `experts` with addresses for expert `e` at which no memory is: who reads there dies."""
+    table = expert_table(experts).clone()
+    table[:-1, e] = 4096  # all rows but the widths
+    return table

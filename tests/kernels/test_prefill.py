@@ -22,6 +22,7 @@ from tests.kernels.expert_witness import (
     said,
     seeded,
     slots,
+    table_with_nothing_at,
     table_without,
 )
 
@@ -129,6 +130,16 @@ def test_surplus_slots_are_not_heard(layer):
     assert torch.equal(prefill(x_TH, top_weights_TK, top_ids_TK, experts), clean_TH)
 
 
+def test_a_slot_of_weight_0_is_not_heard(layer):
+    """Even if it names an expert."""
+    x_TH, weights_TE, experts = layer
+    top_weights_TK, top_ids_TK = slots(weights_TE, 4)
+    clean_TH = prefill(x_TH, top_weights_TK, top_ids_TK, experts)
+    experts.down[3].fill_(math.nan)
+    top_ids_TK[top_ids_TK == 4] = 3
+    assert torch.equal(prefill(x_TH, top_weights_TK, top_ids_TK, experts), clean_TH)
+
+
 def test_nan_in_a_token_stays_there(layer):
     x_TH, weights_TE, experts = layer
     clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
@@ -140,14 +151,14 @@ def test_nan_in_a_token_stays_there(layer):
 
 
 @pytest.mark.parametrize("name", ["gate", "up", "down", *BIASES])
-@pytest.mark.parametrize("e", [0, 3])
-def test_nan_in_an_expert_is_heard_where_it_is_chosen_alone(e, name, layer):
+def test_nan_in_an_expert_is_heard_where_it_is_chosen_alone(name, layer):
     x_TH, weights_TE, experts = layer
     clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
-    getattr(experts, name)[e].fill_(math.nan)
+    for e in (0, 3):  # nobody goes to 3
+        getattr(experts, name)[e].fill_(math.nan)
     y_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
-    chosen_T = weights_TE[:, e] != 0
-    assert chosen_T.any() == (e == 0)
+    chosen_T = weights_TE[:, 0] != 0
+    assert chosen_T.any()
     assert y_TH[chosen_T].isnan().all()
     assert torch.equal(y_TH[~chosen_T], clean_TH[~chosen_T])
 
@@ -174,3 +185,13 @@ def test_what_is_no_longer_there_is_nan_and_not_read(name, layer, monkeypatch):
     assert not chosen_T.all()
     assert y_TH[chosen_T].isnan().all()
     assert torch.equal(y_TH[~chosen_T], clean_TH[~chosen_T])
+
+
+@pytest.mark.parametrize("e", [0, 3])
+def test_an_expert_without_tokens_is_not_touched(e, layer, monkeypatch):
+    x_TH, weights_TE, experts = layer
+    weights_TE[:, e] = 0.0
+    clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    table = table_with_nothing_at(experts, e)
+    monkeypatch.setattr(kernels, "expert_table", lambda _: table)
+    assert torch.equal(prefill(x_TH, *slots(weights_TE, 2), experts), clean_TH)
