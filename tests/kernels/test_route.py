@@ -255,8 +255,9 @@ def test_a_masked_row_of_nan_leaves_gradients_alone():
     inputs.offset[0, 1] = inputs.offset[2, 1] = -INF
     inputs.rows[1].fill_(NAN)
     routing = run(inputs, 2)
-    towards = torch.ones(3, 4)
-    dx, _, _, d_offset = route_backward(towards, towards, None, inputs.x, inputs.rows, routing, 2, True)
+    towards = torch.ones(3, 4, device=DEVICE)
+    x, rows, on_device = inputs.x.to(DEVICE), [row.to(DEVICE) for row in inputs.rows], [t.to(DEVICE) for t in routing]
+    dx, _, _, d_offset = route_backward(towards, towards, None, x, rows, type(routing)(*on_device), 2, True)
     assert dx[[0, 2]].isfinite().all()
     assert d_offset[[0, 2]].isfinite().all()
     assert dx[1].isnan().all()
