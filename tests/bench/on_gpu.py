@@ -78,7 +78,8 @@ def steps(out: Path, tiny: bool) -> list[Step]:
     python = sys.executable
     parallel = ["-n", "8"] if importlib.util.find_spec("xdist") and not tiny else []
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "--durations=5"]
-    kernels = ["tests/kernels", *(f"--ignore=tests/kernels/test_{name}.py" for name in ("compiled", "graphs"))]
+    elsewhere = ("compiled", "graphs", "moves")  # the second has a step of its own; the others need no GPU
+    kernels = ["tests/kernels", *(f"--ignore=tests/kernels/test_{name}.py" for name in elsewhere)]
     every = [python, BENCH / "every_kernel.py"]
     bench = [python, BENCH / "bench_routing.py", "--out", out / "routing.json", *(["--tiny"] if tiny else [])]
     return [

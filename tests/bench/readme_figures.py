@@ -12,6 +12,7 @@ from statistics import mean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+ROUTING_PLOT = "docs/routing-speed.png"
 
 
 def figures(docs: Path) -> dict[str, str]:
@@ -19,6 +20,7 @@ def figures(docs: Path) -> dict[str, str]:
     return {
         "results": _results(json.loads((docs / "results.json").read_text())),
         "benchmarks": _benchmarks(docs / "benchmarks"),
+        "routing": _routing(docs / "benchmarks" / "routing.json"),
     }
 
 
@@ -183,6 +185,66 @@ def _forward_rows(forward: dict[str, Any] | None, where: str) -> list[tuple[str,
     ]
 
 
+def _routing(path: Path) -> str:
+    """The kernels on a GPU; nothing as long as nobody has measured them."""
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    versions, shapes = result["versions"], result["shapes"]
+    rows = [
+        ("", "measured", "floor", "share of it", "bars"),
+        ("---", "---:", "---:", "---:", "---"),
+        *(_routing_row(row) for row in result["rows"]),
+    ]
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return (
+        f"On {result['device']} ({result['date']}, torch {versions['torch']}, Triton {versions['triton']}, "
+        f"transformers {versions['transformers']}), hidden {shapes['hidden']}, FFN {shapes['intermediate']}, {shapes['experts']} "
+        f"experts, k = {shapes['k']}, {shapes['dtype'].removeprefix('torch.')}; a floor is the time of moving each "
+        f"byte once, or of computing, at {result['ceilings']['copy_gb_per_second'] / 1000:.1f} TB/s and "
+        f"{result['ceilings']['bf16_matmul_tflops']:.0f} TFLOP/s, measured in the same run:\n\n{table}\n"
+        f"![Times of the block with FlexMoE's kernels and FlexOlmo's implementations]({ROUTING_PLOT})\n"
+    )
+
+
+def _routing_row(row: dict[str, Any]) -> tuple[str, ...]:
+    bars = []
+    for bar in row["bars"]:
+        goal = bar.get("microseconds_at_most")
+        words = (
+            f"≤ {_microseconds(goal)}"
+            if goal
+            else f"{bar['measured'] or 0:.2f}x {bar['speed_over']} (≥ {bar['bar']}x)"
+        )
+        bars.append(words + ("" if bar["met"] else ", missed"))
+    times = (_microseconds(row[name]) for name in ("microseconds", "floor_us"))
+    return (row["case"], *times, f"{row['share_of_floor']:.0%}", "; ".join(bars) or "none")
+
+
+def _microseconds(value: float) -> str:
+    return f"{value / 1000:.2f} ms" if value >= 1000 else f"{value:.1f} µs" if value < 100 else f"{value:.0f} µs"
+
+
+def plot_routing_speed(path: Path, to: Path) -> None:
+    """Bars: microseconds of the block by number of tokens, FlexMoE's kernels beside the others, and the floor."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["kind"] == "block"]
+    names = ["flexmoe", "grouped_mm", "batched_mm", "eager", "cuBLAS loop"]
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for i, name in enumerate(names):
+        own = [row["microseconds"] if i == 0 else row["others"].get(name, {}).get("microseconds") for row in rows]
+        places = [at + (i - 2) * 0.16 for at, value in enumerate(own) if value]
+        axes.bar(places, [value for value in own if value], width=0.15, label=name)
+    for at, row in enumerate(rows):
+        label = "floor" if at == 0 else None
+        axes.hlines(row["floor_us"], at - 0.42, at + 0.42, colors="black", linestyles="dashed", label=label)
+    axes.set(yscale="log", ylabel="microseconds", xticks=range(len(rows)), xticklabels=[row["case"] for row in rows])
+    axes.legend()
+    figure.savefig(to, dpi=120)
+
+
 def put(readme: str, marker: str, text: str) -> str:
     """`readme` with `text` between the marker's two lines."""
     pattern = rf"(<!-- {marker}: begin[^>]*-->\n).*?(<!-- {marker}: end -->)"
@@ -190,7 +252,9 @@ def put(readme: str, marker: str, text: str) -> str:
 
 
 def main() -> None:
-    """Writes the figures into the README."""
+    """Writes the figures into the README, and draws its plot of the kernels if they were measured."""
+    if (routing := ROOT / "docs" / "benchmarks" / "routing.json").exists():
+        plot_routing_speed(routing, ROOT / ROUTING_PLOT)
     path = ROOT / "README.md"
     readme = path.read_text()
     for marker, text in figures(ROOT / "docs").items():

@@ -1,0 +1,239 @@
+"""What measures the kernels on a GPU, as far as a CPU can tell: a tiny run, verdicts, the layout, steps, the README.
+
+Figures themselves come from a GPU: `tests/bench/on_gpu.py`.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder_of_benchmarks():
+    sys.path.insert(0, str(ROOT / "tests" / "bench"))
+    yield
+    sys.path.remove(str(ROOT / "tests" / "bench"))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """Of a run with a small model."""
+    import bench_routing
+
+    out = tmp_path_factory.mktemp("bench") / "new" / "routing.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["bench_routing.py", "--tiny", "--out", str(out)])
+        bench_routing.main()
+    return json.loads(out.read_text())
+
+
+def test_a_tiny_run_has_all_parts(result):
+    assert result["complete"]
+    assert {"device", "capability", "date", "versions", "shapes", "ceilings", "auto"} <= set(result)
+    assert all(far["passed"] and far["same_bits_again"] for far in result["correctness"].values())
+    assert [row["case"] for row in result["rows"][:4]] == [
+        "route, 1 token", "route, 8 tokens", "route, 64 tokens", "block, 1 token",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert row["errors"] == {}
+        assert row["microseconds"] > 0
+        assert row["floor_us"] > 0
+        assert {bar["speed_over"] for bar in row["bars"] if "speed_over" in bar} <= set(row["others"])
+        assert row["path"]
+    assert {"grouped_mm", "eager", "batched_mm", "cuBLAS loop"} <= set(result["rows"][3]["others"])
+    assert set(result["sweep"]) == {"torch.bfloat16", "torch.float16", "torch.float32"}
+    assert all(figures["distance"] < 1e-2 for counts in result["sweep"].values() for figures in counts.values())
+    assert len(result["decode"]) == 16
+    assert not any("error" in figures for figures in result["decode"].values())
+
+
+def test_a_tiny_run_asserts_nothing_and_says_where_it_writes(result, monkeypatch, capsys):
+    import bench_routing
+
+    if not torch.cuda.is_available():
+        assert {row["passed"] for row in result["rows"]} == {None}
+    monkeypatch.setattr(sys, "argv", ["bench_routing.py", "--tiny"])
+    with pytest.raises(SystemExit):
+        bench_routing.main()
+    assert "give --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["bench_routing", "on_gpu"])
+def test_without_a_gpu_nothing_is_written(program, monkeypatch, capsys, tmp_path):
+    module = __import__(program)
+    monkeypatch.setattr(module, "on_gpu" if program == "bench_routing" else "has_gpu", lambda: False)
+    monkeypatch.setattr(sys, "argv", [program, "--out", str(tmp_path / "out")])
+    assert not module.main()
+    said = capsys.readouterr().out
+    assert "needs a GPU" in said
+    assert len(said.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def made_up(case, microseconds, **ratios):
+    return {
+        "case": case.name,
+        "kind": case.kind,
+        "tokens": case.tokens,
+        "microseconds": microseconds,
+        "floor_us": 300.0,
+        "share_of_floor": 300.0 / microseconds,
+        "others": {name: {"ratio": ratio, "microseconds": ratio * microseconds} for name, ratio in ratios.items()},
+    }
+
+
+VERDICTS = [
+    # device, capability, microseconds, grouped_mm, batched_mm, eager, passed
+    ("NVIDIA H200", (9, 0), 379.0, 1.3, 2.4, 1.8, True),
+    ("NVIDIA H200", (9, 0), 381.0, 1.3, 2.4, 1.8, False),
+    ("NVIDIA H200", (9, 0), 379.0, 1.29, 2.4, 1.8, False),
+    ("NVIDIA H200", (9, 0), 379.0, 1.3, 2.39, 1.8, False),
+    ("NVIDIA H200", (9, 0), 379.0, 1.3, 2.4, 1.79, False),
+    ("NVIDIA H100 80GB HBM3", (9, 0), 500.0, 1.3, 2.4, 1.8, True),
+    ("NVIDIA H100 80GB HBM3", (9, 0), 500.0, 1.0, 2.4, 1.8, False),
+    ("NVIDIA A100", (8, 0), 9000.0, 0.1, 0.1, 0.1, None),
+]
+
+
+@pytest.mark.parametrize(("device", "capability", "microseconds", "grouped", "batched", "eager", "passed"), VERDICTS)
+def test_verdicts(device, capability, microseconds, grouped, batched, eager, passed):
+    from bench_routing import CASES, judged, missed
+
+    case = next(case for case in CASES if case.name == "block, 1 token")
+    row = made_up(case, microseconds, grouped_mm=grouped, batched_mm=batched, eager=eager)
+    verdict = judged(row, case, device, capability)
+    assert verdict["passed"] is passed
+    assert missed({"correctness": {}, "rows": [verdict]}) == (["block, 1 token"] if passed is False else [])
+    assert missed({"correctness": {"1": {"passed": False}}, "rows": []}) == ["wrong with 1 tokens"]
+
+
+def test_a_contender_without_a_figure_misses_its_bar():
+    from bench_routing import CASES, judged
+
+    case = next(case for case in CASES if case.name == "block, 1 token")
+    assert judged(made_up(case, 1.0, grouped_mm=9.0, eager=9.0), case, "NVIDIA H200", (9, 0))["passed"] is False
+
+
+@pytest.mark.parametrize(("grouped", "loop", "passed"), [(1.1, 1.0, True), (0.9, 1.5, False), (1.5, 0.99, False)])
+def test_many_tokens_are_held_against_the_best_and_their_goal_is_not_asserted(grouped, loop, passed):
+    from bench_routing import CASES, judged
+
+    case = CASES[-1]
+    row = judged(made_up(case, 9000.0, grouped_mm=grouped, **{"cuBLAS loop": loop}), case, "NVIDIA H200", (9, 0))
+    assert row["passed"] is passed
+    assert [bar["met"] for bar in row["bars"]] == [passed, False]
+
+
+def test_auto_takes_the_longest_stretch():
+    from bench_routing import entry, ranges
+
+    ratios = {"1": 2.0, "2": 0.9, "4": 0.95, "8": 1.0, "16": 0.94, "32": 3.0}
+    sweep = {"torch.bfloat16": {n: {"ratio": r} for n, r in ratios.items()}, "torch.float32": {"1": {"ratio": 0.5}}}
+    assert ranges(sweep) == {"torch.bfloat16": (4, 8), "torch.float32": None}
+    line = entry(ranges(sweep), (9, 0))
+    assert line == "(9, 0): {torch.bfloat16: (4, 8)},"
+    assert eval(f"{{{line}}}") == {(9, 0): {torch.bfloat16: (4, 8)}}
+
+
+WITHOUT = """
+import sys
+MISSING = {"rich", "typer", "datasets", "evaluate", "jsonschema", "jinja2", "peft", "accelerate", "torchao"}
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *args):
+        return None if name.split(".")[0] in MISSING else self.finder.find_spec(name, *args)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+"""
+IMPORTS = """
+import flexmoe, flexmoe.modeling, flexmoe.testing, flexmoe.graphs
+from flexmoe.modeling import FlexMoeForCausalLM
+import tests.kernels.expert_witness, tests.kernels.router_inputs, bench_routing, every_kernel
+print(flexmoe.__file__)
+try:
+    import rich
+except ImportError:
+    print(flexmoe.__version__)
+"""
+
+
+def test_the_layout_needs_no_install_and_little_else(tmp_path):
+    import on_gpu
+
+    environment = {**on_gpu.layout(tmp_path / "package"), "TRITON_INTERPRET": "1"}
+    (tmp_path / "package" / "sitecustomize.py").write_text(WITHOUT)
+    environment["PYTHONPATH"] += f":{ROOT / 'tests' / 'bench'}"
+    command = [sys.executable, "-c", IMPORTS]
+    ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines() == [str(tmp_path / "package" / "flexmoe" / "__init__.py"), "0.1.0"]
+
+
+def test_the_steps_are_what_is_there(tmp_path, monkeypatch):
+    import on_gpu
+
+    monkeypatch.setattr(on_gpu.shutil, "which", lambda name: f"/there/{name}")
+    steps = on_gpu.steps(tmp_path, tiny=False)
+    for step in steps:
+        files = [word for word in map(str, step.command) if word.endswith(".py")]
+        assert all((ROOT / word.removeprefix("--ignore=")).is_file() for word in files), step.name
+    assert [step.seconds is None for step in steps] == [False] * (len(steps) - 1) + [True]
+    assert sum(step.seconds or 0 for step in steps) < 60 * on_gpu.MINUTES
+    monkeypatch.setattr(on_gpu.shutil, "which", lambda name: None)
+    assert [step.name for step in on_gpu.steps(tmp_path, tiny=False) if step.command is None] == [
+        "memcheck",
+        "racecheck",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict", "last"),
+    [
+        ("print('all is well')", "passed", "all is well"),
+        ("print('no'); raise SystemExit(3)", "failed (3)", "no"),
+        ("print('slow', flush=True); import time; time.sleep(60)", "took too long", "slow"),
+        (None, "not there", ""),
+    ],
+)
+def test_a_step_ends(code, verdict, last, tmp_path, capsys):
+    import on_gpu
+
+    step = on_gpu.Step("a step", code and [sys.executable, "-S", "-c", code])
+    start = time.monotonic()
+    ran = on_gpu.run(step, {}, tmp_path / "log", 1.0 if verdict == "took too long" else 30.0)
+    assert (ran.verdict, ran.last_line) == (verdict, last)
+    assert time.monotonic() - start < 20
+    assert verdict in on_gpu.table([ran])
+    assert last in capsys.readouterr().out
+
+
+def test_the_readme_has_a_table_of_a_measured_run_and_nothing_before(tmp_path, result):
+    from bench_routing import CASES, judged
+    from readme_figures import ROUTING_PLOT, _routing, plot_routing_speed
+
+    path = tmp_path / "routing.json"
+    assert _routing(path) == ""
+    ratios = {"torch op sequence": 5.0, "grouped_mm": 1.25, "batched_mm": 2.5, "eager": 1.9, "cuBLAS loop": 1.0}
+    rows = [
+        judged(made_up(case, 350.0 if case.tokens < 512 else 8700.0, **ratios), case, "H200", (9, 0)) for case in CASES
+    ]
+    path.write_text(json.dumps({**result, "device": "NVIDIA H200", "rows": rows}))
+    text = _routing(path)
+    assert text.startswith("On NVIDIA H200 (20")
+    assert (
+        "| block, 1 token | 350 µs | 300 µs | 86% | 1.25x grouped_mm (≥ 1.3x), missed; 2.50x batched_mm (≥ 2.4x); "
+        "1.90x eager (≥ 1.8x); ≤ 380 µs |\n"
+    ) in text
+    assert "| block, 512 tokens | 8.70 ms | 300 µs | 3% | none |\n" in text
+    assert f"]({ROUTING_PLOT})\n" in text
+    plot_routing_speed(path, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
