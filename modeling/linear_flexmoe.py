@@ -20,7 +20,7 @@ each product, as the factor on the right; as the factor on the left, `(W x^T)^T`
 | rows | [2816, 1024] | [1024, 2816] |
 |---|---|---|
 | 1 | 0.45 (`torch.mv`: 0.63) | 0.34 |
-| 8 | 0.54 | 0.37 / 0.35 |
+| 8 | 0.54 | 0.37 |
 | 16 | 0.71 | 0.47 / 0.35 |
 | 64 | 1.4 / 1.2 | 1.1 / 0.93 |
 | 365 | 7.8 / 6.0 | 5.5 / 5.1 |
@@ -47,7 +47,7 @@ SMALLEST_WEIGHT = 1 << 18  # elements; below, splitting costs more than it saves
 MOST_ROWS = 512  # of a float32 input; above, torch splits the work well
 FEWEST_HALF_ROWS = 4  # of a half-precision input; below, widening the weight costs more than it saves
 FEWEST_LEFT_ROWS = 32  # of a half-precision input whose weight is then the factor on the left
-FEWEST_LEFT_ROWS_WIDE = 5  # the same for a weight [O, I] with I > O
+FEWEST_LEFT_ROWS_WIDE = 12  # the same for a weight [O, I] with I > O
 WIDENED = 1 << 22  # elements of a weight that are widened at a time: 16 MB, which the last cache holds
 
 
@@ -123,9 +123,12 @@ def _widens(x: Tensor) -> bool:
 
 
 def _turns(x: Tensor, weight_OI: Tensor | None = None) -> bool:
-    is_wide = weight_OI is None or weight_OI.shape[1] > weight_OI.shape[0]
-    fewest = FEWEST_LEFT_ROWS_WIDE if is_wide else FEWEST_LEFT_ROWS
+    fewest = FEWEST_LEFT_ROWS_WIDE if weight_OI is None or _is_wide(weight_OI) else FEWEST_LEFT_ROWS
     return x.dtype in HALVES and has_instructions(x.dtype) and x.numel() >= fewest * x.shape[-1]
+
+
+def _is_wide(weight_OI: Tensor) -> bool:
+    return weight_OI.shape[1] > weight_OI.shape[0]
 
 
 @functools.cache
@@ -148,8 +151,13 @@ def split_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) 
 
 
 def turned_linear(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
-    """`F.linear` with the weight as the factor on the left. The result [N, O] lies in memory as [O, N]."""
-    return torch.mm(weight_OI, x_NI.t()).t()
+    """`F.linear` with the weight as the factor on the left.
+
+    What a narrow weight returns [N, O] lies in memory as [O, N], as the product after it would have it; what a wide
+    one returns is laid out as ever, because adding it up row by row would take longer than that.
+    """
+    y_NO = torch.mm(weight_OI, x_NI.t()).t()
+    return y_NO.contiguous() if _is_wide(weight_OI) else y_NO
 
 
 def widened_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flexmoe.modeling import FlexMoeForCausalLM, linear_flexmoe
-from flexmoe.modeling.linear_flexmoe import faster_linears, split_linear, widened_linear
+from flexmoe.modeling.linear_flexmoe import faster_linears, split_linear, turned_linear, widened_linear
 from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code", "legal")
@@ -56,6 +56,34 @@ def test_widened_linear_is_the_float32_product_rounded_once(monkeypatch, dtype, 
     torch.testing.assert_close(
         widened_linear(x, layer.weight, layer.bias).double(), expected, rtol=torch.finfo(dtype).eps * 0.51, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("shape", [(24, 12), (12, 24)])
+@pytest.mark.parametrize("rows", [0, 1, 9])
+@torch.no_grad()
+def test_turned_linear_is_linear(shape, rows):
+    weight, x = torch.randn(shape, dtype=torch.bfloat16), torch.randn(rows, shape[1], dtype=torch.bfloat16)
+    out = turned_linear(x, weight)
+    torch.testing.assert_close(out, F.linear(x, weight), **TOLERANCES[torch.bfloat16])
+    assert rows < 2 or out.is_contiguous() == (shape == (12, 24))
+
+
+@torch.no_grad()
+def test_with_instructions_the_weight_is_the_left_factor_from_some_rows_on(monkeypatch):
+    turned = []
+    monkeypatch.setattr(linear_flexmoe, "SMALLEST_WEIGHT", 1)
+    monkeypatch.setattr(linear_flexmoe, "has_instructions", lambda dtype: True)
+    monkeypatch.setattr(
+        linear_flexmoe, "turned_linear", lambda x, w: turned.append((len(x), *w.shape)) or F.linear(x, w)
+    )
+    narrow, wide = nn.Linear(12, 24, bias=False).bfloat16(), nn.Linear(24, 12, bias=False).bfloat16()
+    biased = nn.Linear(12, 24).bfloat16()
+    for rows in (1, 11, 12, 31, 32):
+        x = torch.randn(rows, 12).bfloat16()
+        with faster_linears(x):
+            wide(narrow(x))
+            biased(x)  # the bias is added before the only rounding
+    assert turned == [(12, 12, 24), (31, 12, 24), (32, 24, 12), (32, 12, 24)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
