@@ -35,6 +35,10 @@ MEASURED: dict[tuple[int, int], dict[torch.dtype, tuple[int, int]]] = {}
 here, and "auto" takes modules."""
 
 
+DEVICES = ("cuda", "cpu")
+"""Where the operators run."""
+
+
 class Unfit(Exception):
     """Why the operators cannot take a layer; its message is a sentence without a full stop."""
 
@@ -146,6 +150,8 @@ def choose_path(
         router: its router rows by name.
     """
     reason = _unmeasured(inputs) if implementation == AUTO else None
+    if reason is None and inputs.device not in DEVICES:
+        reason = f"no operator runs on {inputs.device}"
     if reason is None and torch.is_autocast_enabled(inputs.device):
         reason = "autocast decides the dtypes of products, and an operator has its own"
     if reason is None and len(names) == 1:
@@ -175,8 +181,10 @@ def _needs_gradient(inputs: Inputs, networks: Sequence[nn.Module]) -> bool:
 
 def _unmeasured(inputs: Inputs) -> str | None:
     """Why "auto" does not take the operators; None if it does."""
-    if inputs.device != "cuda":
-        return f"on {inputs.device} the operators are a reference, and slow"
+    if inputs.device not in DEVICES:
+        return None  # the next reason is better
+    if inputs.device == "cpu":
+        return "on a CPU the operators are a reference, and slow"
     fastest = MEASURED.get(inputs.capability, {}).get(inputs.dtype or torch.bfloat16) if inputs.capability else None
     if fastest is None:
         where = f"compute capability {'.'.join(map(str, inputs.capability))}" if inputs.capability else "this GPU"

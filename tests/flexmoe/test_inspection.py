@@ -76,7 +76,7 @@ def test_the_active_set_shows(model, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "device", "environment", "implementation", "reason"),
     [
-        ("llama", "cpu", "", "torch", "on cpu the operators are a reference, and slow"),
+        ("llama", "cpu", "", "torch", "on a CPU the operators are a reference, and slow"),
         ("llama", "cuda", "", "torch", "nobody has measured the kernels on this GPU"),
         ("llama", "cuda", "triton", "triton", "router and experts are fused"),
         ("llama", "cuda", "torch", "torch", "the implementation 'torch' was asked for"),

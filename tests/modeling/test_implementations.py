@@ -231,7 +231,8 @@ def test_auto_takes_modules_where_nobody_has_measured(calls):
     with torch.no_grad():
         model(random_tokens(2, 9))
     assert not calls
-    assert all("on cpu the operators are a reference" in path.reason for path in model.implementation_paths())
+    assert all("on a CPU the operators are a reference" in path.reason for path in model.implementation_paths())
+    assert all(path.reason == "no operator runs on mps" for path in model.implementation_paths(device="mps"))
     on_a_gpu = model.implementation_paths(device="cuda", capability=(9, 0))
     assert all("nobody has measured the kernels on compute capability 9.0" in path.reason for path in on_a_gpu)
     model.config._flexmoe_implementation = "triton"
