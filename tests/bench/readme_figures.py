@@ -199,10 +199,10 @@ def _routing(path: Path) -> str:
     table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
     return (
         f"On {result['device']} ({result['date']}, torch {versions['torch']}, Triton {versions['triton']}, "
-        f"transformers {versions['transformers']}), hidden {shapes['hidden']}, FFN {shapes['intermediate']}, {shapes['experts']} "
-        f"experts, k = {shapes['k']}, {shapes['dtype'].removeprefix('torch.')}; a floor is the time of moving each "
-        f"byte once, or of computing, at {result['ceilings']['copy_gb_per_second'] / 1000:.1f} TB/s and "
-        f"{result['ceilings']['bf16_matmul_tflops']:.0f} TFLOP/s, measured in the same run:\n\n{table}\n"
+        f"transformers {versions['transformers']}), hidden {shapes['hidden']}, FFN {shapes['intermediate']}, "
+        f"{shapes['experts']} experts, k = {shapes['k']}, {shapes['dtype'].removeprefix('torch.')}; a floor is what it "
+        f"takes to move each byte once, or to compute, at {result['ceilings']['copy_gb_per_second'] / 1000:.1f} TB/s "
+        f"and {result['ceilings']['bf16_matmul_tflops']:.0f} TFLOP/s, measured in the same run:\n\n{table}\n"
         f"![Times of the block with FlexMoE's kernels and FlexOlmo's implementations]({ROUTING_PLOT})\n"
     )
 
