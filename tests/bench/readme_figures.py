@@ -190,7 +190,7 @@ def _routing(path: Path) -> str:
     if not path.exists():
         return ""
     result = json.loads(path.read_text())
-    versions, shapes = result["versions"], result["shapes"]
+    versions, shapes, ceilings = result["versions"], result["shapes"], result["ceilings"]
     rows = [
         ("", "measured", "floor", "share of it", "bars"),
         ("---", "---:", "---:", "---:", "---"),
@@ -200,9 +200,9 @@ def _routing(path: Path) -> str:
     return (
         f"On {result['device']} ({result['date']}, torch {versions['torch']}, Triton {versions['triton']}, "
         f"transformers {versions['transformers']}), hidden {shapes['hidden']}, FFN {shapes['intermediate']}, "
-        f"{shapes['experts']} experts, k = {shapes['k']}, {shapes['dtype'].removeprefix('torch.')}; a floor is what it "
-        f"takes to move each byte once, or to compute, at {result['ceilings']['copy_gb_per_second'] / 1000:.1f} TB/s "
-        f"and {result['ceilings']['bf16_matmul_tflops']:.0f} TFLOP/s, measured in the same run:\n\n{table}\n"
+        f"{shapes['experts']} experts, k = {shapes['k']}, {shapes['dtype'].removeprefix('torch.')}; a floor is what "
+        f"it takes to move each byte once, or to compute, at {ceilings['copy_gb_per_second'] / 1000:.1f} TB/s "
+        f"and {ceilings['bf16_matmul_tflops']:.0f} TFLOP/s, measured in the same run:\n\n{table}\n"
         f"![Times of the block with FlexMoE's kernels and FlexOlmo's implementations]({ROUTING_PLOT})\n"
     )
 
