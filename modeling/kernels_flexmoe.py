@@ -40,6 +40,8 @@ class PointerTables:
 
     def __init__(self) -> None:
         self._tables: dict[tuple[torch.device, Addresses], Tensor] = {}
+        # those that nobody will ask for again, but a graph may still read: it holds no reference to them
+        self._left: list[tuple[tuple[torch.device, Addresses], Tensor]] = []
         self._lock = threading.Lock()
 
     def of(self, rows: Addresses, device: torch.device) -> Tensor:
@@ -58,16 +60,20 @@ class PointerTables:
     def redirect(self, moves: Mapping[int, int]) -> None:
         """Puts the new address in the place of an old one wherever it stands; 0: there is nothing any more.
 
-        Whoever still holds such a table, as a captured CUDA graph does, reads it so from now on.
+        Whoever still reads such a table, as a captured CUDA graph does, reads it so from now on.
         """
         with self._lock:
-            for (device, rows), table in list(self._tables.items()):
+            tables: dict[tuple[torch.device, Addresses], Tensor] = {}
+            left: list[tuple[tuple[torch.device, Addresses], Tensor]] = []
+            for (device, rows), table in [*self._tables.items(), *self._left]:
                 moved = tuple(tuple(moves.get(address, address) for address in row) for row in rows)
                 if moved != rows:
-                    del self._tables[device, rows]
-                    table.copy_(torch.tensor(moved, dtype=torch.int64))
-                    if all(map(all, moved)):
-                        self._tables.setdefault((device, moved), table)
+                    table.copy_(torch.tensor(moved, dtype=torch.int64, device="cpu"))
+                if all(map(all, moved)) and (device, moved) not in tables:
+                    tables[device, moved] = table
+                else:
+                    left.append(((device, moved), table))
+            self._tables, self._left = tables, left
 
 
 TABLES = PointerTables()

@@ -1,5 +1,8 @@
 """Tables that a captured CUDA graph still reads, when the model's experts change: new addresses, or none."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -79,3 +82,16 @@ def test_an_address_that_is_gone_is_not_remembered(model):
     TABLES.redirect({1 << 40: 0})
     assert table.tolist() == [[0, 2 << 40]]
     assert TABLES.of(rows, torch.device("cpu")) is not table
+
+
+def test_a_table_stays_where_a_graph_reads_it():
+    """A graph has its address and no reference to it: it may not be freed, and hears of later moves, too."""
+    device = torch.device("cpu")
+    gone, taken = TABLES.of(((3 << 40, 4 << 40),), device), TABLES.of(((5 << 40, 6 << 40),), device)
+    TABLES.of(((7 << 40, 6 << 40),), device)
+    held = [weakref.ref(gone), weakref.ref(taken)]
+    del gone, taken
+    TABLES.redirect({3 << 40: 0, 5 << 40: 7 << 40})
+    TABLES.redirect({4 << 40: 8 << 40, 6 << 40: 9 << 40})
+    gc.collect()
+    assert [table().tolist() for table in held] == [[[0, 8 << 40]], [[7 << 40, 9 << 40]]]
