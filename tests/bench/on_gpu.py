@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "tests" / "bench"
 MINUTES = 9.0
+RESERVED = 200.0  # seconds that earlier steps leave to the benchmark
 SHOWN = 12  # lines of the log of a step that failed
 WARMED = ("bfloat16", "float16", "float32")
 CHECKER_FOUND = 97  # what the memory checker exits with
@@ -76,8 +77,10 @@ def layout(folder: Path) -> dict[str, str]:
 def steps(out: Path, tiny: bool) -> list[Step]:
     """What is run, in this order."""
     python = sys.executable
-    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") and not tiny else []
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "--durations=5"]
+    parallel = ["-p", "xdist", "-n", "8"] if importlib.util.find_spec("xdist") and not tiny else []
+    # whatever plugins are installed there, and however old its pytest is
+    options = ["-p", "no:cacheprovider", "-o", "minversion=7", "-W", "default", "--durations=5"]
+    pytest = [python, "-m", "pytest", "-q", *options]
     elsewhere = ("compiled", "graphs", "moves")  # the second has a step of its own; the others need no GPU
     kernels = ["tests/kernels", *(f"--ignore=tests/kernels/test_{name}.py" for name in elsewhere)]
     every = [python, BENCH / "every_kernel.py"]
@@ -88,7 +91,7 @@ def steps(out: Path, tiny: bool) -> list[Step]:
         Step("memcheck", checked("memcheck", every), 75, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         Step("racecheck", checked("racecheck", every), 75),
         Step("CUDA graphs", [*pytest, "tests/kernels/test_graphs.py"], 90),
-        Step("benchmark", bench, last_lines=18),
+        Step("benchmark", bench, last_lines=30),
     ]
 
 
@@ -190,6 +193,7 @@ def environment_of(temporary: Path, gpu: bool) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(temporary / "inductor"),
         "TRITON_INTERPRET": "0" if gpu else "1",
         "HF_HUB_OFFLINE": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
     }
 
@@ -222,9 +226,11 @@ def main() -> int:
             for step in chosen:
                 left = deadline - time.monotonic()
                 say(f"== {step.name} ({left:.0f} s left)")
-                if step.name == "benchmark":
+                if step.seconds is None:
                     wait_for(warm, left / 3)
                     left = deadline - time.monotonic()
+                elif chosen[-1].seconds is None:
+                    left -= RESERVED
                 log = out / f"{step.name.replace(' ', '-')}.log"
                 ran.append(run(step, environment, log, min(left, step.seconds or left)))
     say(f"\n{table(ran)}")
