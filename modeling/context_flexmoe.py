@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from transformers.utils.output_capturing import CompileableContextVar
 # Both hold dictionaries or None: transformers' common tests look into every such variable.
 _forward = CompileableContextVar("flexmoe_forward")
 _scopes = CompileableContextVar("flexmoe_scopes")
+
+_rehearsing = ContextVar("flexmoe_rehearsing", default=False)
 
 # How many scopes of a (model, kind) are open in any thread: all that compiled code can see of them.
 _open_scopes: Counter[tuple[int, str]] = Counter()
@@ -83,7 +86,17 @@ def is_recording() -> bool:
     """Whether this pass is compiled or captured as a CUDA graph: it is run again, so it must not look at values."""
     if torch.compiler.is_compiling():
         return True
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return _rehearsing.get() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+@contextlib.contextmanager
+def rehearsal() -> Iterator[None]:
+    """Within it, passes of this thread run as they will be recorded: with the same kernels, and the same tables."""
+    token = _rehearsing.set(True)
+    try:
+        yield
+    finally:
+        _rehearsing.reset(token)
 
 
 def checkpoint_with_context(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,5 +126,6 @@ __all__ = [
     "forward_values",
     "is_recording",
     "model_scope",
+    "rehearsal",
     "scoped_values",
 ]

@@ -20,7 +20,7 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .context_flexmoe import forward_values, is_recording
 from .forms_flexmoe import form_of, is_plain_linear, is_untouched
-from .fused_flexmoe import fused_mix, fused_route, redirecting
+from .fused_flexmoe import columns_of, fused_mix, fused_route, redirecting
 from .implementations_flexmoe import MODULES, NO_OPERATORS, OPERATORS, FusedPlan, Inputs, LayerPath, choose_path
 from .linear_flexmoe import faster_linears, may_be_faster
 from .low_rank_flexmoe import LowRankExpert, Spread, mix_sharing
@@ -223,7 +223,7 @@ class FlexMoeBlock(nn.Module):
         mixed_TH = fused_mix(x_TH, routing, networks, columns, plan)
         if not sharing:
             return mixed_TH
-        weights_TM = routing.weights_TE[:, [names.index(name) for name in sharing]].to(x_TH.dtype)
+        weights_TM = columns_of(routing.weights_TE, [names.index(name) for name in sharing]).to(x_TH.dtype)
         return mixed_TH + self._mix_sharing(x_TH, weights_TM, sharing, "masked")
 
     def _mix(

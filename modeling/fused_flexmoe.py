@@ -81,12 +81,17 @@ def _places(block: nn.Module) -> dict[str, tuple[Any, ...]]:
 def _among(routing: Routing, columns: Sequence[int]) -> Routing:
     """The routing with no more experts than `columns`; the slots of the others are surplus."""
     everyone = routing.weights_TE.shape[1]
-    places = [columns.index(e) if e in columns else len(columns) for e in range(everyone + 1)]
-    place_E = torch.tensor(places, dtype=torch.int32).to(routing.top_ids_TK.device)
+    place_E = routing.top_ids_TK.new_full((everyone + 1,), len(columns))
+    for place, e in enumerate(columns):  # not from a list: a graph that is captured can't wait for a copy of it
+        place_E[e].fill_(place)
     ids_TK = place_E[routing.top_ids_TK.long()]
     weights_TK = torch.where(ids_TK == len(columns), 0.0, routing.top_weights_TK)
-    chosen = list(columns)
-    return Routing(routing.logits_TE[:, chosen], routing.weights_TE[:, chosen], weights_TK, ids_TK)
+    return Routing(columns_of(routing.logits_TE, columns), columns_of(routing.weights_TE, columns), weights_TK, ids_TK)
 
 
-__all__ = ["fused_mix", "fused_route", "redirecting"]
+def columns_of(values_TE: Tensor, columns: Sequence[int]) -> Tensor:
+    """`values_TE[:, columns]`, contiguous, without an index that would come from the host."""
+    return torch.stack([values_TE[:, e] for e in columns], 1)
+
+
+__all__ = ["columns_of", "fused_mix", "fused_route", "redirecting"]

@@ -68,8 +68,8 @@ def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None) ->
         return Selection(names, None)
     everyone = model.expert_names
     _check_mask(expert_mask, batch, everyone)
-    columns = [everyone.index(name) for name in names]
-    rows_BA = expert_mask[:, columns]
+    # no list as an index: it would be copied to the device, which a graph that is captured can't wait for
+    rows_BA = torch.stack([expert_mask[:, everyone.index(name)] for name in names], 1)
     if is_recording():  # what follows looks at values
         return Selection(names, rows_BA)
     return _without_idle_experts(names, rows_BA)
