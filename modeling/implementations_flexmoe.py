@@ -157,7 +157,7 @@ def choose_path(
     if reason is None and len(names) == 1:
         reason = "a single expert is a dense model, and has its bits"
     if reason is None:
-        reason = row_reason(names, router)
+        reason = row_reason(names, router, inputs.dtype)
     if reason is not None:
         return LayerPath(reason)
     if torch.is_grad_enabled() and _needs_gradient(inputs, [experts[name] for name in others]):
@@ -212,15 +212,27 @@ def plan_or_reason(names: tuple[str, ...], experts: nn.ModuleDict, dtype: torch.
 
 
 @torch.compiler.assume_constant_result
-def row_reason(names: tuple[str, ...], router: nn.ModuleDict) -> str | None:
-    """Why the operator cannot take these router rows; None if it can; a constant in compiled code."""
-    rows = [router[name] for name in names]
+def row_reason(names: tuple[str, ...], router: nn.ModuleDict, dtype: torch.dtype | None) -> str | None:
+    """Why the operator cannot take these router rows; None if it can; a constant in compiled code.
+
+    Args:
+        dtype: of the hidden states; None is any that it takes.
+    """
+    rows: list[Any] = [router[name] for name in names]
     for name, row in zip(names, rows, strict=True):
         if not is_plain_linear(row) or any(type(p) is not nn.Parameter for p in row.parameters()):
             return f"the router row of {name!r} is wrapped or watched ({type(row).__name__})"
     dtypes = {p.dtype for row in rows for p in row.parameters()}
     if len(dtypes) > 1:
         return f"router rows are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    if others := (dtypes | ({dtype} if dtype else set())) - set(KERNEL_DTYPES):
+        return f"no kernel routes {others.pop()}"
+    if (hidden := rows[0].weight.shape[-1]) % 8:
+        return f"the hidden size is {hidden}, and a kernel takes multiples of 8"
+    for name, row in zip(names, rows, strict=True):
+        places = ((row.weight, 16), (row.bias, 4))
+        if any(not p.is_meta and p.data_ptr() % alignment for p, alignment in places):
+            return f"the router row of {name!r} is not aligned to 16 bytes, or its bias not to 4"
     if len(names) > MOST_EXPERTS:
         return f"{len(names)} experts are more than the {MOST_EXPERTS} that a kernel takes"
     return None

@@ -187,8 +187,8 @@ def _mix_cuda(x_TH: Tensor, weights_TE: Tensor, top_weights_TK: Tensor, top_ids_
     experts = _experts(*matrices)
     x_TH = x_TH.contiguous()
     if len(x_TH) <= MOST_TOKENS:
-        return decode(x_TH, weights_TE, experts)
-    return prefill(x_TH, top_weights_TK, top_ids_TK, experts)
+        return decode(x_TH, weights_TE.contiguous(), experts)
+    return prefill(x_TH, top_weights_TK.contiguous(), top_ids_TK.contiguous(), experts)
 
 
 def _mix_fake(x_TH: Tensor, *rest: Any) -> Tensor:

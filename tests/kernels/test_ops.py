@@ -339,6 +339,9 @@ def test_the_number_of_tokens_chooses_the_kernel(tokens, kernel, monkeypatch):
     assert given is x
     assert [id(t) for t in between] == [id(t) for t in (routing[1:2] if kernel == "decode" else routing[2:])]
     assert of_experts == experts
+    scattered = (torch.stack([t, t], -1)[..., 0] for t in routing[1:])
+    ops._mix_cuda(x, *scattered, *mix_arguments(x, routing, experts)[4:])
+    assert all(t.is_contiguous() for t in calls[1][1][1:-1])
 
 
 @pytest.fixture

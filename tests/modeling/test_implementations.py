@@ -14,7 +14,8 @@ from transformers.activations import ACT2FN
 
 from flexmoe import FlexMoeConfig, FlexMoeForCausalLM, track_usage
 from flexmoe.modeling import ops_flexmoe
-from flexmoe.modeling.implementations_flexmoe import ENVIRONMENT, activation_name
+from flexmoe.modeling.experts_flexmoe import router_row
+from flexmoe.modeling.implementations_flexmoe import ENVIRONMENT, activation_name, row_reason
 from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code", "legal")
@@ -182,6 +183,12 @@ def misaligned(model):
         weight.data = storage[1:].view(weight.shape)
 
 
+def misaligned_row(model):
+    for block in model.flexmoe_blocks():
+        weight = block.router["code"].weight
+        weight.data = torch.cat([torch.zeros(1, 1), weight.detach()], 1)[:, 1:]
+
+
 REASONS = {
     lora: "math.up_proj is wrapped or watched (peft.tuners.lora.layer.Linear)",
     hooked: "code.up_proj is wrapped or watched (torch.nn.modules.linear.Linear)",
@@ -189,6 +196,7 @@ REASONS = {
     other_activation: "the activation of 'math' is none of silu, gelu, gelu_tanh, relu",
     one_in_another_dtype: "several dtypes",
     misaligned: "a tensor of code.gate_proj is not contiguous or not aligned to 16 bytes",
+    misaligned_row: "the router row of 'code' is not aligned to 16 bytes",
 }
 
 
@@ -213,6 +221,24 @@ def test_families_whose_networks_are_of_another_form(calls, family, reason):
     assert all(reason in path.reason for path in model.implementation_paths())
     by_modules, by_operators = both(model)
     torch.testing.assert_close(by_operators, by_modules, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("experts", [OWNERS, (LOW_RANK,)], ids=["full", "low rank"])
+def test_what_no_router_kernel_takes_is_routed_by_modules(calls, experts):
+    """Also where the experts run as modules anyway."""
+    model = fused(experts=experts).double()
+    assert all(path.reason == "no kernel routes torch.float64" for path in model.implementation_paths())
+    by_modules, by_operators = both(model)
+    assert torch.equal(by_modules, by_operators)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("hidden", "reason"), [(36, "the hidden size is 36, and a kernel takes multiples of 8"), (40, None)]
+)
+def test_hidden_sizes_of_rows(hidden, reason):
+    rows = nn.ModuleDict({name: router_row(hidden) for name in OWNERS})
+    assert row_reason(OWNERS, rows, None) == reason
 
 
 def test_autocast_and_single_experts_run_as_modules(calls):
