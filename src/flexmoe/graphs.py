@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Cache
 
+from flexmoe.modeling.context_flexmoe import rehearsal
 from flexmoe.modeling.modeling_flexmoe import FlexMoePreTrainedModel
 
 WARM_UP = 3  # passes: libraries choose algorithms in the first ones
@@ -23,21 +25,27 @@ class CapturedForward:
     Args:
         model: on CUDA, in eval mode, all its layers on fused kernels (`model.implementation_paths()` says): only those
             know of experts that go.
-        inputs: as for `model`; tensors are copied in at each call, all else (a static cache) is taken as it is.
+        inputs: as for `model`; tensors are copied in at each call, all else (a static cache) is taken as it is. The
+            first call runs the tokens that come first: to capture adds nothing to a cache.
 
     Raises:
-        ValueError: the model trains, is not on CUDA, or a layer is not fused.
+        ValueError: the model trains, is not on CUDA, a layer is not fused, or a cache grows or slides.
     """
 
     def __init__(self, model: FlexMoePreTrainedModel, **inputs: Any) -> None:
         _check(model)
+        lengths = _lengths(inputs)
         self._model = model
         self._inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                model(**self._inputs)
+            model(**self._inputs)  # looks at the values, and refuses what it must
+            _set(lengths)
+            with rehearsal():  # an expert that is idle in these inputs may not be so in the next
+                for _ in range(WARM_UP):
+                    model(**self._inputs)
+                    _set(lengths)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.no_grad(), torch.cuda.graph(self._graph):
@@ -79,6 +87,24 @@ def _check(model: FlexMoePreTrainedModel) -> None:
             f"Not all layers run on fused kernels: {'; '.join(sorted(reasons))}. What cannot be captured may be "
             'compiled: torch.compile(model, mode="reduce-overhead").'
         )
+
+
+def _lengths(inputs: dict[str, Any]) -> list[tuple[Any, Tensor]]:
+    """The layers of the caches among `inputs`, and how many tokens each has."""
+    lengths = []
+    for cache in (value for value in inputs.values() if isinstance(value, Cache)):
+        if not cache.is_compileable or any(cache.is_sliding):
+            raise ValueError(
+                f"{type(cache).__name__} grows, or has layers with a sliding window, whose length is a number in "
+                "Python that a graph would not see change: use a StaticCache, and a family without such windows."
+            )
+        lengths += [(layer, layer.cumulative_length.clone()) for layer in cache.layers]
+    return lengths
+
+
+def _set(lengths: list[tuple[Any, Tensor]]) -> None:
+    for layer, length in lengths:
+        layer.cumulative_length.copy_(length)
 
 
 def _state(model: FlexMoePreTrainedModel) -> tuple[Any, ...]:

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import DynamicCache, StaticCache
 
 from flexmoe import CapturedForward
 from flexmoe.modeling import fused_flexmoe
+from flexmoe.modeling.context_flexmoe import is_recording
 from flexmoe.testing import perturb_expert, random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code")
@@ -97,6 +99,50 @@ def test_it_follows_what_is_replaced_by_the_same_shapes(model, tmp_path):
     model.rename_expert("math", "sums")
     forward()
     assert forward._graph.replays == 1
+
+
+def test_it_is_warmed_up_as_it_is_captured(model, monkeypatch):
+    """An expert that nobody may use has no tables yet when the graph is captured, if the passes before drop it."""
+    seen = []
+    block = model.flexmoe_blocks()[0]
+    path = type(block).path
+    monkeypatch.setattr(
+        type(block),
+        "path",
+        lambda self, names, *rest: seen.append((names, is_recording())) or path(self, names, *rest),
+    )
+    mask = torch.tensor([[True, True, False]] * 2)
+    CapturedForward(model, input_ids=random_tokens(2, 1), expert_mask=mask, use_cache=False)
+    everyone = ("public", *OWNERS)
+    rehearsed = [names for names, recording in seen if recording]
+    assert seen[len(model.flexmoe_blocks())] == (("public", "math"), False)
+    assert set(rehearsed) == {everyone}
+
+
+def test_a_cache_is_as_long_as_before(model):
+    """It is the warm-up that counts its tokens; what a graph captures is not run."""
+    tokens = random_tokens(2, 6)
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    alone = StaticCache(config=model.config, max_cache_len=8)
+    with torch.no_grad():
+        for some in (cache, alone):
+            model(tokens[:, :4], past_key_values=some)
+        forward = CapturedForward(model, input_ids=tokens[:, 4:5], past_key_values=cache)
+        assert [int(layer.cumulative_length) for layer in cache.layers] == [5] * len(cache.layers)
+        for layer in cache.layers:  # nothing runs in a capture, but here
+            layer.cumulative_length.fill_(4)
+        first = model(tokens[:, 4:5], past_key_values=cache).logits
+        torch.testing.assert_close(first, model(tokens[:, 4:5], past_key_values=alone).logits)
+    assert forward._graph.replays == 0
+
+
+@pytest.mark.parametrize("family", ["olmo2", "gemma2"])
+def test_a_cache_that_grows_or_slides_is_refused(model, family):
+    cache = DynamicCache()
+    if family == "gemma2":
+        cache = StaticCache(config=tiny_flexmoe("gemma2").config, max_cache_len=8)
+    with pytest.raises(ValueError, match="grows, or has layers with a sliding window"):
+        CapturedForward(model, input_ids=random_tokens(2, 1), past_key_values=cache)
 
 
 def test_what_cannot_be_captured(model, monkeypatch):
