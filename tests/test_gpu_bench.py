@@ -3,6 +3,7 @@
 Figures themselves come from a GPU: `tests/bench/on_gpu.py`.
 """
 
+import importlib
 import json
 import subprocess
 import sys
@@ -63,6 +64,16 @@ def test_a_tiny_run_asserts_nothing_and_says_where_it_writes(result, monkeypatch
     with pytest.raises(SystemExit):
         bench_routing.main()
     assert "give --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_compiling_ahead_runs_each_number_of_tokens(dtype, monkeypatch, capsys):
+    import bench_routing
+
+    monkeypatch.setattr(sys, "argv", ["bench_routing.py", "--tiny", "--warm", dtype])
+    bench_routing.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"compiled for {tokens} tokens of torch.{dtype}" for tokens in (1, 2, 3, 65)]
 
 
 @pytest.mark.parametrize("program", ["bench_routing", "on_gpu"])
@@ -237,3 +248,48 @@ def test_the_readme_has_a_table_of_a_measured_run_and_nothing_before(tmp_path, r
     assert f"]({ROUTING_PLOT})\n" in text
     plot_routing_speed(path, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+LAUNCHES = {
+    ("decode", "gate_up_launch"): (2, 1, True),
+    ("decode", "down_launch"): (2, 1, 4096, 132),
+    ("prefill", "gate_up_launch"): (2, 2925.0, True, 227 << 10),
+    ("prefill", "down_launch"): (2, 2925.0, 227 << 10),
+    ("route", "few_launch"): (7, torch.float32),
+    ("route", "many_launch"): (7, torch.float32, 4096),
+}
+
+
+def test_what_is_tuned_are_constants_of_launches():
+    pytest.importorskip("triton")
+    import routing_tuning
+
+    assert {(tuned.module, tuned.launch) for tuned in routing_tuning.LAUNCHES} == set(LAUNCHES)
+    for tuned in routing_tuning.LAUNCHES:
+        module = importlib.import_module(f"flexmoe.modeling.kernels_{tuned.module}_flexmoe")
+        arguments = LAUNCHES[tuned.module, tuned.launch]
+        own = getattr(module, tuned.launch)(*arguments)
+        assert set(tuned.options) <= set(own)
+        for variant in tuned.variants():
+            with routing_tuning.changed(tuned, variant):
+                assert getattr(module, tuned.launch)(*arguments) == {**own, **variant}
+        assert getattr(module, tuned.launch)(*arguments) == own
+
+
+def test_tuning_prints_the_best_and_what_was_left_out(monkeypatch, capsys):
+    import routing_tuning
+    from gpu_clock import Timed
+
+    pytest.importorskip("triton")
+    tuned = routing_tuning.Tuned("route", "few_launch", (1,), {"num_warps": (4, 8, 16)})
+    times = iter([3.0, 2.0, 4.0])
+    monkeypatch.setattr(routing_tuning, "by_replay", lambda calls, seconds: Timed(next(times), 0.0, "graph"))
+    outputs = iter([1.0, 1.0, 1.5, 1.0])
+    routing_tuning.print_best(tuned, 1, lambda: torch.full((2,), next(outputs)))
+    assert capsys.readouterr().out.splitlines() == [
+        "route.few_launch, 1 tokens: in force 3.00 us",
+        "         2.00 us  num_warps 4",
+        "         3.00 us  in force",
+        "         4.00 us  num_warps 16",
+        "    left out: num_warps 8: wrong by 0.5",
+    ]

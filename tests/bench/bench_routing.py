@@ -40,8 +40,8 @@ OURS, SEQUENCE, COMPILED = "flexmoe", "torch op sequence", "torch op sequence, c
 LOOP, MODULES, BEST = "cuBLAS loop", "flexmoe's modules", "best of grouped_mm and cuBLAS loop"
 RATIOS_ON, GOALS_ON = (9, 0), "H200"
 
-# ||ours - exact|| / ||exact||: float32 sums of 4096 products; roundings to the dtype in between
-EXACT = {"logits": 1e-5, "weights": 1e-5, "slots": 1e-5}
+# ||ours - exact|| / ||exact||: float32 sums of 4096 products (TF32 alone is 3e-4 off); roundings to the dtype between
+EXACT = {"logits": 5e-5, "weights": 5e-5, "slots": 5e-5}
 EXPERTS_EXACT = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 CHECKED = (1, 8, 16, 33, 64, 65, 512, 4096)  # tokens: each class of launches
 MOST_BATCHED = 8  # tokens: batched_mm copies the chosen experts for each, 1.35 GB
@@ -438,9 +438,9 @@ def keep(result: Mapping[str, Any], out: Path) -> None:
     out.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def warm(device: torch.device, dtype: torch.dtype) -> None:
+def warm(sizes: Mapping[str, Any], device: torch.device, dtype: torch.dtype, counts: Sequence[int]) -> None:
     """Compiles every kernel that a run launches with `dtype` into Triton's cache, beside what else goes on."""
-    hidden, intermediate, experts = 4096, 11008, len(contenders.NAMES)
+    hidden, intermediate, experts = sizes["hidden_size"], sizes["intermediate_size"], len(contenders.NAMES)
 
     def drawn(*shape: int) -> list[Tensor]:
         return [torch.randn(shape, device=device, dtype=dtype) / math.sqrt(shape[-1]) for _ in range(experts)]
@@ -450,12 +450,12 @@ def warm(device: torch.device, dtype: torch.dtype) -> None:
     matrices = reference.ExpertTensors(
         gate=drawn(intermediate, hidden), up=drawn(intermediate, hidden), down=drawn(hidden, intermediate)
     )
-    for tokens in sorted({*SWEEP, *CHECKED}):
+    for tokens in sorted(set(counts)):
         x_TH = torch.randn(tokens, hidden, device=device).to(dtype)
         routing = ops_flexmoe.route(x_TH, rows, biases, None, K, True)
         ops_flexmoe.mix(x_TH, routing, matrices)
         say(f"compiled for {tokens} tokens of {dtype}")
-    if dtype == torch.bfloat16:
+    if dtype == torch.bfloat16 and on_gpu():
         compiled = torch.compile(reference.route, dynamic=False)
         for case in (case for case in CASES if case.kind == "route"):
             compiled(torch.randn(case.tokens, hidden, device=device).to(dtype), rows, biases, None, K, True)
@@ -483,20 +483,21 @@ def main() -> None:
             "bench_routing.py needs a GPU with CUDA, and there is none: nothing measured, nothing written.\n"
         )
         return
-    if arguments.tiny and arguments.out is None:
+    if arguments.tiny and arguments.out is None and not arguments.warm:
         parser.error("--tiny measures nothing that belongs into docs: give --out.")
     device = torch.device("cuda" if on_gpu() else "cpu")
+    sizes = contenders.TINY if arguments.tiny else contenders.FULL
+    counts = COUNTS["tiny" if arguments.tiny else "full"]
     with torch.no_grad():
         if arguments.warm:
-            warm(device, getattr(torch, arguments.warm))
+            warm(sizes, device, getattr(torch, arguments.warm), [*counts["sweep"], *counts["checked"]])
             return
         if arguments.tune:
             from routing_tuning import tune
 
             tune(device)
             return
-        sizes = contenders.TINY if arguments.tiny else contenders.FULL
-        result = measure(sizes, device, arguments.out or RESULT, COUNTS["tiny" if arguments.tiny else "full"])
+        result = measure(sizes, device, arguments.out or RESULT, counts)
     sys.stdout.write(f"{table(result['rows'])}\n\nFor MEASURED in implementations_flexmoe.py:\n    {result['auto']}\n")
     if not arguments.tiny:
         assert not missed(result), f"missed: {missed(result)}"
