@@ -37,6 +37,7 @@ def result(tmp_path_factory):
 
 def test_a_tiny_run_has_all_parts(result):
     assert result["complete"]
+    assert result["failed"] == {}
     assert {"device", "capability", "date", "versions", "shapes", "ceilings", "auto"} <= set(result)
     assert all(far["passed"] and far["same_bits_again"] for far in result["correctness"].values())
     assert [row["case"] for row in result["rows"][:4]] == [
@@ -121,8 +122,33 @@ def test_verdicts(device, capability, microseconds, grouped, batched, eager, pas
     row = made_up(case, microseconds, grouped_mm=grouped, batched_mm=batched, eager=eager)
     verdict = judged(row, case, device, capability)
     assert verdict["passed"] is passed
-    assert missed({"correctness": {}, "rows": [verdict]}) == (["block, 1 token"] if passed is False else [])
-    assert missed({"correctness": {"1": {"passed": False}}, "rows": []}) == ["wrong with 1 tokens"]
+    fine = {"correctness": {"1": {"passed": True}}, "rows": [], "failed": {}}
+    assert missed({**fine, "rows": [verdict]}) == (["block, 1 token"] if passed is False else [])
+    assert missed({**fine, "correctness": {"1": {"passed": False}}}) == ["wrong with 1 tokens"]
+    assert missed({**fine, "failed": {"route, 8 tokens": "RuntimeError: no"}}) == ["route, 8 tokens"]
+
+
+def test_a_kernel_that_fails_is_a_miss_and_the_rest_goes_on(tmp_path, monkeypatch):
+    import bench_routing
+    from routing_contenders import TINY
+
+    route = bench_routing.ops_flexmoe.route
+
+    def fails(x_TH, *args):
+        if len(x_TH) == 8:
+            raise RuntimeError("no such kernel\nand much more")
+        return route(x_TH, *args)
+
+    monkeypatch.setattr(bench_routing.ops_flexmoe, "route", fails)
+    counts = {"checked": (8, 3), "cases": (8,), "sweep": (1,)}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.no_grad():
+        result = bench_routing.measure(TINY, device, tmp_path / "routing.json", counts)
+    assert result["correctness"]["8"] == {"error": "RuntimeError: no such kernel", "passed": False}
+    assert result["failed"]["route, 8 tokens"] == "RuntimeError: no such kernel"
+    assert set(bench_routing.missed(result)) >= {"wrong with 8 tokens", "route, 8 tokens", "block, 8 tokens"}
+    assert [row["case"] for row in result["rows"]] == ["route, 1 token", "block, 1 token"]
+    assert result["complete"]
 
 
 def test_a_contender_without_a_figure_misses_its_bar():
@@ -246,6 +272,10 @@ def test_the_readme_has_a_table_of_a_measured_run_and_nothing_before(tmp_path, r
     ) in text
     assert "| block, 512 tokens | 8.70 ms | 300 µs | 3% | none |\n" in text
     assert f"]({ROUTING_PLOT})\n" in text
+    assert "Failed" not in text
+    broken = {"failed": {"route, 8 tokens": "no"}, "correctness": {"1": {"passed": True}, "64": {"passed": False}}}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **broken}))
+    assert "\nFailed: 64 tokens (wrong).\nFailed: route, 8 tokens.\n" in _routing(path)
     plot_routing_speed(path, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 

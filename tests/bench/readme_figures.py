@@ -196,7 +196,9 @@ def _routing(path: Path) -> str:
         ("---", "---:", "---:", "---:", "---"),
         *(_routing_row(row) for row in result["rows"]),
     ]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    wrong = [f"{tokens} tokens (wrong)" for tokens, far in result["correctness"].items() if not far["passed"]]
+    missing = "".join(f"Failed: {name}.\n" for name in [*wrong, *result["failed"]])
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows) + ("\n" + missing if missing else "")
     return (
         f"On {result['device']} ({result['date']}, torch {versions['torch']}, Triton {versions['triton']}, "
         f"transformers {versions['transformers']}), hidden {shapes['hidden']}, FFN {shapes['intermediate']}, "
