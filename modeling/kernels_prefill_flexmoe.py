@@ -279,8 +279,8 @@ def combine_kernel(
     tl.store(to, y.to(y_TH.dtype.element_ty), mask=(t < T)[:, None] & (out < H)[None, :])
 
 
-TOKENS_AT_ONCE = 16384
-"""More go in turns, so that what lies between the products stays below 3 GB at I = 11008 and K = 8."""
+PAIRS_AT_ONCE = 131072
+"""More go in turns, so that what lies between the products stays at 3 to 4 GB at I = 11008, whatever K is."""
 
 PAIRS = 128  # a step of the sort: its table of pairs and experts is 64 registers of each of 128 threads at most
 SORTERS = 256  # programs of the sort, at most: each reads the counts of all
@@ -361,9 +361,10 @@ def prefill(x_TH: Tensor, top_weights_TK: Tensor, top_ids_TK: Tensor, experts: E
     # the interpreter stores no bf16
     dtype = torch.float32 if INTERPRETED else x_TH.dtype
     y_TH = torch.empty(x_TH.shape, dtype=dtype, device=x_TH.device)
+    tokens_at_once = max(1, PAIRS_AT_ONCE // top_ids_TK.shape[1])
     with torch.cuda.device_of(x_TH):
-        for start in range(0, len(x_TH), TOKENS_AT_ONCE):
-            some = slice(start, start + TOKENS_AT_ONCE)
+        for start in range(0, len(x_TH), tokens_at_once):
+            some = slice(start, start + tokens_at_once)
             _prefill(x_TH[some], top_weights_TK[some], top_ids_TK[some], experts, y_TH[some])
     return y_TH.to(x_TH.dtype)
 

@@ -114,10 +114,15 @@ def test_no_tokens_need_no_launch(layer, monkeypatch):
 
 
 def test_many_tokens_go_in_turns(layer, monkeypatch):
+    """As many pairs at once as memory is meant for: with more slots, fewer tokens."""
     x_TH, weights_TE, experts = layer
     at_once_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
-    monkeypatch.setattr(kernels, "TOKENS_AT_ONCE", 7)
+    own, turns = kernels._prefill, []
+    monkeypatch.setattr(kernels, "_prefill", lambda *args: turns.append(args[2].numel()) or own(*args))
+    monkeypatch.setattr(kernels, "PAIRS_AT_ONCE", 15)
     assert torch.equal(prefill(x_TH, *slots(weights_TE, 2), experts), at_once_TH)
+    assert max(turns) == 14
+    assert sum(turns) == 2 * len(x_TH)
 
 
 def test_surplus_slots_are_not_heard(layer):
