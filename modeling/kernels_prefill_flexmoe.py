@@ -361,7 +361,8 @@ def prefill(x_TH: Tensor, top_weights_TK: Tensor, top_ids_TK: Tensor, experts: E
     # the interpreter stores no bf16
     dtype = torch.float32 if INTERPRETED else x_TH.dtype
     y_TH = torch.empty(x_TH.shape, dtype=dtype, device=x_TH.device)
-    tokens_at_once = max(1, PAIRS_AT_ONCE // top_ids_TK.shape[1])
+    # a multiple of 16, so that what is cut off begins where 16 divides the address, as the whole does
+    tokens_at_once = max(16, PAIRS_AT_ONCE // top_ids_TK.shape[1] // 16 * 16)
     with torch.cuda.device_of(x_TH):
         for start in range(0, len(x_TH), tokens_at_once):
             some = slice(start, start + tokens_at_once)
