@@ -20,8 +20,8 @@ from transformers.utils.generic import maybe_autocast
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .context_flexmoe import forward_values, is_recording
 from .forms_flexmoe import form_of, is_plain_linear, is_untouched
-from .fused_flexmoe import columns_of, fused_mix, fused_route, redirecting
-from .implementations_flexmoe import MODULES, NO_OPERATORS, OPERATORS, FusedPlan, Inputs, LayerPath, choose_path
+from .fused_flexmoe import columns_of, fused_low_rank, fused_mix, fused_route, redirecting
+from .implementations_flexmoe import MODULES, NO_OPERATORS, OPERATORS, Inputs, LayerPath, choose_path
 from .linear_flexmoe import faster_linears, may_be_faster
 from .low_rank_flexmoe import LowRankExpert, Spread, mix_sharing
 from .parallel_flexmoe import is_awaited
@@ -192,8 +192,8 @@ class FlexMoeBlock(nn.Module):
         self._report_logits(values, names, logits_TA)
         self._report_weights(values, names, weights_TA.detach())
         weights_TA = weights_TA.to(x_TH.dtype)
-        if path.fuses_router and path.plan is not None:
-            mixed_TH = self._mix_fused(x_TH, names, routing, sharing, path.plan)
+        if path.fuses_experts:
+            mixed_TH = self._mix_fused(x_TH, names, routing, sharing, path)
         elif len(names) == 1 and not torch.compiler.is_compiling():  # torch's own products: the dense anchor's bits
             mixed_TH = self._call(names[0], residual, x_TH) * weights_TA
         else:
@@ -215,16 +215,21 @@ class FlexMoeBlock(nn.Module):
         return choose_path(implementation, inputs, tuple(names), others, self.experts, self.router)
 
     def _mix_fused(
-        self, x_TH: Tensor, names: Sequence[str], routing: Routing, sharing: Sequence[str], plan: FusedPlan
+        self, x_TH: Tensor, names: Sequence[str], routing: Routing, sharing: Sequence[str], path: LayerPath
     ) -> Tensor:
         """Those of `sharing` through the public network's products, all others through the experts' operator."""
-        columns = [i for i, name in enumerate(names) if name not in sharing]
-        networks = [self.experts[names[i]] for i in columns]
-        mixed_TH = fused_mix(x_TH, routing, networks, columns, plan)
-        if not sharing:
-            return mixed_TH
-        weights_TM = columns_of(routing.weights_TE, [names.index(name) for name in sharing]).to(x_TH.dtype)
-        return mixed_TH + self._mix_sharing(x_TH, weights_TM, sharing, "masked")
+        mixed = []
+        if path.plan is not None:
+            columns = [i for i, name in enumerate(names) if name not in sharing]
+            mixed.append(fused_mix(x_TH, routing, [self.experts[names[i]] for i in columns], columns, path.plan))
+        columns = [names.index(name) for name in sharing]
+        if path.low_rank is not None:
+            members = self._members(sharing)
+            mixed.append(fused_low_rank(x_TH, routing, members, columns, self.experts[PUBLIC], path.low_rank))
+        elif sharing:
+            weights_TM = columns_of(routing.weights_TE, columns).to(x_TH.dtype)
+            mixed.append(self._mix_sharing(x_TH, weights_TM, sharing, "masked"))
+        return _add_up(iter(mixed))
 
     def _mix(
         self,
@@ -264,9 +269,12 @@ class FlexMoeBlock(nn.Module):
 
     def _mix_sharing(self, x_TH: Tensor, weights_TM: Tensor, sharing: Sequence[str], spread: Spread) -> Tensor:
         """The members of `sharing`, with one product of the public network for all of them."""
-        members: list[Any] = [None if name == PUBLIC else self.experts[name] for name in sharing]
+        members = self._members(sharing)
         form = next(member.form for member in members if member is not None)
         return mix_sharing(x_TH, weights_TM, members, self.experts[PUBLIC], form, spread)
+
+    def _members(self, sharing: Sequence[str]) -> list[Any]:
+        return [None if name == PUBLIC else self.experts[name] for name in sharing]
 
     def _sharing(self, names: Sequence[str]) -> tuple[str, ...]:
         """Which of `names` make the public network's products once for all of them: low-rank experts, and public."""

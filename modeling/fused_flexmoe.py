@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .implementations_flexmoe import FusedPlan
-from .ops_flexmoe import kernels_have_run, mix, redirect, route
+from .implementations_flexmoe import FusedPlan, LowRankPlan
+from .low_rank_flexmoe import LowRankDelta
+from .ops_flexmoe import kernels_have_run, mix, mix_low_rank, redirect, route
 from .routing_flexmoe import Routing
 
 
@@ -49,6 +50,21 @@ def fused_mix(
     return mix(x_TH, routing, plan.tensors(networks))
 
 
+def fused_low_rank(
+    x_TH: Tensor,
+    routing: Routing,
+    members: Sequence[nn.Module | None],
+    columns: Sequence[int],
+    public: nn.Module,
+    plan: LowRankPlan,
+) -> Tensor:
+    """The weighted sum [tokens, hidden] of what low-rank experts say, and the public network: None among `members`.
+
+    Args: as for `fused_mix`.
+    """
+    return mix_low_rank(x_TH, columns_of(routing.weights_TE, columns), plan.tensors(public, members))
+
+
 @contextlib.contextmanager
 def redirecting(block: Any) -> Iterator[None]:
     """Around a change of a layer: captured CUDA graphs, which still have the old addresses, are told the new ones.
@@ -71,11 +87,16 @@ def redirecting(block: Any) -> Iterator[None]:
 
 
 def _places(block: nn.Module) -> dict[str, tuple[Any, ...]]:
-    """Address, device, dtype and shape of a layer's tensors by their path; nothing as long as no kernel has run."""
+    """Address, device, dtype, shape and scale of a layer's tensors by path; nothing as long as no kernel has run."""
     if not kernels_have_run():
         return {}
     plain = ((path, p) for path, p in block.named_parameters() if type(p) is nn.Parameter and not p.is_meta)
-    return {path: (p.data_ptr(), p.device, p.dtype, p.shape) for path, p in plain}
+    # a table of low-rank experts holds their scales: with another one the new tensors would be run wrongly
+    scales = {path: delta.scale for path, delta in block.named_modules() if isinstance(delta, LowRankDelta)}
+    return {
+        path: (p.data_ptr(), p.device, p.dtype, p.shape, scales.get(path.rpartition(".")[0].rpartition(".")[0]))
+        for path, p in plain
+    }
 
 
 def _among(routing: Routing, columns: Sequence[int]) -> Routing:
@@ -94,4 +115,4 @@ def columns_of(values_TE: Tensor, columns: Sequence[int]) -> Tensor:
     return torch.stack([values_TE[:, e] for e in columns], 1)
 
 
-__all__ = ["columns_of", "fused_mix", "fused_route", "redirecting"]
+__all__ = ["columns_of", "fused_low_rank", "fused_mix", "fused_route", "redirecting"]

@@ -19,11 +19,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .configuration_flexmoe import IMPLEMENTATIONS
+from .configuration_flexmoe import IMPLEMENTATIONS, PUBLIC
 from .forms_flexmoe import FfnForm, form_of, is_plain_linear, is_untouched
-from .low_rank_flexmoe import LowRankExpert
-from .ops_flexmoe import KERNEL_DTYPES, MOST_EXPERTS
-from .routing_flexmoe import ACTIVATIONS, ExpertTensors
+from .low_rank_flexmoe import Factor, LowRankDelta, LowRankExpert
+from .ops_flexmoe import FEW_TOKENS, KERNEL_DTYPES, MOST_EXPERTS
+from .routing_flexmoe import ACTIVATIONS, ExpertTensors, LowRankTensors
 
 AUTO, MODULES, OPERATORS = IMPLEMENTATIONS
 
@@ -72,6 +72,41 @@ class FusedPlan:
 
 
 @dataclass(frozen=True)
+class LowRankPlan:
+    """How the operator takes those that share the public network's products.
+
+    Attributes:
+        public: how it takes the public network.
+        scales: of the low-rank experts.
+    """
+
+    public: FusedPlan
+    scales: tuple[float, ...]
+
+    def tensors(self, public: nn.Module, members: Sequence[nn.Module | None]) -> LowRankTensors:
+        """The matrices as they are now; None among the members is the public network."""
+        low_rank = [member for member in members if member is not None]
+        (up, down, gate), form = self.public.biases, self.public.form
+        of_up, of_down = ([getattr(member, part) for member in low_rank] for part in (form.up, form.down))
+        of_gate = [] if form.gate is None else [getattr(member, form.gate) for member in low_rank]
+        a = ExpertTensors(
+            up=_parameters(of_up, "A", "weight"),
+            down=_parameters(of_down, "A", "weight"),
+            gate=_parameters(of_gate, "A", "weight"),
+        )
+        b = ExpertTensors(
+            up=_parameters(of_up, "B", "weight"),
+            down=_parameters(of_down, "B", "weight"),
+            gate=_parameters(of_gate, "B", "weight"),
+            up_bias=_parameters(of_up, "B", "bias") if up else [],
+            down_bias=_parameters(of_down, "B", "bias") if down else [],
+            gate_bias=_parameters(of_gate, "B", "bias") if gate else [],
+        )
+        column = next((i for i, member in enumerate(members) if member is None), None)
+        return LowRankTensors(self.public.tensors([public]), a, b, self.scales, column)
+
+
+@dataclass(frozen=True)
 class LayerPath:
     """The way that a layer takes.
 
@@ -79,11 +114,18 @@ class LayerPath:
         reason: why so, in words.
         fuses_router: whether the operator routes; else the rows are called as modules.
         plan: how the operator mixes the experts; None: they are called as modules.
+        low_rank: how it mixes those that share the public network's products; None: in PyTorch.
     """
 
     reason: str
     fuses_router: bool = False
     plan: FusedPlan | None = None
+    low_rank: LowRankPlan | None = None
+
+    @property
+    def fuses_experts(self) -> bool:
+        """Whether there are experts that an operator mixes."""
+        return self.plan is not None or self.low_rank is not None
 
 
 NO_OPERATORS = LayerPath("the implementation 'torch' was asked for")
@@ -160,22 +202,45 @@ def choose_path(
         reason = row_reason(names, router, inputs.dtype)
     if reason is not None:
         return LayerPath(reason)
-    if torch.is_grad_enabled() and _needs_gradient(inputs, [experts[name] for name in others]):
+    if _needs_gradient(inputs, [experts[name] for name in others] + [router[name] for name in names]):
         return LayerPath("the router is fused; experts train through PyTorch's modules", fuses_router=True)
-    if not others:
-        return LayerPath(
-            "the router is fused; low-rank experts share the public network's products", fuses_router=True
-        )
-    found = plan_or_reason(others, experts, inputs.dtype)
+    plan = None
+    if others:
+        found = plan_or_reason(others, experts, inputs.dtype)
+        if isinstance(found, str):
+            return LayerPath(found)
+        plan = _plan_of_fields(*found)
+    sharing = tuple(name for name in names if name not in others)
+    if not sharing:
+        return LayerPath("router and experts are fused", fuses_router=True, plan=plan)
+    low_rank = _low_rank_or_reason(sharing, inputs, experts)
+    if isinstance(low_rank, str):
+        fused = "the router is" if plan is None else "router and experts are"
+        reason = f"{fused} fused; low-rank experts share the public network's products in PyTorch: {low_rank}"
+        return LayerPath(reason, fuses_router=True, plan=plan)
+    limit = f", low-rank ones of up to {FEW_TOKENS} tokens" if inputs.tokens is None else ""
+    return LayerPath(f"router and experts are fused{limit}", fuses_router=True, plan=plan, low_rank=low_rank)
+
+
+def _low_rank_or_reason(names: tuple[str, ...], inputs: Inputs, experts: nn.ModuleDict) -> LowRankPlan | str:
+    if _needs_gradient(inputs, [experts[name] for name in {*names, PUBLIC}]):
+        return "they or the public network train"
+    if inputs.tokens is not None and inputs.tokens > FEW_TOKENS:
+        return f"the operator takes {FEW_TOKENS} tokens at most"
+    found = low_rank_plan_or_reason(names, experts, inputs.dtype)
     if isinstance(found, str):
-        return LayerPath(found)
-    (up, down, activation_part, gate), activation, biases = found
-    plan = FusedPlan(FfnForm(up, down, activation_part, gate), activation, biases)
-    shared = "" if len(others) == len(names) else "; low-rank experts share the public network's products"
-    return LayerPath(f"router and experts are fused{shared}", fuses_router=True, plan=plan)
+        return found
+    public, scales = found
+    return LowRankPlan(_plan_of_fields(*public), scales)
+
+
+def _plan_of_fields(form: tuple[Any, ...], activation: str, biases: tuple[bool, bool, bool]) -> FusedPlan:
+    return FusedPlan(FfnForm(*form), activation, biases)
 
 
 def _needs_gradient(inputs: Inputs, networks: Sequence[nn.Module]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
     return inputs.requires_grad or any(p.requires_grad for network in networks for p in network.parameters())
 
 
@@ -207,6 +272,17 @@ def plan_or_reason(names: tuple[str, ...], experts: nn.ModuleDict, dtype: torch.
     """The fields of a plan, or why there is none: a constant in compiled code, hence no object."""
     try:
         return astuple(plan(names, [experts[name] for name in names], dtype))
+    except Unfit as reason:
+        return str(reason)
+
+
+@torch.compiler.assume_constant_result
+def low_rank_plan_or_reason(
+    names: tuple[str, ...], experts: nn.ModuleDict, dtype: torch.dtype | None
+) -> tuple[Any, ...] | str:
+    """`plan_or_reason` of those that share the public network's products."""
+    try:
+        return astuple(low_rank_plan(names, experts, dtype))
     except Unfit as reason:
         return str(reason)
 
@@ -253,12 +329,60 @@ def plan(names: Sequence[str], networks: Sequence[nn.Module], dtype: torch.dtype
     first = plans[names[0]]
     if odd := [name for name, other in plans.items() if other != first]:
         raise Unfit(f"the network of {odd[0]!r} is of another form than that of {names[0]!r}")
+    _check_dtypes(networks, dtype)
+    return first
+
+
+def low_rank_plan(names: Sequence[str], experts: nn.ModuleDict, dtype: torch.dtype | None = None) -> LowRankPlan:
+    """How the operator takes those that share the public network's products.
+
+    Args:
+        names: low-rank experts, and the public network where it is one of them.
+        experts: the layer's networks by name.
+        dtype: of the hidden states; None is the experts'.
+
+    Raises:
+        Unfit: it cannot.
+    """
+    public: Any = experts[PUBLIC]
+    plan = _plan_of_one(PUBLIC, public)
+    scales = tuple(_scale_of(name, experts[name], public, plan) for name in names if name != PUBLIC)
+    _check_dtypes([public, *(experts[name] for name in names)], dtype)
+    return LowRankPlan(plan, scales)
+
+
+def _scale_of(name: str, expert: Any, public: Any, plan: FusedPlan) -> float:
+    """The scale of a low-rank expert that the operator takes."""
+    found = set()
+    form = plan.form
+    for part, is_biased in zip((form.up, form.down, form.gate), plan.biases, strict=True):
+        if part is None:
+            continue
+        delta = expert._modules.get(part)
+        where = f"{name}.{part}"
+        if type(delta) is not LowRankDelta or not is_untouched(delta):
+            raise Unfit(f"{where} is wrapped or watched ({type(delta).__module__}.{type(delta).__name__})")
+        for factor in (delta.A, delta.B):
+            if type(factor) is not Factor or not is_untouched(factor):
+                raise Unfit(f"{where} is wrapped or watched ({type(factor).__module__}.{type(factor).__name__})")
+            _check_places(where, factor)
+        rank, (out_features, in_features) = len(delta.A.weight), public._modules[part].weight.shape
+        if delta.A.weight.shape != (rank, in_features) or delta.B.weight.shape != (out_features, rank):
+            raise Unfit(f"{where} does not fit {PUBLIC}.{part}")
+        if (delta.B.bias is not None) != is_biased:
+            raise Unfit(f"one of {where} and {PUBLIC}.{part} has a bias")
+        found.add((rank, float(delta.scale)))
+    if len(found) > 1:
+        raise Unfit(f"ranks or scales of {name!r} differ from matrix to matrix")
+    return found.pop()[1]
+
+
+def _check_dtypes(networks: Sequence[nn.Module], dtype: torch.dtype | None) -> None:
     dtypes = {p.dtype for network in networks for p in network.parameters()} | ({dtype} if dtype else set())
     if len(dtypes) > 1:
         raise Unfit(f"experts and hidden states are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
     if not dtypes <= set(KERNEL_DTYPES):
         raise Unfit(f"a kernel takes no {dtypes.pop()}")
-    return first
 
 
 def _plan_of_one(name: str, network: nn.Module) -> FusedPlan:
@@ -284,10 +408,14 @@ def _plan_of_one(name: str, network: nn.Module) -> FusedPlan:
 def _check_part(name: str, part: Any) -> None:
     if not is_plain_linear(part):
         raise Unfit(f"{name} is wrapped or watched ({type(part).__module__}.{type(part).__name__})")
-    if type(part.weight) is not nn.Parameter:
-        raise Unfit(f"{name} holds a {type(part.weight).__name__}")
+    _check_places(name, part)
     if any(size % 8 for size in part.weight.shape):
         raise Unfit(f"{name} is {list(part.weight.shape)}, and a kernel takes multiples of 8")
+
+
+def _check_places(name: str, part: Any) -> None:
+    if type(part.weight) is not nn.Parameter:
+        raise Unfit(f"{name} holds a {type(part.weight).__name__}")
     for parameter in part.parameters(recurse=False):
         if not parameter.is_meta and not (parameter.is_contiguous() and parameter.data_ptr() % 16 == 0):
             raise Unfit(f"a tensor of {name} is not contiguous or not aligned to 16 bytes")
@@ -327,10 +455,13 @@ __all__ = [
     "FusedPlan",
     "Inputs",
     "LayerPath",
+    "LowRankPlan",
     "Unfit",
     "activation_name",
     "asked_for",
     "choose_path",
+    "low_rank_plan",
+    "low_rank_plan_or_reason",
     "plan",
     "plan_or_reason",
     "row_reason",

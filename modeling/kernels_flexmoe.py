@@ -12,6 +12,7 @@ nor when they are used (`implementations_flexmoe`).
 from __future__ import annotations
 
 import os
+import struct
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from .routing_flexmoe import ExpertTensors
+from .routing_flexmoe import ExpertTensors, LowRankTensors
 
 try:
     import triton
@@ -124,6 +125,36 @@ def expert_table(experts: ExpertTensors) -> Tensor:
     return TABLES.of(rows, experts.up[0].device)
 
 
+A_GATE, A_UP, A_DOWN, B_GATE, B_UP, B_DOWN, B_GATE_BIAS, B_UP_BIAS, B_DOWN_BIAS, RANK, SCALE = (
+    tl.constexpr(row) for row in range(11)
+)
+"""Rows of a table of low-rank experts: addresses of matrices [R, H], [R, H], [R, I], [I, R], [I, R], [H, R] and of the
+latter's biases, then R, and the scale: its bits as a float32, in the lower half of a number that is no address."""
+
+PUBLIC_RANK = -8  # no rank, no address and not 0, which would be what is gone; every step of a rank divides it
+
+
+def low_rank_table(experts: LowRankTensors) -> Tensor:
+    """The table [11, M] for low-rank experts. What they don't have (a gate, biases) has the rank in its place.
+
+    The public network's column, if it is one of them, holds nothing but `PUBLIC_RANK`.
+
+    Raises:
+        ValueError: a matrix is not contiguous, or lies where it can't be read 16 bytes at a time.
+    """
+    a, b = experts.a, experts.b
+    ranks = tuple(len(up) for up in a.up)
+    rows = (
+        *(_addresses(tensors) if tensors else ranks for tensors in (a.gate, a.up, a.down, b.gate, b.up, b.down)),
+        *(_addresses(tensors, 2) if tensors else ranks for tensors in (b.gate_bias, b.up_bias, b.down_bias)),
+        ranks,
+        tuple(struct.unpack("<I", struct.pack("<f", scale))[0] - (1 << 63) for scale in experts.scales),
+    )
+    if (at := experts.public_column) is not None:
+        rows = tuple((*row[:at], PUBLIC_RANK, *row[at:]) for row in rows)
+    return TABLES.of(rows, experts.public.up[0].device)
+
+
 def _addresses(tensors: Sequence[Tensor], alignment: int = ALIGNMENT) -> tuple[int, ...]:
     for tensor in tensors:
         if not tensor.is_contiguous() or tensor.data_ptr() % alignment:
@@ -150,11 +181,23 @@ def activated(x, ACTIVATION: tl.constexpr):
 
 
 __all__ = [
+    "A_DOWN",
+    "A_GATE",
+    "A_UP",
+    "B_DOWN",
+    "B_DOWN_BIAS",
+    "B_GATE",
+    "B_GATE_BIAS",
+    "B_UP",
+    "B_UP_BIAS",
     "DOWN",
     "DOWN_BIAS",
     "GATE",
     "GATE_BIAS",
     "INTERPRETED",
+    "PUBLIC_RANK",
+    "RANK",
+    "SCALE",
     "TABLES",
     "UP",
     "UP_BIAS",
@@ -162,5 +205,6 @@ __all__ = [
     "PointerTables",
     "activated",
     "expert_table",
+    "low_rank_table",
     "row_table",
 ]

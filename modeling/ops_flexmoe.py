@@ -1,15 +1,15 @@
 """The router and the expert step as operators of torch: one name for each, and what runs it depends on the device.
 
-On CUDA it is a kernel (`kernels_route_flexmoe`, `kernels_decode_flexmoe`, `kernels_prefill_flexmoe`; Triton is
-imported when one runs for the first time), on a CPU the reference (`routing_flexmoe`). torch.compile takes each as it
-is.
-`route` has a gradient. `mix` has none: experts train through torch. Autocast leaves both alone.
+On CUDA it is a kernel (`kernels_route_flexmoe`, `kernels_decode_flexmoe`, `kernels_prefill_flexmoe`,
+`kernels_low_rank_flexmoe`; Triton is imported when one runs for the first time), on a CPU the reference
+(`routing_flexmoe`). torch.compile takes each as it is.
+`route` has a gradient. `mix` and `mix_low_rank` have none: experts train through torch. Autocast leaves all alone.
 
 The operators' namespace ends in a hash of these sources, because the model may be there twice, as a package and as
 remote code from the Hub, and the second would take the place of the first without a word. Where the sources are the
 same, the second finds the first's operators and uses them.
 
-Shapes: T tokens, H hidden, I intermediate, E experts, K = min(k, E) slots.
+Shapes: T tokens, H hidden, I intermediate, E experts, K = min(k, E) slots, M low-rank experts and public, R rank.
 
 Does not cover which of this a model uses, and when (`implementations_flexmoe`), other devices, or second derivatives.
 """
@@ -25,12 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .routing_flexmoe import ACTIVATIONS, ExpertTensors, Routing, route_logits
+from .routing_flexmoe import ACTIVATIONS, ExpertTensors, LowRankTensors, Routing, route_logits
 from .routing_flexmoe import mix as reference_mix
+from .routing_flexmoe import mix_low_rank as reference_mix_low_rank
 from .routing_flexmoe import route as reference_route
 
 MOST_EXPERTS = 64
 """As many as the kernels take."""
+
+FEW_TOKENS = 64
+"""As many as `mix_low_rank` takes."""
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the kernels compute with."""
@@ -53,6 +57,10 @@ SCHEMAS = {
     " -> (Tensor dx, Tensor d_offset)",
     "mix": "(Tensor x, Tensor weights, Tensor top_weights, Tensor top_ids, Tensor[] gate, Tensor[] up, Tensor[] down,"
     " Tensor[] gate_bias, Tensor[] up_bias, Tensor[] down_bias, str activation) -> Tensor",
+    "mix_low_rank": "(Tensor x, Tensor weights, Tensor[] gate, Tensor[] up, Tensor[] down,"
+    " Tensor[] gate_bias, Tensor[] up_bias, Tensor[] down_bias, str activation,"
+    " Tensor[] a_gate, Tensor[] a_up, Tensor[] a_down, Tensor[] b_gate, Tensor[] b_up, Tensor[] b_down,"
+    " Tensor[] b_gate_bias, Tensor[] b_up_bias, Tensor[] b_down_bias, float[] scales, int? public_column) -> Tensor",
     "redirect": "(int[] old, int[] new) -> ()",
 }
 
@@ -195,6 +203,25 @@ def _mix_fake(x_TH: Tensor, *rest: Any) -> Tensor:
     return x_TH.new_empty(x_TH.shape)
 
 
+def _mix_low_rank_cpu(x_TH: Tensor, weights_TM: Tensor, *matrices: Any) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return reference_mix_low_rank(x_TH, weights_TM, _low_rank(*matrices)).contiguous()
+
+
+def _mix_low_rank_cuda(x_TH: Tensor, weights_TM: Tensor, *matrices: Any) -> Tensor:
+    from .kernels_low_rank_flexmoe import decode_low_rank
+
+    return decode_low_rank(x_TH.contiguous(), weights_TM.contiguous(), _low_rank(*matrices))
+
+
+def _low_rank(*matrices: Any) -> LowRankTensors:
+    public, a, b, (scales, public_column) = matrices[:7], matrices[7:10], matrices[10:16], matrices[16:]
+    no_biases: tuple[list[Tensor], ...] = ([], [], [])
+    activation = public[-1]
+    as_a, as_b = _experts(*a, *no_biases, activation), _experts(*b, activation)
+    return LowRankTensors(_experts(*public), as_a, as_b, scales, public_column)
+
+
 def _experts(
     gate: list[Tensor],
     up: list[Tensor],
@@ -228,17 +255,23 @@ IMPLEMENTATIONS: dict[tuple[str, str], Callable[..., Any]] = {
     ("route_backward", "CUDA"): _route_backward_cuda,
     ("mix", "CPU"): _mix_cpu,
     ("mix", "CUDA"): _mix_cuda,
+    ("mix_low_rank", "CPU"): _mix_low_rank_cpu,
+    ("mix_low_rank", "CUDA"): _mix_low_rank_cuda,
     ("redirect", "CompositeExplicitAutograd"): _redirect,
 }
 FAKES: dict[str, Callable[..., Any]] = {
     "route": _route_fake,
     "route_backward": _route_backward_fake,
     "mix": _mix_fake,
+    "mix_low_rank": _mix_fake,
 }
 WITHOUT_GRADIENT = {
     "route_backward": "route() has no second derivative: call backward() without create_graph.",
-    "mix": "mix() has no gradient, and one of its tensors requires it: train experts with the implementation 'torch', "
-    "or call mix() under torch.no_grad().",
+    **{
+        name: f"{name}() has no gradient, and one of its tensors requires it: train experts with the implementation "
+        f"'torch', or call {name}() under torch.no_grad()."
+        for name in ("mix", "mix_low_rank")
+    },
 }
 
 
@@ -273,7 +306,7 @@ def _register() -> None:
 
 if not hasattr(getattr(torch.ops, NAMESPACE), "route"):
     _register()
-ROUTE, MIX, REDIRECT = (_op(name) for name in ("route", "mix", "redirect"))
+ROUTE, MIX, MIX_LOW_RANK, REDIRECT = (_op(name) for name in ("route", "mix", "mix_low_rank", "redirect"))
 
 
 def route(
@@ -329,6 +362,36 @@ def mix(x_TH: Tensor, routing: Routing, experts: ExpertTensors) -> Tensor:
     return MIX(x_TH, *routing[1:], *(list(tensors) for tensors in matrices), experts.activation)
 
 
+def mix_low_rank(x_TH: Tensor, weights_TM: Tensor, experts: LowRankTensors) -> Tensor:
+    """`routing_flexmoe.mix_low_rank`, by a kernel on CUDA: the weighted sum [tokens, hidden] of what the experts say.
+
+    Args:
+        x_TH: `FEW_TOKENS` at most, in the dtype of the experts.
+        weights_TM: float32 [tokens, members]: low-rank experts, and the public network where it is one of them.
+
+    Raises:
+        ValueError: shapes, devices or numbers don't fit, or the kernel can't take them.
+        TypeError: dtypes don't fit.
+        RuntimeError: a gradient would be needed.
+    """
+    _check_x(x_TH)
+    if len(x_TH) > FEW_TOKENS:
+        raise ValueError(f"{len(x_TH)} tokens: mix_low_rank() takes {FEW_TOKENS} at most. Call it in parts.")
+    public, a, b, at = experts.public, experts.a, experts.b, experts.public_column
+    members = len(experts.scales) + (at is not None)
+    if at is not None and not 0 <= at < members:
+        raise ValueError(f"public_column is {at}, must be one of the {members} members, or None.")
+    _check_experts(public, x_TH)
+    _check_differences(experts, x_TH)
+    _check("weights_TM", weights_TM, (len(x_TH), members), torch.float32, x_TH)
+    if x_TH.is_cuda:
+        _check_for_kernels(members, {"hidden": x_TH.shape[1], "intermediate": len(public.up[0])}, x_TH.dtype)
+    of_public = (public.gate, public.up, public.down, public.gate_bias, public.up_bias, public.down_bias)
+    of_members = (a.gate, a.up, a.down, b.gate, b.up, b.down, b.gate_bias, b.up_bias, b.down_bias)
+    matrices = (*map(list, of_public), public.activation, *map(list, of_members))
+    return MIX_LOW_RANK(x_TH, weights_TM, *matrices, list(experts.scales), at)
+
+
 def kernels_have_run() -> bool:
     """Whether there may be tables of addresses, of this copy of the sources or of another."""
     return any(name.endswith(".kernels_flexmoe") for name in list(sys.modules))
@@ -372,6 +435,36 @@ def _check_experts(experts: ExpertTensors, x_TH: Tensor) -> None:
             _check(f"{name}[{e}]", tensor, expected[e], x_TH.dtype, x_TH)
 
 
+def _check_differences(experts: LowRankTensors, x_TH: Tensor) -> None:
+    public, hidden, width = experts.public, x_TH.shape[1], len(experts.public.up[0])
+    if len(public.up) != 1 or not experts.scales:
+        raise ValueError(
+            f"{len(public.up)} public networks and {len(experts.scales)} low-rank experts: one, and some."
+        )
+    ranks = [len(up) for up in experts.a.up]
+    if not all(ranks):
+        raise ValueError(f"Ranks are {ranks}: each must be 1 at least.")
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "a.gate": [(rank, hidden) for rank in ranks],
+        "a.up": [(rank, hidden) for rank in ranks],
+        "a.down": [(rank, width) for rank in ranks],
+        "b.gate": [(width, rank) for rank in ranks],
+        "b.up": [(width, rank) for rank in ranks],
+        "b.down": [(hidden, rank) for rank in ranks],
+        "b.gate_bias": [(width,) for _ in ranks],
+        "b.up_bias": [(width,) for _ in ranks],
+        "b.down_bias": [(hidden,) for _ in ranks],
+    }
+    for path, expected in shapes.items():
+        factor, name = path.split(".")
+        tensors = getattr(getattr(experts, factor), name)
+        count = len(experts.scales) if getattr(public, name) else 0
+        if len(tensors) != count:
+            raise ValueError(f"{len(tensors)} of `{path}`, must be {count}: as the public network and scales have it.")
+        for e, tensor in enumerate(tensors):
+            _check(f"{path}[{e}]", tensor, expected[e], x_TH.dtype, x_TH)
+
+
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, x_TH: Tensor) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} is {list(tensor.shape)}, must be {list(shape)} for x of {list(x_TH.shape)}.")
@@ -393,4 +486,4 @@ def _check_for_kernels(experts: int, sizes: Mapping[str, int], *dtypes: torch.dt
             raise TypeError(f"The kernels take {', '.join(map(str, KERNEL_DTYPES))}, not {dtype}. {instead}")
 
 
-__all__ = ["MOST_EXPERTS", "NAMESPACE", "kernels_have_run", "mix", "redirect", "route"]
+__all__ = ["FEW_TOKENS", "MOST_EXPERTS", "NAMESPACE", "kernels_have_run", "mix", "mix_low_rank", "redirect", "route"]

@@ -79,6 +79,25 @@ class ExpertTensors:
     activation: str = "silu"
 
 
+@dataclass(frozen=True)
+class LowRankTensors:
+    """Experts that are their difference from one public network: `W + scale * B A` for each of its matrices.
+
+    Attributes:
+        public: the matrices of one network.
+        a: up and gate [R, H] and down [R, I] of each expert; the rank R may differ from expert to expert. No biases.
+        b: up and gate [I, R] and down [H, R] of each expert; a bias where the public network has one: its difference.
+        scales: one of each expert.
+        public_column: where the public network itself stands among the experts; None: it is none of them.
+    """
+
+    public: ExpertTensors
+    a: ExpertTensors
+    b: ExpertTensors
+    scales: Sequence[float]
+    public_column: int | None = None
+
+
 def route(
     x_TH: Tensor, rows: Sequence[Tensor], biases: Sequence[Tensor], offset_TE: Tensor | None, k: int, renormalize: bool
 ) -> Routing:
@@ -132,6 +151,38 @@ def _said(x_NH: Tensor, e: int, experts: ExpertTensors) -> Tensor:
     else:
         h_NI = activation(up_NI)
     return F.linear(h_NI, experts.down[e], experts.down_bias[e] if experts.down_bias else None)
+
+
+def mix_low_rank(x_TH: Tensor, weights_TM: Tensor, experts: LowRankTensors) -> Tensor:
+    """`mix` for low-rank experts, and the public network if it is one of them.
+
+    Args:
+        weights_TM: [tokens, experts]; an expert says nothing of a token where it is 0.
+    """
+    y_TH = torch.zeros_like(x_TH)
+    low_rank = iter(range(len(experts.scales)))
+    for m in range(weights_TM.shape[1]):
+        difference = None if m == experts.public_column else next(low_rank)
+        tokens = weights_TM[:, m].nonzero().squeeze(-1)
+        said_NH = _said_with(difference, x_TH[tokens], experts)
+        y_TH = y_TH.index_add(0, tokens, said_NH * weights_TM[tokens, m, None].to(said_NH.dtype))
+    return y_TH
+
+
+def _said_with(difference: int | None, x_NH: Tensor, experts: LowRankTensors) -> Tensor:
+    def through(name: str, v: Tensor) -> Tensor:
+        public_bias, biases = getattr(experts.public, f"{name}_bias"), getattr(experts.b, f"{name}_bias")
+        product = F.linear(v, getattr(experts.public, name)[0], public_bias[0] if public_bias else None)
+        if difference is None:
+            return product
+        within = F.linear(v, getattr(experts.a, name)[difference]) * experts.scales[difference]
+        bias = biases[difference] if biases else None
+        return product + F.linear(within, getattr(experts.b, name)[difference], bias)
+
+    activation = ACTIVATIONS[experts.public.activation]
+    up_NI = through("up", x_NH)
+    h_NI = activation(through("gate", x_NH)) * up_NI if experts.public.gate else activation(up_NI)
+    return through("down", h_NI)
 
 
 def route_logits(logits_TE: Tensor, k: int, renormalize: bool, offset_TE: Tensor | None = None) -> Tensor:
@@ -228,9 +279,11 @@ def _counted(router_logits: Sequence[Tensor], token_mask_T: Tensor | None) -> Te
 __all__ = [
     "ACTIVATIONS",
     "ExpertTensors",
+    "LowRankTensors",
     "Routing",
     "load_balancing_loss",
     "mix",
+    "mix_low_rank",
     "route",
     "route_logits",
     "route_one",

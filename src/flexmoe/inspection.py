@@ -113,7 +113,7 @@ def _paths(folder: Path, device: str) -> list[dict[str, Any]]:
     return [
         {
             "layer": block.layer_index,
-            "implementation": OPERATORS if path.plan is not None else MODULES,
+            "implementation": OPERATORS if path.fuses_experts else MODULES,
             "reason": path.reason,
         }
         for block, path in zip(model.flexmoe_blocks(), paths, strict=True)

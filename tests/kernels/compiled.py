@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("route", "decode", "prefill")
+FAMILIES = ("route", "decode", "low_rank", "prefill")
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may use
 

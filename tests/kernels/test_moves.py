@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 
-from flexmoe.modeling.implementations_flexmoe import plan
-from flexmoe.modeling.kernels_flexmoe import TABLES, expert_table, row_table
+from flexmoe.modeling.implementations_flexmoe import low_rank_plan, plan
+from flexmoe.modeling.kernels_flexmoe import PUBLIC_RANK, SCALE, TABLES, expert_table, low_rank_table, row_table
 from flexmoe.testing import perturb_expert, tiny_flexmoe
 
 OWNERS = ("math", "code")
@@ -95,3 +95,53 @@ def test_a_table_stays_where_a_graph_reads_it():
     TABLES.redirect({4 << 40: 8 << 40, 6 << 40: 9 << 40})
     gc.collect()
     assert [table().tolist() for table in held] == [[[0, 8 << 40]], [[7 << 40, 9 << 40]]]
+
+
+@pytest.fixture
+def low_rank_model():
+    experts = [{"name": name, "kind": "low_rank", "rank": [2, 2], "alpha": 3} for name in OWNERS]
+    return tiny_flexmoe("olmo2", experts)
+
+
+def low_rank_tables(model) -> list[torch.Tensor]:
+    """Those of the first block: of the low-rank experts, and of their public network."""
+    experts = model.flexmoe_blocks()[0].experts
+    tensors = low_rank_plan(NAMES, experts).tensors(experts["public"], [None, *(experts[name] for name in OWNERS)])
+    return [low_rank_table(tensors), expert_table(tensors.public)]
+
+
+def matrices_of(model, name: str) -> set[int]:
+    return {p.data_ptr() for p in model.flexmoe_blocks()[0].experts[name].parameters()}
+
+
+def test_low_rank_experts_stand_in_a_table_with_ranks_and_scales(low_rank_model):
+    table, public = low_rank_tables(low_rank_model)
+    assert set(table[:, 0].tolist()) == {PUBLIC_RANK}
+    for column, name in enumerate(OWNERS, 1):
+        assert set(table[:6, column].tolist()) == matrices_of(low_rank_model, name)
+    assert table[9].tolist() == [PUBLIC_RANK, 2, 2]
+    bits = table[SCALE.value, 1:].to(torch.int32)  # the lower half
+    assert bits.view(torch.float32).tolist() == [1.5, 1.5]
+    assert set(public[:3, 0].tolist()) == matrices_of(low_rank_model, "public")
+
+
+def test_a_removed_low_rank_expert_is_found_no_more(low_rank_model):
+    held, _ = low_rank_tables(low_rank_model)
+    before = held.clone()
+    low_rank_model.remove_expert("code")
+    assert held[:6, 2].tolist() == [0] * 6
+    assert torch.equal(held[:, :2], before[:, :2])
+    assert torch.equal(held[9:], before[9:])
+
+
+@pytest.mark.parametrize("alpha", [3, 4])
+def test_a_replaced_low_rank_expert_is_found_if_its_scale_is_the_same(low_rank_model, alpha, tmp_path):
+    held, _ = low_rank_tables(low_rank_model)
+    other = tiny_flexmoe("olmo2", [{"name": "math", "kind": "low_rank", "rank": [2, 2], "alpha": alpha}])
+    other.save_expert("math", tmp_path / "math")
+    changes = low_rank_model.flexmoe_blocks()[0].changes
+    low_rank_model.replace_expert("code", tmp_path / "math", verify=False)
+    is_same = alpha == 3
+    assert set(held[:6, 2].tolist()) == (matrices_of(low_rank_model, "code") if is_same else {0})
+    assert (low_rank_model.flexmoe_blocks()[0].changes == changes) == is_same
+    assert (low_rank_tables(low_rank_model)[0] is held) == is_same

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from flexmoe import FlexMoeConfig, FlexMoeForCausalLM, track_usage
 from flexmoe.modeling import ops_flexmoe
 from flexmoe.modeling.experts_flexmoe import router_row
-from flexmoe.modeling.implementations_flexmoe import ENVIRONMENT, activation_name, row_reason
+from flexmoe.modeling.implementations_flexmoe import ENVIRONMENT, Inputs, activation_name, row_reason
 from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code", "legal")
@@ -27,7 +27,7 @@ FUSED = "router and experts are fused"
 def calls(monkeypatch):
     """Lists which operators ran, through their CPU implementations."""
     made = []
-    for name in ("ROUTE", "MIX"):
+    for name in ("ROUTE", "MIX", "MIX_LOW_RANK"):
         own = getattr(ops_flexmoe, name)
         monkeypatch.setattr(ops_flexmoe, name, lambda *a, own=own, name=name: made.append(name) or own(*a))
     return made
@@ -79,12 +79,69 @@ def test_what_is_masked_may_hold_nan(calls):
 
 
 @pytest.mark.parametrize("k", [2, 4])
-def test_low_rank_experts_share_the_public_products(calls, k):
-    model = fused(experts=("math", LOW_RANK, "code"))
-    by_modules, by_operators = both(model, num_experts_per_tok=k)
-    assert calls == ["ROUTE", "MIX"] * 2
+@pytest.mark.parametrize(
+    "experts", [("math", LOW_RANK, "code"), (LOW_RANK,), ("math", LOW_RANK, {**LOW_RANK, "alpha": 3, "name": "two"})]
+)
+def test_low_rank_experts_share_the_public_products(calls, experts, k):
+    model = fused(experts=experts)
+    assert {path.reason for path in model.implementation_paths()} == {f"{FUSED}, low-rank ones of up to 64 tokens"}
+    of_layer = [name for name in ("ROUTE", "MIX", "MIX_LOW_RANK") if name != "MIX" or "math" in experts]
+    for length, expected in ((9, of_layer), (33, [name for name in of_layer if name != "MIX_LOW_RANK"])):
+        calls.clear()
+        by_modules, by_operators = both(model, length, num_experts_per_tok=k)
+        assert calls == expected * 2
+        torch.testing.assert_close(by_operators, by_modules, **TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("tokens", [64, 65])
+def test_many_tokens_go_through_low_rank_modules(tokens):
+    block = fused(experts=("math", LOW_RANK)).flexmoe_blocks()[0]
+    with torch.no_grad():
+        path = block.path(tuple(block.experts), Inputs("cpu", tokens=tokens), "triton")
+    assert (path.low_rank is None) == (tokens == 65)
+    in_torch = (
+        "; low-rank experts share the public network's products in PyTorch: the operator takes 64 tokens at most"
+    )
+    assert path.reason == FUSED + (in_torch if tokens == 65 else "")
+
+
+def test_low_rank_networks_with_biases_and_without_a_gate(calls):
+    model = fused("gpt_neox", experts=("math", LOW_RANK))
+    for name, parameter in model.named_parameters():
+        if "mlp" in name and name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    by_modules, by_operators = both(model)
+    assert calls == ["ROUTE", "MIX", "MIX_LOW_RANK"] * 2
     torch.testing.assert_close(by_operators, by_modules, **TOLERANCES[torch.float32])
-    assert all("share the public network" in path.reason for path in model.implementation_paths())
+
+
+def test_a_low_rank_expert_that_is_masked_may_hold_nan(calls):
+    model = fused(experts=("math", LOW_RANK))
+    for block in model.flexmoe_blocks():
+        for parameter in (*block.experts["thin"].parameters(), *block.router["thin"].parameters()):
+            parameter.data.fill_(float("nan"))
+    _, by_operators = both(model, expert_mask=model.expert_mask([["public", "math"], ["public", "thin"]]))
+    assert "MIX_LOW_RANK" in calls
+    assert by_operators[0].isfinite().all()
+    assert by_operators[1].isnan().all()
+
+
+@pytest.mark.parametrize("trained", ["experts.thin", "experts.public", "router.thin"])
+def test_what_trains_has_its_gradients_beside_low_rank_experts(calls, trained):
+    model = fused(experts=("math", LOW_RANK)).eval()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(f"layers.1.mlp.{trained}" in name)
+    tokens = random_tokens(2, 9)
+    gradients = []
+    for implementation in ("triton", "torch"):
+        model.config._flexmoe_implementation = implementation
+        model.zero_grad()
+        model(tokens, labels=tokens).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert calls[:3] == ["ROUTE", "MIX", "MIX_LOW_RANK"]
+    assert "MIX_LOW_RANK" not in calls[3:]
+    assert gradients[0]
+    torch.testing.assert_close(*gradients, **TOLERANCES[torch.float32])
 
 
 def test_logits_of_the_router_and_usage_are_reported(calls):
@@ -115,8 +172,9 @@ def test_experts_train_through_modules_and_their_rows_through_the_operator(calls
 
 
 @pytest.mark.parametrize("length", [1, 9])
-def test_compiled_whole(length):
-    model = fused()
+@pytest.mark.parametrize("others", [(), (LOW_RANK,)], ids=["full", "low rank"])
+def test_compiled_whole(length, others):
+    model = fused(experts=(*OWNERS, *others))
     tokens = random_tokens(2, length)
     seen = []
 
@@ -126,10 +184,12 @@ def test_compiled_whole(length):
 
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    masks = [model.expert_mask([names, names]) for names in (("public", "math"), OWNERS)]
+    masks = [model.expert_mask([names, names]) for names in (("public", "math"), OWNERS, model.expert_names)]
     with torch.no_grad():
         compiled(tokens, expert_mask=masks[0])
-        assert [sum(f".{name}." in target for target in seen) for name in ("route", "mix")] == [2, 2]
+        operators = ("route", "mix", "mix_low_rank")
+        low_rank = 2 if others else 0
+        assert [sum(f".{name}." in target for target in seen) for name in operators] == [2, 2, low_rank]
         with torch.compiler.set_stance("fail_on_recompile"):  # a mask is data
             for mask in masks:
                 torch.testing.assert_close(
@@ -187,6 +247,62 @@ def misaligned_row(model):
     for block in model.flexmoe_blocks():
         weight = block.router["code"].weight
         weight.data = torch.cat([torch.zeros(1, 1), weight.detach()], 1)[:, 1:]
+
+
+def hooked_difference(model):
+    for block in model.flexmoe_blocks():
+        block.experts["thin"].up_proj.register_forward_hook(lambda module, args, out: out)
+
+
+def hooked_factor(model):
+    for block in model.flexmoe_blocks():
+        block.experts["thin"].down_proj.B.register_forward_hook(lambda module, args, out: out)
+
+
+def hooked_public_part(model):
+    for block in model.flexmoe_blocks():
+        block.experts["public"].gate_proj.register_forward_hook(lambda module, args, out: out)
+
+
+def hooked_public(model):
+    for block in model.flexmoe_blocks():
+        block.experts["public"].register_forward_hook(lambda module, args, out: out * 1)
+
+
+def other_scale(model):
+    for block in model.flexmoe_blocks():
+        block.experts["thin"].gate_proj.scale = 0.5
+
+
+def misaligned_factor(model):
+    for block in model.flexmoe_blocks():
+        weight = block.experts["thin"].gate_proj.A.weight
+        storage = torch.zeros(weight.numel() + 1)
+        storage[1:] = weight.detach().flatten()
+        weight.data = storage[1:].view(weight.shape)
+
+
+LOW_RANK_REASONS = {
+    hooked_difference: "thin.up_proj is wrapped or watched (flexmoe.modeling.low_rank_flexmoe.LowRankDelta)",
+    hooked_factor: "thin.down_proj is wrapped or watched (flexmoe.modeling.low_rank_flexmoe.Factor)",
+    hooked_public_part: "public.gate_proj is wrapped or watched (torch.nn.modules.linear.Linear)",
+    hooked_public: "the network of 'public' (Olmo2MLP) is of no form that a kernel computes, or wrapped",
+    other_scale: "ranks or scales of 'thin' differ from matrix to matrix",
+    misaligned_factor: "a tensor of thin.gate_proj is not contiguous or not aligned to 16 bytes",
+}
+
+
+@pytest.mark.parametrize("change", LOW_RANK_REASONS, ids=lambda change: change.__name__)
+def test_low_rank_experts_that_no_operator_takes_run_as_modules(calls, change):
+    model = fused(experts=("math", LOW_RANK))
+    change(model)
+    by_modules, by_operators = both(model)
+    assert "MIX_LOW_RANK" not in calls
+    assert all(path.low_rank is None for path in model.implementation_paths())
+    torch.testing.assert_close(by_operators, by_modules, **TOLERANCES[torch.float32])
+    if change is not hooked_public:  # which is then one of the others, that nothing is fused for
+        assert "MIX" in calls
+    assert all(LOW_RANK_REASONS[change] in path.reason for path in model.implementation_paths())
 
 
 REASONS = {
