@@ -67,9 +67,9 @@ def model():
     return model
 
 
-def block_pass(block, x, mask, implementation="triton"):
+def block_pass(block, x, mask, implementation="triton", names=NAMES):
     """A block as a forward pass calls it; `mask`: bool [batch, experts], data."""
-    values = {"allowed": NAMES, "row_mask": mask, "implementation": implementation}
+    values = {"allowed": names, "row_mask": mask, "implementation": implementation}
     with forward_scope(values):
         return block(x)
 
@@ -194,6 +194,37 @@ def test_a_captured_forward_gives_the_models_logits(model):
         other = random_tokens(2, 1, seed=int(mask.sum())).to(DEVICE)
         expected = model(other, expert_mask=mask, use_cache=False).logits
         assert distance(forward(input_ids=other, expert_mask=mask).logits, expected) < 2e-2
+
+
+def test_a_captured_step_goes_on_where_the_cache_ends(model):
+    """The warm-up's tokens are not in it; a mask under which an expert is idle is captured for all."""
+    tokens = random_tokens(2, 9).to(DEVICE)
+    mask = model.expert_mask([["public", "math"], ["public"]])
+    logits = {}
+    for name in ("eager", "captured"):
+        cache = StaticCache(config=model.config, max_cache_len=9)
+        model(tokens[:, :4], past_key_values=cache, expert_mask=mask)
+        step = lambda cache=cache, **inputs: model(past_key_values=cache, expert_mask=mask, **inputs)  # noqa: E731
+        if name == "captured":
+            step = CapturedForward(model, input_ids=tokens[:, 4:5], past_key_values=cache, expert_mask=mask)
+        logits[name] = [step(input_ids=tokens[:, i : i + 1]).logits.clone() for i in range(4, 9)]
+    for ours, theirs in zip(logits["captured"], logits["eager"], strict=True):
+        assert distance(ours, theirs) < 2e-2
+
+
+@each_size
+def test_low_rank_experts_are_captured(tokens):
+    thin = {"name": "thin", "kind": "low_rank", "rank": [8, 8]}
+    model = tiny_flexmoe("olmo2", ("math", thin, "code"), num_experts_per_tok=2).to(DEVICE, BF16)
+    block = model.flexmoe_blocks()[0]
+    x = torch.randn(2, tokens, block.hidden_size, device=DEVICE, dtype=BF16)
+    mask = torch.ones(2, 4, dtype=torch.bool, device=DEVICE)
+    names = tuple(model.expert_names)
+    replay, output = captured(lambda: block_pass(block, x, mask, names=names))
+    for chosen in ([[1, 1, 0, 0], [0, 0, 1, 1]], [[0, 1, 1, 0], [1, 1, 1, 1]]):
+        mask.copy_(torch.tensor(chosen, dtype=torch.bool))
+        replay()
+        assert distance(output, block_pass(block, x, mask, "torch", names)) < 2e-2
 
 
 def test_compiled_code_has_graphs_of_its_own(model):
