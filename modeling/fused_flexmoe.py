@@ -73,8 +73,13 @@ def redirecting(block: Any) -> Iterator[None]:
     the kernels find 0 and say NaN, and freed memory is not read; `block.changes` counts these, and newcomers.
     """
     before = _places(block)
-    yield
-    after = _places(block)
+    try:
+        yield
+    finally:  # a change that fails half-way has moved some all the same
+        _tell(block, before, _places(block))
+
+
+def _tell(block: Any, before: dict[str, tuple[Any, ...]], after: dict[str, tuple[Any, ...]]) -> None:
     moves = {}
     for path, (address, *kind) in before.items():
         now, *kind_now = after.get(path, (0,))

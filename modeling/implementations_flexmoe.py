@@ -115,12 +115,14 @@ class LayerPath:
         fuses_router: whether the operator routes; else the rows are called as modules.
         plan: how the operator mixes the experts; None: they are called as modules.
         low_rank: how it mixes those that share the public network's products; None: in PyTorch.
+        partly: whether some of its experts run in PyTorch all the same, which a captured graph can't be told to leave.
     """
 
     reason: str
     fuses_router: bool = False
     plan: FusedPlan | None = None
     low_rank: LowRankPlan | None = None
+    partly: bool = False
 
     @property
     def fuses_experts(self) -> bool:
@@ -203,7 +205,8 @@ def choose_path(
     if reason is not None:
         return LayerPath(reason)
     if _needs_gradient(inputs, [experts[name] for name in others] + [router[name] for name in names]):
-        return LayerPath("the router is fused; experts train through PyTorch's modules", fuses_router=True)
+        reason = "the router is fused; experts train through PyTorch's modules"
+        return LayerPath(reason, fuses_router=True, partly=True)
     plan = None
     if others:
         found = plan_or_reason(others, experts, inputs.dtype)
@@ -217,7 +220,7 @@ def choose_path(
     if isinstance(low_rank, str):
         fused = "the router is" if plan is None else "router and experts are"
         reason = f"{fused} fused; low-rank experts share the public network's products in PyTorch: {low_rank}"
-        return LayerPath(reason, fuses_router=True, plan=plan)
+        return LayerPath(reason, fuses_router=True, plan=plan, partly=True)
     limit = f", low-rank ones of up to {FEW_TOKENS} tokens" if inputs.tokens is None else ""
     return LayerPath(f"router and experts are fused{limit}", fuses_router=True, plan=plan, low_rank=low_rank)
 

@@ -92,7 +92,11 @@ class ExpertLifecycle(CpuInference):
         return dict(sorted(blocks, key=lambda named: named[1].layer_index))
 
     def implementation_paths(
-        self, device: str | None = None, dtype: torch.dtype | None = None, capability: tuple[int, int] | None = None
+        self,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        capability: tuple[int, int] | None = None,
+        tokens: int | None = None,
     ) -> list[LayerPath]:
         """Which way inference takes through each layer, PyTorch's modules or fused operators, and why.
 
@@ -100,8 +104,9 @@ class ExpertLifecycle(CpuInference):
             device: for a device of this type; by default, where the model is.
             dtype: of the hidden states; by default that of the experts.
             capability: compute capability of a CUDA device, as (9, 0).
+            tokens: how many at once, of all sequences; None stands for any number.
         """
-        inputs = Inputs(device or self.device.type, dtype, capability=capability)
+        inputs = Inputs(device or self.device.type, dtype, tokens, capability)
         with torch.no_grad():
             return [block.path(self.active_experts, inputs, asked_for(self.config)) for block in self.flexmoe_blocks()]
 

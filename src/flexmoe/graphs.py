@@ -23,8 +23,8 @@ class CapturedForward:
     """`model(**inputs)` for inputs of one shape, captured once and replayed.
 
     Args:
-        model: on CUDA, in eval mode, all its layers on fused kernels (`model.implementation_paths()` says): only those
-            know of experts that go.
+        model: on CUDA, in eval mode, all its layers on fused kernels (`model.implementation_paths()` says; low-rank
+            experts are with few tokens): only those know of experts that go.
         inputs: as for `model`; tensors are copied in at each call, all else (a static cache) is taken as it is. The
             first call runs the tokens that come first: to capture adds nothing to a cache.
 
@@ -33,7 +33,7 @@ class CapturedForward:
     """
 
     def __init__(self, model: FlexMoePreTrainedModel, **inputs: Any) -> None:
-        _check(model)
+        _check(model, inputs)
         lengths = _lengths(inputs)
         self._model = model
         self._inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
@@ -76,12 +76,15 @@ class CapturedForward:
         return self._output
 
 
-def _check(model: FlexMoePreTrainedModel) -> None:
+def _check(model: FlexMoePreTrainedModel, inputs: dict[str, Any]) -> None:
     if model.training:
         raise ValueError("A graph is for inference, and this model trains: call eval() first.")
     if model.device.type != "cuda":
         raise ValueError(f"CUDA graphs are for models on CUDA; this one is on {model.device}.")
-    reasons = {path.reason for path in model.implementation_paths() if not path.fuses_router}
+    given = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
+    tokens = next((x.shape[0] * x.shape[1] for x in given if x is not None), None)
+    paths = model.implementation_paths(tokens=tokens)
+    reasons = {path.reason for path in paths if path.partly or not path.fuses_router}
     if reasons:
         raise ValueError(
             f"Not all layers run on fused kernels: {'; '.join(sorted(reasons))}. What cannot be captured may be "

@@ -145,6 +145,15 @@ def test_a_cache_that_grows_or_slides_is_refused(model, family):
         CapturedForward(model, input_ids=random_tokens(2, 1), past_key_values=cache)
 
 
+def test_low_rank_experts_are_captured_where_a_kernel_runs_them(model):
+    """PyTorch's products would have their addresses in the graph, and read what is freed when one is replaced."""
+    thin = tiny_flexmoe("olmo2", ({"name": "thin", "kind": "low_rank", "rank": [8, 8]},))
+    thin.config._flexmoe_implementation = "triton"
+    assert CapturedForward(thin, input_ids=random_tokens(2, 32), use_cache=False)
+    with pytest.raises(ValueError, match=r"products in PyTorch: the operator takes 64 tokens at most\. What"):
+        CapturedForward(thin, input_ids=random_tokens(2, 33), use_cache=False)
+
+
 def test_what_cannot_be_captured(model, monkeypatch):
     with pytest.raises(ValueError, match=r"inference, and this model trains: call eval\(\)"):
         captured(model.train())

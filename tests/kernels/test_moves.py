@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 
+from flexmoe.modeling.fused_flexmoe import redirecting
 from flexmoe.modeling.implementations_flexmoe import low_rank_plan, plan
 from flexmoe.modeling.kernels_flexmoe import PUBLIC_RANK, SCALE, TABLES, expert_table, low_rank_table, row_table
 from flexmoe.testing import perturb_expert, tiny_flexmoe
@@ -65,6 +66,20 @@ def test_what_moves_or_changes_its_dtype_is_found_no_more(model):
     model.to(torch.bfloat16)
     assert columns(held, 0) | columns(held, 1) | columns(held, 2) == {0}
     assert tables(model)[0] is not held[0]
+
+
+def test_a_change_that_fails_half_way_is_told(model):
+    held = tables(model)
+    block = model.flexmoe_blocks()[0]
+
+    def fail():
+        with redirecting(block):
+            block.experts["code"].to(torch.bfloat16)
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fail()
+    assert held[0][:3, 2].tolist() == [0] * 3
 
 
 def test_what_stays_is_found_on(model):
