@@ -35,12 +35,8 @@ from .kernels_decode_flexmoe import (
     MOST_STAGES,
     SHARED,
     block_of_tokens,
-    device_limits,
     down_launch,
-    expert_bias,
-    expert_matrix,
     gate_up_launch,
-    product,
 )
 from .kernels_flexmoe import (
     A_DOWN,
@@ -62,8 +58,12 @@ from .kernels_flexmoe import (
     UP,
     UP_BIAS,
     activated,
+    device_limits,
+    expert_bias,
+    expert_matrix,
     expert_table,
     low_rank_table,
+    product,
 )
 from .routing_flexmoe import LowRankTensors
 
@@ -398,14 +398,11 @@ def low_rank_down_launch(
 
 
 def _of_members(itemsize: int, tokens: int, ranks: Sequence[int], members: int, kernel: int) -> dict[str, Any]:
-    block_t, step = block_of_tokens(tokens), math.gcd(8, *ranks)
-    # more of a rank at once would be spilled
-    is_long = itemsize == 2 and block_t == 16 and step == 8 and max(ranks, default=1) > 16
     return {
         "BLOCK_M": triton.next_power_of_2(members),
-        "BLOCK_R": 32 if is_long and not INTERPRETED else 16,
-        "RANK_STEP": step,
-        "num_warps": WARPS[itemsize][block_t][kernel],
+        "BLOCK_R": 16,  # the least that a product takes: more at once would be spilled
+        "RANK_STEP": math.gcd(8, *ranks),
+        "num_warps": WARPS[itemsize][block_of_tokens(tokens)][kernel],
     }
 
 

@@ -214,12 +214,11 @@ def _mix_low_rank_cuda(x_TH: Tensor, weights_TM: Tensor, *matrices: Any) -> Tens
     return decode_low_rank(x_TH.contiguous(), weights_TM.contiguous(), _low_rank(*matrices))
 
 
-def _low_rank(*matrices: Any) -> LowRankTensors:
-    public, a, b, (scales, public_column) = matrices[:7], matrices[7:10], matrices[10:16], matrices[16:]
-    no_biases: tuple[list[Tensor], ...] = ([], [], [])
-    activation = public[-1]
-    as_a, as_b = _experts(*a, *no_biases, activation), _experts(*b, activation)
-    return LowRankTensors(_experts(*public), as_a, as_b, scales, public_column)
+def _low_rank(*fields: Any) -> LowRankTensors:
+    public, b = _experts(*fields[:7]), _experts(*(*fields[10:16], fields[6]))
+    a = ExpertTensors(gate=fields[7], up=fields[8], down=fields[9])
+    scales, public_column = fields[16:]
+    return LowRankTensors(public, a, b, scales, public_column)
 
 
 def _experts(
