@@ -26,9 +26,13 @@ from .kernels_flexmoe import (
     INTERPRETED,
     UP,
     UP_BIAS,
-    WIDTH,
     activated,
+    device_limits,
+    expert_bias,
+    expert_matrix,
     expert_table,
+    expert_width,
+    product,
 )
 from .routing_flexmoe import ExpertTensors
 
@@ -39,40 +43,6 @@ except ImportError as error:
     raise ImportError("FlexMoE's kernels need Triton: pip install 'triton>=3.6'.") from error
 
 HALF = tl.constexpr(128)  # what the first half of I is a multiple of in `down_kernel`: every DEPTH divides it
-
-
-@triton.jit
-def expert_matrix(table, row: tl.constexpr, e, E, rows, DTYPE: tl.constexpr):
-    """Where expert `e` has its matrix, how many of `rows` may be read there, and where a sum over it starts.
-
-    That is `rows` and 0; or none and NaN, if there is no such matrix any more.
-    """
-    address = tl.load(table + row * E + e)
-    # nothing is known of an address from a table, and loads would be 2 bytes wide
-    pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
-    return pointer, tl.where(address != 0, rows, 0), tl.where(address != 0, 0.0, float("nan"))
-
-
-@triton.jit
-def expert_bias(table, row: tl.constexpr, e, E, at, length, DTYPE: tl.constexpr):
-    """Elements `at` of the expert's bias as float32, NaN if there is none any more."""
-    address = tl.load(table + row * E + e)
-    mask = at < tl.where(address != 0, length, 0)
-    return tl.load(address.to(tl.pointer_type(DTYPE)) + at, mask=mask, other=float("nan")).to(tl.float32)
-
-
-@triton.jit
-def expert_width(table, e, E):
-    """The expert's I. (Without a word on what divides it, loads along I would have to end at any element.)"""
-    return tl.multiple_of(tl.load(table + WIDTH * E + e).to(tl.int32), 8)
-
-
-@triton.jit
-def product(a, b, sums, UPCAST: tl.constexpr):
-    """`sums + a @ b` in float32."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -311,24 +281,11 @@ def decode(x_TH: Tensor, weights_TE: Tensor, experts: ExpertTensors) -> Tensor:
     return y_TH.to(x_TH.dtype)
 
 
-def device_limits(device: torch.device) -> tuple[int, int]:
-    """A device's SMs, and the bytes of shared memory that a program may have there."""
-    if INTERPRETED:
-        return 1, SHARED
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return properties["multiprocessor_count"], properties["max_shared_mem"]
-
-
 __all__ = [
     "MOST_TOKENS",
     "decode",
-    "device_limits",
     "down_kernel",
     "down_launch",
-    "expert_bias",
-    "expert_matrix",
-    "expert_width",
     "gate_up_kernel",
     "gate_up_launch",
-    "product",
 ]

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tables of pointers to separately stored tensors, and activations.
+"""What the Triton kernels share: tables of pointers to separately stored tensors, what reads them, and activations.
 
 A layer's experts lie wherever they were loaded, so kernels take a table [rows, experts] of addresses. Tables are kept:
 one that a CUDA graph has captured is read again at every replay, and its address is baked into the graph. When an
@@ -11,6 +11,7 @@ nor when they are used (`implementations_flexmoe`).
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 import threading
@@ -165,6 +166,49 @@ def _addresses(tensors: Sequence[Tensor], alignment: int = ALIGNMENT) -> tuple[i
     return tuple(tensor.data_ptr() for tensor in tensors)
 
 
+@functools.lru_cache
+def device_limits(device: torch.device) -> tuple[int, int]:
+    """A device's SMs, and the bytes of shared memory that a program may have there."""
+    if INTERPRETED:
+        return 1, 112 * 1024
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return properties["multiprocessor_count"], properties["max_shared_mem"]
+
+
+@triton.jit
+def expert_matrix(table, row: tl.constexpr, e, E, rows, DTYPE: tl.constexpr):
+    """Where expert `e` has its matrix, how many of `rows` may be read there, and where a sum over it starts.
+
+    That is `rows` and 0; or none and NaN, if there is no such matrix any more.
+    """
+    address = tl.load(table + row * E + e)
+    # nothing is known of an address from a table, and loads would be 2 bytes wide
+    pointer = tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
+    return pointer, tl.where(address != 0, rows, 0), tl.where(address != 0, 0.0, float("nan"))
+
+
+@triton.jit
+def expert_bias(table, row: tl.constexpr, e, E, at, length, DTYPE: tl.constexpr):
+    """Elements `at` of the expert's bias as float32, NaN if there is none any more."""
+    address = tl.load(table + row * E + e)
+    mask = at < tl.where(address != 0, length, 0)
+    return tl.load(address.to(tl.pointer_type(DTYPE)) + at, mask=mask, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def expert_width(table, e, E):
+    """The expert's I. (Without a word on what divides it, loads along I would have to end at any element.)"""
+    return tl.multiple_of(tl.load(table + WIDTH * E + e).to(tl.int32), 8)
+
+
+@triton.jit
+def product(a, b, sums, UPCAST: tl.constexpr):
+    """`sums + a @ b` in float32."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
     """`x` (float32) through the activation of that name, in `routing_flexmoe.ACTIVATIONS`."""
@@ -204,7 +248,12 @@ __all__ = [
     "WIDTH",
     "PointerTables",
     "activated",
+    "device_limits",
+    "expert_bias",
+    "expert_matrix",
     "expert_table",
+    "expert_width",
     "low_rank_table",
+    "product",
     "row_table",
 ]

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels_decode_flexmoe import device_limits, expert_bias, expert_matrix, expert_width, product
 from .kernels_flexmoe import (
     DOWN,
     DOWN_BIAS,
@@ -30,7 +29,12 @@ from .kernels_flexmoe import (
     UP,
     UP_BIAS,
     activated,
+    device_limits,
+    expert_bias,
+    expert_matrix,
     expert_table,
+    expert_width,
+    product,
 )
 from .routing_flexmoe import ExpertTensors
 
