@@ -11,7 +11,7 @@ Shapes: H hidden, I intermediate, E experts. Does not cover how a layer then run
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -137,6 +137,14 @@ def _parameters(networks: Sequence[nn.Module], part: str, name: str) -> list[Ten
     return [getattr(getattr(network, part), name) for network in networks]
 
 
+def _parameters_in(module: nn.Module) -> Iterator[Tensor]:
+    """All parameters, shared ones more than once; `parameters()` takes longer, and this is asked at each step."""
+    yield from (p for p in module._parameters.values() if p is not None)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _parameters_in(child)
+
+
 def asked_for(config: Any) -> str:
     """The implementation that the environment, or else the config of a model, asks for.
 
@@ -244,7 +252,7 @@ def _plan_of_fields(form: tuple[Any, ...], activation: str, biases: tuple[bool, 
 def _needs_gradient(inputs: Inputs, networks: Sequence[nn.Module]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    return inputs.requires_grad or any(p.requires_grad for network in networks for p in network.parameters())
+    return inputs.requires_grad or any(p.requires_grad for network in networks for p in _parameters_in(network))
 
 
 def _unmeasured(inputs: Inputs) -> str | None:
@@ -299,9 +307,9 @@ def row_reason(names: tuple[str, ...], router: nn.ModuleDict, dtype: torch.dtype
     """
     rows: list[Any] = [router[name] for name in names]
     for name, row in zip(names, rows, strict=True):
-        if not is_plain_linear(row) or any(type(p) is not nn.Parameter for p in row.parameters()):
+        if not is_plain_linear(row) or any(type(p) is not nn.Parameter for p in _parameters_in(row)):
             return f"the router row of {name!r} is wrapped or watched ({type(row).__name__})"
-    dtypes = {p.dtype for row in rows for p in row.parameters()}
+    dtypes = {p.dtype for row in rows for p in _parameters_in(row)}
     if len(dtypes) > 1:
         return f"router rows are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
     if others := (dtypes | ({dtype} if dtype else set())) - set(KERNEL_DTYPES):
@@ -381,7 +389,7 @@ def _scale_of(name: str, expert: Any, public: Any, plan: FusedPlan) -> float:
 
 
 def _check_dtypes(networks: Sequence[nn.Module], dtype: torch.dtype | None) -> None:
-    dtypes = {p.dtype for network in networks for p in network.parameters()} | ({dtype} if dtype else set())
+    dtypes = {p.dtype for network in networks for p in _parameters_in(network)} | ({dtype} if dtype else set())
     if len(dtypes) > 1:
         raise Unfit(f"experts and hidden states are of several dtypes: {', '.join(sorted(map(str, dtypes)))}")
     if not dtypes <= set(KERNEL_DTYPES):
@@ -419,7 +427,7 @@ def _check_part(name: str, part: Any) -> None:
 def _check_places(name: str, part: Any) -> None:
     if type(part.weight) is not nn.Parameter:
         raise Unfit(f"{name} holds a {type(part.weight).__name__}")
-    for parameter in part.parameters(recurse=False):
+    for parameter in _parameters_in(part):
         if not parameter.is_meta and not (parameter.is_contiguous() and parameter.data_ptr() % 16 == 0):
             raise Unfit(f"a tensor of {name} is not contiguous or not aligned to 16 bytes")
 
