@@ -353,7 +353,7 @@ THIN_TILES = {
     4: {16: (64, 4), 32: (32, 4), 64: (32, 4)},
 }
 SPLIT = 2048  # elements of a sum that are worth a program
-MOST_SPLITS = 8  # as many loads come before a product with B
+MOST_SPLITS = 4  # as many loads come before a product with B, and what is loaded takes registers
 # Of gate_up and of down; more than in `kernels_decode_flexmoe`, because the members' sums take registers too.
 WARPS = {2: {16: (4, 4), 32: (8, 4), 64: (8, 8)}, 4: {16: (8, 4), 32: (8, 4), 64: (8, 8)}}
 IN_INTERPRETER = {"SPLIT": 32, "DEPTH": 32}  # more than one step and part even in small tests

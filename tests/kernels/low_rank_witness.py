@@ -32,7 +32,7 @@ class LowRank:
         return len(self.ranks) + (self.public is not None)
 
     def draw(self, generator: torch.Generator) -> LowRankTensors:
-        """Experts that differ from the public network about as much as it is large, each with a scale of its own."""
+        """Experts that differ from the public network by about half of it, with several scales."""
 
         def tensors(*shape: int | None) -> list[Tensor]:
             shapes = [[rank if size is None else size for size in shape] for rank in self.ranks]
@@ -52,7 +52,7 @@ class LowRank:
             up_bias=tensors(width) if "up_bias" in self.biases else (),
             down_bias=tensors(hidden) if "down_bias" in self.biases else (),
         )
-        return LowRankTensors(public, a, b, [0.5 + i % 3 for i in range(len(self.ranks))], self.public)
+        return LowRankTensors(public, a, b, [(1 + i % 3) / 4 for i in range(len(self.ranks))], self.public)
 
 
 def said(x_TH: Tensor, weights_TM: Tensor, experts: LowRankTensors) -> Tensor:
