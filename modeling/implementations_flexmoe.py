@@ -10,6 +10,7 @@ Shapes: H hidden, I intermediate, E experts. Does not cover how a layer then run
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -37,6 +38,9 @@ here, and "auto" takes modules."""
 
 DEVICES = ("cuda", "cpu")
 """Where the operators run."""
+
+
+TRITON_IS_THERE = importlib.util.find_spec("triton") is not None
 
 
 class Unfit(Exception):
@@ -204,6 +208,8 @@ def choose_path(
     reason = _unmeasured(inputs) if implementation == AUTO else None
     if reason is None and inputs.device not in DEVICES:
         reason = f"no operator runs on {inputs.device}"
+    if reason is None and inputs.device == "cuda" and not _has_triton():
+        reason = "Triton is not installed"
     if reason is None and torch.is_autocast_enabled(inputs.device):
         reason = "autocast decides the dtypes of products, and an operator has its own"
     if reason is None and len(names) == 1:
@@ -261,6 +267,8 @@ def _unmeasured(inputs: Inputs) -> str | None:
         return None  # the next reason is better
     if inputs.device == "cpu":
         return "on a CPU the operators are a reference, and slow"
+    if torch.version.hip:  # an MI200 says that its compute capability is 9.0, as an H100 does
+        return "nobody has measured the kernels on AMD's GPUs"
     fastest = MEASURED.get(inputs.capability, {}).get(inputs.dtype or torch.bfloat16) if inputs.capability else None
     if fastest is None:
         where = f"compute capability {'.'.join(map(str, inputs.capability))}" if inputs.capability else "this GPU"
@@ -271,6 +279,11 @@ def _unmeasured(inputs: Inputs) -> str | None:
     if inputs.tokens is not None and not fastest[0] <= inputs.tokens <= fastest[1]:
         return f"modules are faster with {inputs.tokens} tokens (the kernels from {fastest[0]} to {fastest[1]})"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return TRITON_IS_THERE
 
 
 @torch.compiler.assume_constant_result

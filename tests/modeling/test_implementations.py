@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from flexmoe import FlexMoeConfig, FlexMoeForCausalLM, track_usage
-from flexmoe.modeling import ops_flexmoe
+from flexmoe.modeling import implementations_flexmoe, ops_flexmoe
 from flexmoe.modeling.experts_flexmoe import router_row
 from flexmoe.modeling.implementations_flexmoe import ENVIRONMENT, Inputs, activation_name, row_reason
 from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
@@ -379,6 +379,24 @@ def test_auto_takes_modules_where_nobody_has_measured(calls):
     assert all("nobody has measured the kernels on compute capability 9.0" in path.reason for path in on_a_gpu)
     model.config._flexmoe_implementation = "triton"
     assert {path.reason for path in model.implementation_paths(device="cuda", capability=(9, 0))} == {FUSED}
+
+
+def test_what_auto_takes_on_a_gpu(monkeypatch):
+    model = tiny_flexmoe("olmo2", OWNERS)
+    on_a_gpu = {"device": "cuda", "dtype": torch.float32, "capability": (9, 0)}
+
+    def reasons():
+        return {path.reason for path in model.implementation_paths(**on_a_gpu, tokens=8)}
+
+    monkeypatch.setitem(implementations_flexmoe.MEASURED, (9, 0), {torch.float32: (8, 64)})
+    assert reasons() == {FUSED}
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert reasons() == {"nobody has measured the kernels on AMD's GPUs"}
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(implementations_flexmoe, "TRITON_IS_THERE", False)
+    assert reasons() == {"Triton is not installed"}
+    monkeypatch.setitem(implementations_flexmoe.MEASURED, (9, 0), {torch.float32: (9, 64)})
+    assert reasons() == {"modules are faster with 8 tokens (the kernels from 9 to 64)"}
 
 
 def test_the_environment_goes_before_the_config(calls, monkeypatch):
