@@ -7,11 +7,14 @@ goes to huggingface.co whatever HF_ENDPOINT says.
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from typing import Any
 from urllib.request import getproxies
 
 import pytest
-from huggingface_hub import close_session, constants, hf_api
+from huggingface_hub import close_session, constants, file_download, hf_api
+from huggingface_hub.utils import _http
 
 
 def settings(url: str, token: str | None) -> dict[str, str]:
@@ -34,6 +37,16 @@ def environment(url: str, home: Path, *, token: str | None = None) -> dict[str, 
     return {**inherited, **settings(url, token), "HF_HOME": str(home)}
 
 
+class _Hasty:
+    """The module `time`, but for the waiting."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(min(seconds, 0.01))
+
+
 def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch, *, token: str | None = None) -> None:
     """Lets this process's client speak to `url`, as the user of `token` or as nobody.
 
@@ -47,6 +60,8 @@ def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch, *, token: str | N
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    for module in (_http, file_download):  # it waits up to 23 seconds for a server that is down
+        monkeypatch.setattr(module, "time", _Hasty())
     monkeypatch.setattr(hf_api.api, "endpoint", url)
     if getproxies():
         close_session()  # an open one goes by the NO_PROXY of its time
