@@ -255,7 +255,8 @@ def test_a_step_ends(code, verdict, last, tmp_path, capsys):
 
 def test_the_readme_has_a_table_of_a_measured_run_and_nothing_before(tmp_path, result):
     from bench_routing import CASES, judged
-    from readme_figures import ROUTING_PLOT, _routing, plot_routing_speed
+    from readme_figures import _routing
+    from readme_plots import ROUTING_PLOT, plot_routing_speed
 
     path = tmp_path / "routing.json"
     assert _routing(path) == ""

@@ -11,8 +11,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from readme_plots import CPU_PLOT, ROUTING_PLOT, draw
+
 ROOT = Path(__file__).resolve().parents[2]
-ROUTING_PLOT = "docs/routing-speed.png"
+PREPACKED = ", prepacked"  # what ends the name of a row of bench_forward
 
 
 def figures(docs: Path) -> dict[str, str]:
@@ -66,7 +68,8 @@ def _benchmarks(folder: Path) -> str:
         *_forward_rows(results["forward"], "on the CPU"),
         *_forward_rows(results.get("forward_avx512_bf16"), "on a CPU with AVX512-BF16"),
     ]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return f"{table}\n![Forward passes on a CPU: FlexMoE as loaded and prepacked, and FlexOlmo]({CPU_PLOT})\n"
 
 
 def _graft_rows(graft: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -171,18 +174,25 @@ def _import_rows(imported: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _forward_rows(forward: dict[str, Any] | None, where: str) -> list[tuple[str, str, str]]:
-    """None: not measured yet."""
+    """As loaded, and prepacked where that was measured, too. None: not measured yet."""
     if forward is None:
         return []
     bar = f"≥ {forward['bars']['speed_over_flex_olmo']:.0f}x"
-    return [
-        (
-            f"forward pass {where}, {name}: speed of FlexOlmo's fastest",
-            f"{row['speed_over_flex_olmo']:.2f}x",
-            bar if row["passed"] else f"{bar}, missed",
-        )
-        for name, row in forward["rows"].items()
-    ]
+    rows, told = forward["rows"], []
+    for name in (name for name in rows if not name.endswith(PREPACKED)):
+        both = [row for row in (rows[name], rows.get(name + PREPACKED)) if row]
+        ways = "" if len(both) == 1 else ", as loaded and prepacked"
+        speeds = " and ".join(f"{row['speed_over_flex_olmo']:.2f}x" for row in both)
+        missed = "" if all(row["passed"] for row in both) else ", missed"
+        told.append((f"forward pass {where}, {name}{ways}: speed of FlexOlmo's fastest", speeds, bar + missed))
+    if memory := forward.get("memory"):
+        bar = f"≥ {forward['bars']['share_of_read_bandwidth']:.0%}"
+        missed = "" if memory["passed"] else ", missed"
+        what = "layers of experts of a prepacked model that decodes one token: share of the bandwidth of a plain read"
+        told.append((what, f"{memory['share_of_read_bandwidth']:.0%}", bar + missed))
+        whole = f"{memory['share_of_the_whole_step']:.0%}"
+        told.append(("the same of the whole step, with attention, norms, head and Python", whole, "none"))
+    return told
 
 
 def _routing(path: Path) -> str:
@@ -227,26 +237,6 @@ def _microseconds(value: float) -> str:
     return f"{value / 1000:.2f} ms" if value >= 1000 else f"{value:.1f} µs" if value < 100 else f"{value:.0f} µs"
 
 
-def plot_routing_speed(path: Path, to: Path) -> None:
-    """Bars: microseconds of the block by number of tokens, FlexMoE's kernels beside the others, and the floor."""
-    from matplotlib.figure import Figure
-
-    rows = [row for row in json.loads(path.read_text())["rows"] if row["kind"] == "block"]
-    names = ["flexmoe", "grouped_mm", "batched_mm", "eager", "cuBLAS loop"]
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
-    for i, name in enumerate(names):
-        own = [row["microseconds"] if i == 0 else row["others"].get(name, {}).get("microseconds") for row in rows]
-        places = [at + (i - 2) * 0.16 for at, value in enumerate(own) if value]
-        axes.bar(places, [value for value in own if value], width=0.15, label=name)
-    for at, row in enumerate(rows):
-        label = "floor" if at == 0 else None
-        axes.hlines(row["floor_us"], at - 0.42, at + 0.42, colors="black", linestyles="dashed", label=label)
-    axes.set(yscale="log", ylabel="microseconds", xticks=range(len(rows)), xticklabels=[row["case"] for row in rows])
-    axes.legend()
-    figure.savefig(to, dpi=120)
-
-
 def put(readme: str, marker: str, text: str) -> str:
     """`readme` with `text` between the marker's two lines."""
     pattern = rf"(<!-- {marker}: begin[^>]*-->\n).*?(<!-- {marker}: end -->)"
@@ -254,9 +244,8 @@ def put(readme: str, marker: str, text: str) -> str:
 
 
 def main() -> None:
-    """Writes the figures into the README, and draws its plot of the kernels if they were measured."""
-    if (routing := ROOT / "docs" / "benchmarks" / "routing.json").exists():
-        plot_routing_speed(routing, ROOT / ROUTING_PLOT)
+    """Writes the figures into the README, and draws its plots of what was measured."""
+    draw(ROOT)
     path = ROOT / "README.md"
     readme = path.read_text()
     for marker, text in figures(ROOT / "docs").items():
