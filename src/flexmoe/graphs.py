@@ -36,7 +36,8 @@ class CapturedForward:
         _check(model, inputs)
         lengths = _lengths(inputs)
         self._model = model
-        self._inputs = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        device = next(model.parameters()).device  # a mask on the CPU would be copied there in each layer
+        self._inputs = {n: x.to(device, copy=True) if isinstance(x, Tensor) else x for n, x in inputs.items()}
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.no_grad(), torch.cuda.stream(stream):
