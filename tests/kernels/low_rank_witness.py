@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,6 +61,7 @@ def said(x_TH: Tensor, weights_TM: Tensor, experts: LowRankTensors) -> Tensor:
     y_TH = torch.zeros(x_TH.shape, dtype=torch.float64)
     low_rank = [m for m in range(weights_TM.shape[1]) if m != experts.public_column]
 
+    @functools.cache
     def whole(name: str, m: int) -> tuple[Tensor, Tensor | float]:
         """A member's matrix and its bias."""
         biases = getattr(experts.public, f"{name}_bias")
