@@ -87,8 +87,8 @@ def _upload(rows: Addresses, device: torch.device) -> Tensor:
         return torch.tensor(rows, dtype=torch.int64, device=device)
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "A CUDA graph is being captured of experts that no kernel has seen together yet: run the model once before, "
-            "under a mask that leaves out nobody. flexmoe.CapturedForward does."
+            "A CUDA graph is being captured of experts that no kernel has seen together yet: run the model once "
+            "before, under a mask that leaves out nobody. flexmoe.CapturedForward does."
         )
 
     def upload() -> Tensor:
