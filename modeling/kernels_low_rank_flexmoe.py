@@ -355,7 +355,8 @@ THIN_TILES = {
 SPLIT = 2048  # elements of a sum that are worth a program
 MOST_SPLITS = 4  # as many loads come before a product with B, and what is loaded takes registers
 # Of gate_up and of down; more than in `kernels_decode_flexmoe`, because the members' sums take registers too.
-WARPS = {2: {16: (4, 4), 32: (8, 4), 64: (8, 8)}, 4: {16: (8, 4), 32: (8, 4), 64: (8, 8)}}
+WARPS = {2: {16: (4, 4), 32: (8, 8), 64: (8, 8)}, 4: {16: (8, 4), 32: (8, 8), 64: (8, 8)}}
+STAGES = 5  # of both, at most: each has registers of its own
 IN_INTERPRETER = {"SPLIT": 32, "DEPTH": 32}  # more than one step and part even in small tests
 
 
@@ -385,24 +386,25 @@ def low_rank_gate_up_launch(
     itemsize: int, tokens: int, gated: bool, ranks: Sequence[int], members: int, shared: int = SHARED
 ) -> dict[str, Any]:
     """Constants of `gate_up_kernel` for members of these ranks, with or without the public network."""
-    of_members = _of_members(itemsize, tokens, ranks, members, kernel=0)
-    return {**gate_up_launch(itemsize, tokens, gated, shared), **of_members}
+    launch = gate_up_launch(itemsize, tokens, gated, shared)
+    return {**launch, **_with_members(launch, WARPS[itemsize][launch["BLOCK_T"]][0], ranks, members)}
 
 
 def low_rank_down_launch(
     itemsize: int, tokens: int, hidden: int, ranks: Sequence[int], members: int, sms: int, shared: int = SHARED
 ) -> dict[str, Any]:
     """Constants of `down_kernel`, as for `low_rank_gate_up_launch`, on a device with that many SMs."""
-    of_members = _of_members(itemsize, tokens, ranks, members, kernel=1)
-    return {**down_launch(itemsize, tokens, hidden, sms, shared), **of_members}
+    launch = down_launch(itemsize, tokens, hidden, sms, shared)
+    return {**launch, **_with_members(launch, WARPS[itemsize][launch["BLOCK_T"]][1], ranks, members)}
 
 
-def _of_members(itemsize: int, tokens: int, ranks: Sequence[int], members: int, kernel: int) -> dict[str, Any]:
+def _with_members(launch: dict[str, Any], warps: int, ranks: Sequence[int], members: int) -> dict[str, Any]:
     return {
         "BLOCK_M": triton.next_power_of_2(members),
         "BLOCK_R": 16,  # the least that a product takes: more at once would be spilled
         "RANK_STEP": math.gcd(8, *ranks),
-        "num_warps": WARPS[itemsize][block_of_tokens(tokens)][kernel],
+        "num_warps": warps,
+        "num_stages": min(STAGES, launch["num_stages"]),
     }
 
 
