@@ -386,24 +386,28 @@ def low_rank_gate_up_launch(
     itemsize: int, tokens: int, gated: bool, ranks: Sequence[int], members: int, shared: int = SHARED
 ) -> dict[str, Any]:
     """Constants of `gate_up_kernel` for members of these ranks, with or without the public network."""
-    launch = gate_up_launch(itemsize, tokens, gated, shared)
-    return {**launch, **_with_members(launch, WARPS[itemsize][launch["BLOCK_T"]][0], ranks, members)}
+    return _with_members(gate_up_launch(itemsize, tokens, gated, shared), itemsize, 0, ranks, members)
 
 
 def low_rank_down_launch(
     itemsize: int, tokens: int, hidden: int, ranks: Sequence[int], members: int, sms: int, shared: int = SHARED
 ) -> dict[str, Any]:
     """Constants of `down_kernel`, as for `low_rank_gate_up_launch`, on a device with that many SMs."""
-    launch = down_launch(itemsize, tokens, hidden, sms, shared)
-    return {**launch, **_with_members(launch, WARPS[itemsize][launch["BLOCK_T"]][1], ranks, members)}
+    return _with_members(down_launch(itemsize, tokens, hidden, sms, shared), itemsize, 1, ranks, members)
 
 
-def _with_members(launch: dict[str, Any], warps: int, ranks: Sequence[int], members: int) -> dict[str, Any]:
+def _with_members(
+    launch: dict[str, Any], itemsize: int, kernel: int, ranks: Sequence[int], members: int
+) -> dict[str, Any]:
+    loads = (
+        launch["ROWS"] * launch["DEPTH"] * itemsize // (32 * 16)
+    )  # with more warps they are less than 16 bytes wide
     return {
+        **launch,
         "BLOCK_M": triton.next_power_of_2(members),
         "BLOCK_R": 16,  # the least that a product takes: more at once would be spilled
         "RANK_STEP": math.gcd(8, *ranks),
-        "num_warps": warps,
+        "num_warps": min(WARPS[itemsize][launch["BLOCK_T"]][kernel], loads),
         "num_stages": min(STAGES, launch["num_stages"]),
     }
 
