@@ -30,14 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kernels_decode_flexmoe import (
-    HALF,
-    MOST_STAGES,
-    SHARED,
-    block_of_tokens,
-    down_launch,
-    gate_up_launch,
-)
+from .kernels_decode_flexmoe import HALF, MOST_STAGES, SHARED, block_of_tokens, down_launch, gate_up_launch
 from .kernels_flexmoe import (
     A_DOWN,
     A_GATE,
@@ -399,15 +392,15 @@ def low_rank_down_launch(
 def _with_members(
     launch: dict[str, Any], itemsize: int, kernel: int, ranks: Sequence[int], members: int
 ) -> dict[str, Any]:
-    loads = (
-        launch["ROWS"] * launch["DEPTH"] * itemsize // (32 * 16)
-    )  # with more warps they are less than 16 bytes wide
+    step, warps = math.gcd(8, *ranks), WARPS[itemsize][launch["BLOCK_T"]][kernel]
+    if step == 8:  # no more than have 16 bytes to load in each thread; odd ranks would be spilled
+        warps = min(warps, launch["ROWS"] * launch["DEPTH"] * itemsize // (32 * 16))
     return {
         **launch,
         "BLOCK_M": triton.next_power_of_2(members),
         "BLOCK_R": 16,  # the least that a product takes: more at once would be spilled
-        "RANK_STEP": math.gcd(8, *ranks),
-        "num_warps": min(WARPS[itemsize][launch["BLOCK_T"]][kernel], loads),
+        "RANK_STEP": step,
+        "num_warps": warps,
         "num_stages": min(STAGES, launch["num_stages"]),
     }
 

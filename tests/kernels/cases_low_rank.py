@@ -87,7 +87,7 @@ def _gate_up(dtype: torch.dtype, tokens: int, ranks: list[int], gated: bool, act
         aligned=("x_TH", "weights_TM", "public", "table", "parts_MASTR", "h_MTI", "hidden_TI", "x_stride"),
         quick=_is_quick(dtype, tokens, ranks) and activation == "silu",
         max_stack=_max_stack(dtype, tokens, ranks, activation == "silu"),
-        wide_share=0.4 if ranks in RANKS[:2] else 0.3,
+        wide_share=0.4 if ranks in RANKS[:2] else 0.2,
         products={80: "mma.sync", 90: "wgmma"} if dtype.itemsize == 2 else {},
     )
 
@@ -116,7 +116,7 @@ def _down(dtype: torch.dtype, tokens: int, ranks: list[int], hidden: int) -> Cas
         aligned=("hidden_TI", "weights_TM", "public", "table", "parts_MSTR", "y_TH", "x_TH"),
         quick=_is_quick(dtype, tokens, ranks) and tokens == 64 and hidden == HIDDEN,
         max_stack=_max_stack(dtype, tokens, ranks, hidden == HIDDEN),
-        wide_share=0.4 if ranks in RANKS[:2] else 0.3,
+        wide_share=0.4 if ranks in RANKS[:2] else 0.2,
         products={80: "mma.sync", 90: "wgmma" if launch["ROWS"] == 64 else "mma.sync"} if dtype.itemsize == 2 else {},
     )
 
