@@ -23,6 +23,11 @@ _MODULE_STATE = frozenset(vars(nn.Module()))
 
 Loop = Callable[..., Tensor]
 
+OPTIONS = {
+    "compile_threads": 1,  # no pool of processes for one function
+    "cpp.enable_floating_point_contract_flag": "fast",  # a product and a sum in one instruction, rounded once
+}
+
 
 def parts_of(network: nn.Module, form: FfnForm) -> list[Tensor] | None:
     """Weight and bias of up, down and gate, those that there are; None unless all are plain matrices on a CPU."""
@@ -110,10 +115,7 @@ def _compile(said: Callable[..., Tensor], tensors: Sequence[Tensor], dtype: torc
     hidden = tensors[0].shape[1]
     examples: list[Any] = [torch.zeros(hidden, dtype=dtype), *(torch.empty_like(tensor) for tensor in tensors)]
     with torch.no_grad():
-        graph = make_fx(said)(*examples)
-        # no pool of compiling processes for one function
-        compiled = torch._inductor.compile(graph, examples, options={"compile_threads": 1})
-    return compiled
+        return torch._inductor.compile(make_fx(said)(*examples), examples, options=OPTIONS)
 
 
 __all__ = ["Loop", "compiled_loop", "compiled_product", "is_plain", "parts_of"]
