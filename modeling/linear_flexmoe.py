@@ -23,7 +23,7 @@ each product, as the factor on the right; as the factor on the left, `(W x^T)^T`
 | 8 | 0.54 | 0.37 |
 | 16 | 0.71 | 0.47 / 0.35 |
 | 64 | 1.4 / 1.2 | 1.1 / 0.93 |
-| 365 | 7.8 / 6.0 | 5.5 / 5.1 |
+| 128 | 2.2 / 2.1 | 1.9 / 1.8 |
 
 Does not cover training (gradients go through torch's own), autocast or other devices.
 """
@@ -48,6 +48,7 @@ MOST_ROWS = 512  # of a float32 input; above, torch splits the work well
 FEWEST_HALF_ROWS = 4  # of a half-precision input; below, widening the weight costs more than it saves
 FEWEST_LEFT_ROWS = 32  # of a half-precision input whose weight is then the factor on the left
 FEWEST_LEFT_ROWS_WIDE = 12  # the same for a weight [O, I] with I > O
+MOST_LEFT_ROWS = 256  # above, products take so long that what comes before them no longer counts
 WIDENED = 1 << 22  # elements of a weight that are widened at a time: 16 MB, which the last cache holds
 
 
@@ -70,12 +71,23 @@ def faster_linears(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def fastest_product(like: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """`F.linear` with this weight and bias, for inputs with the rows and the dtype of `like` that `may_be_faster`.
 
-    Where `torch.mv` is what `F.linear` comes down to, one row, as a vector [I], is spared the shuffling of shapes.
+    What is decided here is not decided again in the product, when its weight has flushed the caches. Where `torch.mv`
+    is what `F.linear` comes down to, one row, as a vector [I], is spared the shuffling of shapes.
     """
     is_half_row = like.dim() == 1 and like.dtype in HALVES
     if is_half_row and bias is None and type(weight) is nn.Parameter and not has_instructions(like.dtype):
         return functools.partial(torch.mv, weight)
+    if like.dim() == 2 and _is_plain(like, weight) and _has_no_other_way(like, weight, bias):
+        return functools.partial(F.linear, weight=weight, bias=bias)
     return functools.partial(_linear, weight=weight, bias=bias)
+
+
+def _has_no_other_way(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if "prepacked" in forward_values():
+        return False
+    if x_NI.dtype == torch.float32:
+        return not _splits(x_NI)
+    return not _widens(x_NI) and (bias is not None or not _turns(x_NI, weight))
 
 
 class _FasterLinears(TorchFunctionMode):
@@ -124,7 +136,8 @@ def _widens(x: Tensor) -> bool:
 
 def _turns(x: Tensor, weight_OI: Tensor | None = None) -> bool:
     fewest = FEWEST_LEFT_ROWS_WIDE if weight_OI is None or _is_wide(weight_OI) else FEWEST_LEFT_ROWS
-    return x.dtype in HALVES and has_instructions(x.dtype) and x.numel() >= fewest * x.shape[-1]
+    is_half = x.dtype in HALVES and has_instructions(x.dtype)
+    return is_half and fewest * x.shape[-1] <= x.numel() <= MOST_LEFT_ROWS * x.shape[-1]
 
 
 def _is_wide(weight_OI: Tensor) -> bool:
