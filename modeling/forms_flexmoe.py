@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 
@@ -41,7 +42,9 @@ class FfnForm:
         if self.gate is None:
             return lambda x: down(activation(up(x)))
         gate = product_of(parts[self.gate], like)
-        return lambda x: down(activation(gate(x)) * up(x))
+        if like.requires_grad or torch.is_grad_enabled():
+            return lambda x: down(activation(gate(x)) * up(x))
+        return lambda x: down(activation(gate(x)).mul_(up(x)))  # large tensors are new pages each time
 
 
 def product_of(layer: nn.Module, like: Tensor) -> Callable[[Tensor], Tensor]:
