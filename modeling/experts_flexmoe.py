@@ -22,7 +22,7 @@ from .context_flexmoe import forward_values, is_recording
 from .forms_flexmoe import form_of, is_plain_linear, is_untouched
 from .fused_flexmoe import columns_of, fused_low_rank, fused_mix, fused_route, redirecting
 from .implementations_flexmoe import MODULES, NO_OPERATORS, OPERATORS, Inputs, LayerPath, choose_path
-from .linear_flexmoe import faster_linears, may_be_faster
+from .linear_flexmoe import faster_linears, may_be_faster, one_row
 from .low_rank_flexmoe import LowRankExpert, Spread, mix_sharing
 from .parallel_flexmoe import is_awaited
 from .prepacked_flexmoe import Prepacked
@@ -344,17 +344,18 @@ class FlexMoeBlock(nn.Module):
         if "usage" in values:
             self._report_weights(values, names, torch.tensor([weights]))
         prepacked = None if zeros else values.get("prepacked")
+        x = one_row(x_H)
         chosen = []  # all parts are looked up before any weights are read, which flush the caches
         for name, weight in zip(names, weights, strict=True):
             if weight:
-                chosen.append((weight, self._expert(name, x_H, zeros, prepacked)))
+                chosen.append((weight, self._expert(name, x, zeros, prepacked)))
             elif is_awaited(self.experts[name]):
                 self._call(name, zeros, x_H[None][:0])
         (weight, expert), *others = chosen or [(0.0, torch.zeros_like)]
-        mixed_H = expert(x_H) * weight
+        mixed_H = expert(x) * weight
         for weight, expert in others:
-            mixed_H.add_(expert(x_H), alpha=weight)
-        return mixed_H
+            mixed_H.add_(expert(x), alpha=weight)
+        return mixed_H.view(x_H.shape)
 
     def _expert(
         self, name: str, like: Tensor, zeros: Sequence[Tensor], one_token_of: Prepacked | None = None

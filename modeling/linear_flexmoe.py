@@ -90,6 +90,11 @@ def _has_no_other_way(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> bool
     return not _widens(x_NI) and (bias is not None or not _turns(x_NI, weight))
 
 
+def one_row(x_I: Tensor) -> Tensor:
+    """The row as products of its dtype like it best on this CPU: [I] or [1, I]."""
+    return x_I.unsqueeze(0) if x_I.dtype in HALVES and has_instructions(x_I.dtype) else x_I
+
+
 class _FasterLinears(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         if func is F.linear and not kwargs and len(args) >= 2:
@@ -194,6 +199,7 @@ __all__ = [
     "fastest_product",
     "has_instructions",
     "may_be_faster",
+    "one_row",
     "split_linear",
     "turned_linear",
     "widened_linear",

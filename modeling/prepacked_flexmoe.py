@@ -111,11 +111,11 @@ class Prepacked:
         return made.value(x.reshape(-1), *made.sources).view(*x.shape[:-1], len(weight_OI))
 
     def one_token(self, network: nn.Module) -> Callable[[Tensor], Tensor] | None:
-        """What `network` says of one token [H], in float32; None if nothing was compiled of what it is now."""
+        """What `network` says of one token, [H] or [1, H], float32; None if nothing is compiled of what it is now."""
         made = self._networks.get(id(network))
         if made is None or not made.is_current_in(network):
             return None
-        return lambda x_H: made.value(x_H.float(), *made.sources)
+        return lambda x: made.value(x.reshape(-1).float(), *made.sources).view(x.shape)
 
 
 class _PrepackedForward:
