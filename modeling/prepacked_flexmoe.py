@@ -164,6 +164,7 @@ class CpuInference(_Model):
             raise ValueError("prepack_for_cpu is for inference, and this model trains: call eval() first.")
         if self.device.type != "cpu":
             raise ValueError(f"prepack_for_cpu is for models on a CPU; this one is on {self.device}.")
+        self.undo_prepacking()
         made = Prepacked()
         linears = [part for part in self.modules() if is_plain_linear(part) and is_plain(part.weight)]
         linears = [linear for linear in linears if linear.weight.numel() >= SMALLEST_WEIGHT]
@@ -179,7 +180,6 @@ class CpuInference(_Model):
                         made.compile_network(network, form)
         except RuntimeError as error:  # Inductor's errors are of this kind
             logger.warning("Single tokens take the ordinary way: no C++ compiler that works was found (%s).", error)
-        self.undo_prepacking()
         self._prepacked = made
         for linear in self._linears_of_the_anchor():
             if linear in chosen:

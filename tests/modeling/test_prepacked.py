@@ -75,6 +75,17 @@ def test_one_token_says_the_same(ran, family, dtype):
     assert {"product", "one_token"} == set(ran)
 
 
+def test_twice_is_as_once(ran):
+    model = model_of()
+    taken = model.prepack_for_cpu()
+    logits(model, 1, 1)
+    once = list(ran)
+    assert model.prepack_for_cpu() == taken
+    ran.clear()
+    logits(model, 1, 1)
+    assert ran == once
+
+
 @pytest.mark.parametrize("family", ["olmo2", "gpt_neox"])
 @torch.no_grad()
 def test_one_token_is_not_rounded_on_its_way(family):
