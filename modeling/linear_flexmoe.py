@@ -77,17 +77,10 @@ def fastest_product(like: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     is_half_row = like.dim() == 1 and like.dtype in HALVES
     if is_half_row and bias is None and type(weight) is nn.Parameter and not has_instructions(like.dtype):
         return functools.partial(torch.mv, weight)
-    if like.dim() == 2 and _is_plain(like, weight) and _has_no_other_way(like, weight, bias):
+    is_decided = like.dim() == 2 and _is_plain(like, weight) and "prepacked" not in forward_values()
+    if is_decided and _way_of(like, weight, bias) is F.linear:
         return functools.partial(F.linear, weight=weight, bias=bias)
     return functools.partial(_linear, weight=weight, bias=bias)
-
-
-def _has_no_other_way(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if "prepacked" in forward_values():
-        return False
-    if x_NI.dtype == torch.float32:
-        return not _splits(x_NI)
-    return not _widens(x_NI) and (bias is not None or not _turns(x_NI, weight))
 
 
 def one_row(x_I: Tensor) -> Tensor:
@@ -118,17 +111,21 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     x_NI = x.reshape(-1, x.shape[-1])
     prepacked = forward_values().get("prepacked")
-    if prepacked is not None and (y_NO := prepacked.product(x_NI, weight, bias)) is not None:
-        pass
-    elif x.dtype == torch.float32 and _splits(x_NI):
-        y_NO = split_linear(x_NI, weight, bias)
-    elif x.dtype != torch.float32 and _widens(x_NI):
-        y_NO = widened_linear(x_NI, weight, bias)
-    elif bias is None and _turns(x_NI, weight):
-        y_NO = turned_linear(x_NI, weight)
-    else:
-        y_NO = F.linear(x_NI, weight, bias)
+    y_NO = None if prepacked is None else prepacked.product(x_NI, weight, bias)
+    if y_NO is None:
+        y_NO = _way_of(x_NI, weight, bias)(x_NI, weight, bias)
     return y_NO.view(*x.shape[:-1], len(weight))
+
+
+def _way_of(x_NI: Tensor, weight: Tensor, bias: Tensor | None) -> Callable[..., Tensor]:
+    """What computes `F.linear` of plain tensors like these fastest: a function of input, weight and bias."""
+    if x_NI.dtype == torch.float32:
+        return split_linear if _splits(x_NI) else F.linear
+    if _widens(x_NI):
+        return widened_linear
+    if bias is None and _turns(x_NI, weight):
+        return lambda x, weight, _: turned_linear(x, weight)
+    return F.linear
 
 
 def _splits(x: Tensor) -> bool:
