@@ -186,7 +186,9 @@ class FlexMoeBlock(nn.Module):
             return sum(residual, mixed_H.to(hidden_states.dtype).view(hidden_states.shape))
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         allowed_TA = _allowed(row_mask_BA, x_TH.shape[0], x_TH.device)
-        path = NO_OPERATORS if implementation == MODULES else self.path(names, Inputs.of(x_TH), implementation)
+        path = NO_OPERATORS
+        if implementation != MODULES:
+            path = self.path(names, Inputs.of(x_TH), implementation, sharing)
         if path.fuses_router:
             rows = [self.router[name] for name in names]
             routing = fused_route(x_TH, rows, allowed_TA, k, renormalize)
@@ -213,11 +215,16 @@ class FlexMoeBlock(nn.Module):
         with redirecting(self):  # `to` moves tensors
             return super()._apply(fn, recurse)
 
-    def path(self, names: Sequence[str], inputs: Inputs, implementation: str) -> LayerPath:
-        """Which way `forward` takes such inputs through the experts `names`, and why."""
+    def path(
+        self, names: Sequence[str], inputs: Inputs, implementation: str, sharing: Sequence[str] | None = None
+    ) -> LayerPath:
+        """Which way `forward` takes such inputs through the experts `names`, and why.
+
+        `sharing`: those of them that share the public network's products, if that is known already.
+        """
         if implementation == MODULES:
             return NO_OPERATORS
-        sharing = self._sharing(names)
+        sharing = self._sharing(names) if sharing is None else sharing
         others = tuple(name for name in names if name not in sharing)
         return choose_path(implementation, inputs, tuple(names), others, self.experts, self.router)
 

@@ -14,9 +14,6 @@ Does not cover the experts (`kernels_decode_flexmoe`, `kernels_prefill_flexmoe`)
 -inf without a mask: an infinite number in `x` or in a row gives -inf or NaN, as the order of additions has it.
 """
 
-# mypy: allow-untyped-defs, allow-incomplete-defs
-# (what a kernel's arguments are stands beside them: Triton's types are not Python's)
-
 from __future__ import annotations
 
 from collections.abc import Sequence
