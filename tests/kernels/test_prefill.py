@@ -94,19 +94,6 @@ def test_against_the_witness(tokens, k, kind, monkeypatch):
     assert torch.equal(y_TH[nowhere_T], torch.zeros_like(y_TH[nowhere_T]))
 
 
-@pytest.fixture
-def layer(monkeypatch):
-    """x [17, 40], weights [17, 4] and experts: token 0 goes to 0 and 1, token 1 to 1 alone, nobody to 3."""
-    kind = Experts([24, 136, 40, 16], 40, biases=BIASES)
-    generator = seeded("layer")
-    weights_TE = draw_weights(17, 4, 2, generator)
-    weights_TE[:, 3] = 0.0
-    weights_TE[0] = torch.tensor([0.3, 0.7, 0.0, 0.0])
-    weights_TE[1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    poison(monkeypatch)
-    return draw_tokens(17, 40, torch.float32, generator), weights_TE, kind.draw(generator)
-
-
 def test_no_tokens_need_no_launch(layer, monkeypatch):
     x_TH, weights_TE, experts = layer
     monkeypatch.setattr(kernels, "count_kernel", None)
