@@ -62,7 +62,7 @@ def _down(dtype: torch.dtype, tokens: int, hidden: int) -> Case:
         # in some versions ptxas puts a few numbers aside that are needed again once per expert
         max_stack=0 if quick else 32,
         wide_share=0.85,
-        products={80: "mma.sync", 90: "wgmma" if launch["ROWS"] >= 64 else "mma.sync"} if dtype.itemsize == 2 else {},
+        products={80: "mma.sync", 90: "wgmma" if launch["ROWS"] == 64 else "mma.sync"} if dtype.itemsize == 2 else {},
     )
 
 
