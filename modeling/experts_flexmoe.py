@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +19,13 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .context_flexmoe import forward_values, is_recording
-from .forms_flexmoe import form_of, is_plain_linear, is_untouched
+from .forms_flexmoe import form_of, is_untouched
 from .fused_flexmoe import columns_of, fused_low_rank, fused_mix, fused_route, redirecting
-from .implementations_flexmoe import MODULES, NO_OPERATORS, OPERATORS, Inputs, LayerPath, choose_path
-from .linear_flexmoe import faster_linears, may_be_faster, one_row
+from .implementations_flexmoe import AUTO, MODULES, NO_OPERATORS, OPERATORS, Inputs, LayerPath, choose_path
+from .linear_flexmoe import faster_linears, is_best_as_it_is, may_be_faster, one_row
 from .low_rank_flexmoe import LowRankExpert, Spread, mix_sharing
 from .parallel_flexmoe import is_awaited
+from .plain_flexmoe import Matrices, plain_networks, plain_rows, side_by_side
 from .prepacked_flexmoe import Prepacked
 from .routing_flexmoe import Routing, route_logits, route_one
 from .widths_flexmoe import resize
@@ -113,34 +114,22 @@ class FlexMoeRouter(nn.ModuleDict):
 
     def forward(self, x_TH: Tensor, names: Sequence[str]) -> Tensor:
         """Logits of the experts `names`, float32 [T, A], whatever autocast says."""
+        if may_be_faster(x_TH) and (plain := plain_rows(self, names)):  # to call one takes longer than its product
+            x32_TH = x_TH.float()
+            return torch.cat([nn.functional.linear(x32_TH, row["weight"], row["bias"]) for row in plain], -1)
         rows = [self[name] for name in names]
         dtypes = [floating_dtype(row) or torch.float32 for row in rows]
         with maybe_autocast(x_TH.device.type, enabled=False):
             x_as = {dtype: x_TH.to(dtype) for dtype in set(dtypes)}
-            logits = [_called(row, x_as[dtype]).float() for row, dtype in zip(rows, dtypes, strict=True)]
+            logits = [row(x_as[dtype]).float() for row, dtype in zip(rows, dtypes, strict=True)]
         return torch.cat(logits, -1)
 
     def of_one(self, x_H: Tensor, names: Sequence[str]) -> Tensor:
-        """`forward` of one token without autocast, [A]: rows that nobody has wrapped are not called as modules."""
-        x32_H = x_H.float()
-        logits = []
-        for name in names:
-            row = self[name]
-            parameters: dict[str, Any] = row._parameters
-            if is_plain_linear(row) and all(
-                type(p) is nn.Parameter and p.dtype == x32_H.dtype for p in parameters.values()
-            ):
-                logits.append(torch.addmv(parameters["bias"], parameters["weight"], x32_H))
-            else:
-                logits.append(self(x_H[None], [name])[0])
-        return torch.cat(logits)
-
-
-def _called(row: Any, x: Tensor) -> Tensor:
-    """What calling a row says; calling a plain one takes longer than its product."""
-    if may_be_faster(x) and is_plain_linear(row):
-        return nn.functional.linear(x, row.weight, row.bias)
-    return row(x)
+        """`forward` of one token without autocast, [A]."""
+        if plain := plain_rows(self, names):
+            x32_H = x_H.float()
+            return torch.cat([torch.addmv(row["bias"], row["weight"], x32_H) for row in plain])
+        return self(x_H[None], names)[0]
 
 
 class FlexMoeBlock(nn.Module):
@@ -187,7 +176,7 @@ class FlexMoeBlock(nn.Module):
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         allowed_TA = _allowed(row_mask_BA, x_TH.shape[0], x_TH.device)
         path = NO_OPERATORS
-        if implementation != MODULES:
+        if implementation == OPERATORS or (implementation == AUTO and x_TH.is_cuda):
             path = self.path(names, Inputs.of(x_TH), implementation, sharing)
         if path.fuses_router:
             rows = [self.router[name] for name in names]
@@ -322,17 +311,37 @@ class FlexMoeBlock(nn.Module):
         mixed_TH = torch.zeros_like(x_TH)
         experts_S, tokens_S = weights_TA.t().nonzero(as_tuple=True)
         counts = experts_S.bincount(minlength=len(names)).tolist()
-        gathered = (tokens_S, x_TH[tokens_S], weights_TA[tokens_S, experts_S, None])
-        parts = zip(names, *(part.split(counts) for part in gathered), strict=True)
-        chosen = [  # all experts are looked up before any weights are read, which flush the caches
-            (self._expert(name, x_NH, zeros), tokens, x_NH, weight_N1)
-            for name, tokens, x_NH, weight_N1 in parts
-            if len(tokens) or is_awaited(self.experts[name])
-        ]
-        for expert, tokens, x_NH, weight_N1 in chosen:
+        x_SH, weights_S1 = x_TH[tokens_S], weights_TA[tokens_S, experts_S, None]
+        chosen = {name: n for name, n in zip(names, counts, strict=True) if n or is_awaited(self.experts[name])}
+        counts = [*chosen.values()]
+        tokens, x_parts, weights = (part.split(counts) for part in (tokens_S, x_SH, weights_S1))
+        said: Iterable[Tensor]
+        if not zeros and (networks := self._of_one_kind(chosen, x_SH)):
+            said_SH = side_by_side(networks, x_SH, counts).mul_(weights_S1)
+            if len(tokens_S) == len(x_TH) * min(forward_values().get("top_k") or self.top_k, len(names)):
+                return _sums(said_SH, tokens_S, len(x_TH))
+            said = said_SH.split(counts)
+        else:  # all experts are looked up before any weights are read, which flush the caches
+            experts = [self._expert(name, x_NH, zeros) for name, x_NH in zip(chosen, x_parts, strict=True)]
+            said = (e(x_NH) * weight_N1 for e, x_NH, weight_N1 in zip(experts, x_parts, weights, strict=True))
+        for tokens_N, said_NH in zip(tokens, said, strict=True):
             # one expert at a time: so a sum has the same bits where each token goes to each expert
-            mixed_TH.index_add_(0, tokens, expert(x_NH) * weight_N1)
+            mixed_TH.index_add_(0, tokens_N, said_NH)
         return mixed_TH
+
+    def _of_one_kind(self, chosen: Mapping[str, int], x_SH: Tensor) -> list[Matrices] | None:
+        """The matrices of experts that are `chosen` by few rows each, if they differ in nothing else."""
+        counts = chosen.values()
+        if not (counts and min(counts) and is_best_as_it_is(x_SH.dtype, max(counts)) and may_be_faster(x_SH)):
+            return None
+        networks = self._matrices([*chosen])
+        return networks if networks and all(one.kind == networks[0].kind for one in networks) else None
+
+    def _matrices(self, names: Sequence[str]) -> list[Matrices] | None:
+        experts: dict[str, Any] = self.experts._modules
+        networks = plain_networks([experts[name] for name in names])
+        matrices = [network.matrices for network in networks or () if network.matrices]
+        return matrices if networks and len(matrices) == len(networks) else None
 
     def _mix_one(
         self,
@@ -350,31 +359,34 @@ class FlexMoeBlock(nn.Module):
             self._report_logits(values, names, logits_A[None])
         if "usage" in values:
             self._report_weights(values, names, torch.tensor([weights]))
-        prepacked = None if zeros else values.get("prepacked")
         x = one_row(x_H)
-        chosen = []  # all parts are looked up before any weights are read, which flush the caches
-        for name, weight in zip(names, weights, strict=True):
-            if weight:
-                chosen.append((weight, self._expert(name, x, zeros, prepacked)))
-            elif is_awaited(self.experts[name]):
+        chosen = {name: weight for name, weight in zip(names, weights, strict=True) if weight}
+        for name in names:
+            if name not in chosen and is_awaited(self.experts[name]):
                 self._call(name, zeros, x_H[None][:0])
-        (weight, expert), *others = chosen or [(0.0, torch.zeros_like)]
+        # all parts are looked up before any weights are read, which flush the caches
+        experts = self._experts_of_one([*chosen], x, zeros, values.get("prepacked"))
+        if not experts:
+            return torch.zeros_like(x_H)
+        (weight, expert), *others = zip(chosen.values(), experts, strict=True)
         mixed_H = expert(x) * weight
         for weight, expert in others:
             mixed_H.add_(expert(x), alpha=weight)
         return mixed_H.view(x_H.shape)
 
-    def _expert(
-        self, name: str, like: Tensor, zeros: Sequence[Tensor], one_token_of: Prepacked | None = None
-    ) -> Callable[[Tensor], Tensor]:
-        """The expert for inputs like `like`, [T, H] or [H], in the fastest way that there is for its network here.
+    def _experts_of_one(
+        self, names: Sequence[str], x: Tensor, zeros: Sequence[Tensor], prepacked: Prepacked | None
+    ) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """The experts for one token, [H] or [1, H]; those that `prepacked` has compiled answer in float32."""
+        if not zeros and prepacked is not None:
+            return tuple(prepacked.one_token(self.experts[name]) or self._expert(name, x, zeros) for name in names)
+        matrices = self._matrices(names) if not zeros and is_best_as_it_is(x.dtype, 1) else None
+        return tuple(matrices) if matrices else tuple(self._expert(name, x, zeros) for name in names)
 
-        One that `one_token_of` has compiled answers in float32.
-        """
+    def _expert(self, name: str, like: Tensor, zeros: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """The expert for inputs like `like`, [T, H] or [H], in the fastest way that there is for its network here."""
         expert = self.experts[name]
         if not zeros and like.numel() and may_be_faster(like) and (form := form_of(expert)):
-            if one_token_of is not None and (compiled := one_token_of.one_token(expert)):
-                return compiled
             return form.bind(expert, like)
         return functools.partial(self._call_faster, name, zeros)
 
@@ -413,6 +425,12 @@ def _among_all(logits_TA: Tensor, names: Sequence[str], everyone: Sequence[str])
     columns = dict(zip(names, logits_TA.unbind(-1), strict=True))
     nothing = logits_TA.new_full(logits_TA.shape[:1], float("-inf"))
     return torch.stack([columns.get(name, nothing) for name in everyone], -1)
+
+
+def _sums(said_SH: Tensor, tokens_S: Tensor, tokens: int) -> Tensor:
+    """Sums [T, H] of each token's rows of `said_SH` in their order, of which all tokens have equally many."""
+    order_KT = tokens_S.sort(stable=True).indices.view(tokens, -1).t()
+    return _add_up(iter(said_SH[order_KT].unbind()))
 
 
 def _add_up(outputs: Iterator[Tensor]) -> Tensor:

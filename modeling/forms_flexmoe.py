@@ -20,7 +20,8 @@ from torch.nn.modules import module as torch_modules
 
 from .linear_flexmoe import faster_linears, fastest_product
 
-_LINEAR_FORWARD = nn.Linear.forward
+LINEAR_FORWARD = nn.Linear.forward
+"""What it was when this was loaded: whoever patches it later wants to be called."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _call_faster(layer: nn.Module, x: Tensor) -> Tensor:
 
 def is_plain_linear(layer: nn.Module) -> bool:
     """Whether `layer` is an `nn.Linear` that its weight and bias say everything about."""
-    return type(layer) is nn.Linear and nn.Linear.forward is _LINEAR_FORWARD and is_untouched(layer)
+    return type(layer) is nn.Linear and nn.Linear.forward is LINEAR_FORWARD and is_untouched(layer)
 
 
 def is_untouched(module: nn.Module) -> bool:
@@ -123,4 +124,4 @@ def _called(name: str, value: _Symbol) -> _Symbol:
     return _Symbol((name, value.terms))
 
 
-__all__ = ["FfnForm", "form_of", "is_plain_linear", "is_untouched", "product_of", "read_form"]
+__all__ = ["LINEAR_FORWARD", "FfnForm", "form_of", "is_plain_linear", "is_untouched", "product_of", "read_form"]

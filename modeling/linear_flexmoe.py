@@ -83,6 +83,12 @@ def fastest_product(like: Tensor, weight: Tensor, bias: Tensor | None = None) ->
     return functools.partial(_linear, weight=weight, bias=bias)
 
 
+def is_best_as_it_is(dtype: torch.dtype, rows: int) -> bool:
+    """Whether no product of so few rows takes another way than torch's own, whatever the weight."""
+    is_few = 0 < rows < FEWEST_LEFT_ROWS_WIDE
+    return is_few and dtype in HALVES and has_instructions(dtype) and "prepacked" not in forward_values()
+
+
 def one_row(x_I: Tensor) -> Tensor:
     """The row as products of its dtype like it best on this CPU: [I] or [1, I]."""
     return x_I.unsqueeze(0) if x_I.dtype in HALVES and has_instructions(x_I.dtype) else x_I
@@ -195,6 +201,7 @@ __all__ = [
     "faster_linears",
     "fastest_product",
     "has_instructions",
+    "is_best_as_it_is",
     "may_be_faster",
     "one_row",
     "split_linear",

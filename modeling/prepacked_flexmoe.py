@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .forms_flexmoe import FfnForm, form_of, is_plain_linear, is_untouched
+from .forms_flexmoe import is_plain_linear
 from .linear_flexmoe import HALVES, SMALLEST_WEIGHT, has_instructions, may_be_faster
 from .one_token_flexmoe import compiled_loop, compiled_product, is_plain, parts_of
+from .plain_flexmoe import PlainNetwork, plain_networks
 
 # For type checkers alone: at run time the model classes bring PreTrainedModel in themselves.
 if TYPE_CHECKING:
@@ -44,31 +45,13 @@ class _Made:
         return all(source.data_ptr() == address and source._version == then for source, address, then in self._states)
 
 
-class _MadeOfParts(_Made):
-    """A value made of the parts of a network: also, whether those are still there, and nobody watches them."""
-
-    def __init__(self, value: Any, network: nn.Module, sources: Sequence[Tensor]) -> None:
-        super().__init__(value, sources)
-        self._parts = tuple(network._modules.items())
-        self._parameters = tuple(
-            (part._parameters, name, p) for part in network.children() for name, p in part._parameters.items()
-        )
-
-    def is_current_in(self, network: nn.Module) -> bool:
-        return (
-            all(network._modules.get(name) is part and is_untouched(part) for name, part in self._parts if part)
-            and all(parameters.get(name) is parameter for parameters, name, parameter in self._parameters)
-            and self.is_current()
-        )
-
-
 class Prepacked:
     """What has been made of a model's tensors for this CPU. Copies and pickles of the model come without it."""
 
     def __init__(self) -> None:
         self._packs: dict[int, _Made] = {}
         self._products: dict[int, _Made] = {}
-        self._networks: dict[int, _MadeOfParts] = {}
+        self._networks: dict[int, tuple[PlainNetwork, _Made]] = {}
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -92,11 +75,13 @@ class Prepacked:
         sources = [weight_OI] if bias_O is None else [weight_OI, bias_O]
         self._products[id(weight_OI)] = _Made(compiled_product(weight_OI, bias_O), sources)
 
-    def compile_network(self, network: nn.Module, form: FfnForm) -> None:
+    def compile_network(self, network: nn.Module) -> None:
         """Compiles the way of one token through `network`, if all its parts are plain."""
-        tensors = parts_of(network, form)
-        if tensors and (loop := compiled_loop(network, form, tensors)) is not None:
-            self._networks[id(network)] = _MadeOfParts(loop, network, tensors)
+        (plain,) = plain_networks([network]) or (None,)
+        if plain is not None and (tensors := parts_of(network, plain.form)):
+            loop = compiled_loop(network, plain.form, tensors)
+            if loop is not None:
+                self._networks[id(network)] = plain, _Made(loop, tensors)
 
     def product(self, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor | None:
         """`F.linear`, for several rows to the same bits; None if there is nothing of this weight as it is now."""
@@ -112,8 +97,11 @@ class Prepacked:
 
     def one_token(self, network: nn.Module) -> Callable[[Tensor], Tensor] | None:
         """What `network` says of one token, [H] or [1, H], float32; None if nothing is compiled of what it is now."""
-        made = self._networks.get(id(network))
-        if made is None or not made.is_current_in(network):
+        compiled = self._networks.get(id(network))
+        if compiled is None:
+            return None
+        (then, made), now = compiled, plain_networks([network])
+        if now is None or not now[0].has_the_parts_of(then) or not made.is_current():
             return None
         return lambda x: made.value(x.reshape(-1).float(), *made.sources).view(x.shape)
 
@@ -176,8 +164,7 @@ class CpuInference(_Model):
                 made.compile_product(linear.weight, linear.bias)
             for block in self.flexmoe_blocks():
                 for network in block.experts.values():
-                    if (form := form_of(network)) is not None:
-                        made.compile_network(network, form)
+                    made.compile_network(network)
         except RuntimeError as error:  # Inductor's errors are of this kind
             logger.warning("Single tokens take the ordinary way: no C++ compiler that works was found (%s).", error)
         self._prepacked = made

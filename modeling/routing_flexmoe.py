@@ -229,8 +229,8 @@ def _softmax(logits_TE: Tensor) -> Tensor:
 
 def _exp(logits_TE: Tensor) -> Tensor:
     """The exponentials of logits from which the row's largest is taken, so that its own is 1."""
-    largest_T1 = logits_TE.detach().amax(-1, keepdim=True).clamp(min=LOWEST)  # -inf - -inf is not a number
-    return (logits_TE - largest_T1).exp()
+    largest_T1 = logits_TE.detach().amax(-1, keepdim=True).clamp_(min=LOWEST)  # -inf - -inf is not a number
+    return (logits_TE - largest_T1).exp_()
 
 
 def _shares(exp_TE: Tensor, of_TE: Tensor) -> Tensor:

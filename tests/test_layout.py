@@ -22,7 +22,7 @@ NOT_TRACKED = {"build", "dist", "flexmoe.egg-info", "runs"}
 MODELING_LAYERS = (
     ("folders", "json", "configuration", "context", "loading", "quantization", "compat", "widths", "manifest_schema"),
     ("tensors", "finite", "hashing", "tensor_writer"),
-    ("routing", "linear", "forms", "anchors", "parallel", "low_rank", "one_token", "prepacked"),
+    ("routing", "linear", "forms", "anchors", "parallel", "low_rank", "one_token", "plain", "prepacked"),
     (
         "kernels",
         "kernels_route",
