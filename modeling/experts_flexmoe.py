@@ -308,13 +308,11 @@ class FlexMoeBlock(nn.Module):
 
     def _mix_chosen(self, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]) -> Tensor:
         """Each expert sees the tokens that chose it, which are gathered once for all."""
-        mixed_TH = torch.zeros_like(x_TH)
         experts_S, tokens_S = weights_TA.t().nonzero(as_tuple=True)
-        counts = experts_S.bincount(minlength=len(names)).tolist()
+        everyone = experts_S.bincount(minlength=len(names)).tolist()
         x_SH, weights_S1 = x_TH[tokens_S], weights_TA[tokens_S, experts_S, None]
-        chosen = {name: n for name, n in zip(names, counts, strict=True) if n or is_awaited(self.experts[name])}
+        chosen = {name: n for name, n in zip(names, everyone, strict=True) if n or is_awaited(self.experts[name])}
         counts = [*chosen.values()]
-        tokens, x_parts, weights = (part.split(counts) for part in (tokens_S, x_SH, weights_S1))
         said: Iterable[Tensor]
         if not zeros and (networks := self._of_one_kind(chosen, x_SH)):
             said_SH = side_by_side(networks, x_SH, counts).mul_(weights_S1)
@@ -322,15 +320,17 @@ class FlexMoeBlock(nn.Module):
                 return _sums(said_SH, tokens_S, len(x_TH))
             said = said_SH.split(counts)
         else:  # all experts are looked up before any weights are read, which flush the caches
+            x_parts, weights = x_SH.split(counts), weights_S1.split(counts)
             experts = [self._expert(name, x_NH, zeros) for name, x_NH in zip(chosen, x_parts, strict=True)]
             said = (e(x_NH) * weight_N1 for e, x_NH, weight_N1 in zip(experts, x_parts, weights, strict=True))
-        for tokens_N, said_NH in zip(tokens, said, strict=True):
+        mixed_TH = torch.zeros_like(x_TH)
+        for tokens_N, said_NH in zip(tokens_S.split(counts), said, strict=True):
             # one expert at a time: so a sum has the same bits where each token goes to each expert
             mixed_TH.index_add_(0, tokens_N, said_NH)
         return mixed_TH
 
     def _of_one_kind(self, chosen: Mapping[str, int], x_SH: Tensor) -> list[Matrices] | None:
-        """The matrices of experts that are `chosen` by few rows each, if they differ in nothing else."""
+        """The experts, if they are `chosen` by few rows each, and differ in nothing but their matrices."""
         counts = chosen.values()
         if not (counts and min(counts) and is_best_as_it_is(x_SH.dtype, max(counts)) and may_be_faster(x_SH)):
             return None
@@ -338,6 +338,7 @@ class FlexMoeBlock(nn.Module):
         return networks if networks and all(one.kind == networks[0].kind for one in networks) else None
 
     def _matrices(self, names: Sequence[str]) -> list[Matrices] | None:
+        """The experts `names`, if all of them are nothing but large matrices in half precision."""
         experts: dict[str, Any] = self.experts._modules
         networks = plain_networks([experts[name] for name in names])
         matrices = [network.matrices for network in networks or () if network.matrices]
@@ -428,7 +429,7 @@ def _among_all(logits_TA: Tensor, names: Sequence[str], everyone: Sequence[str])
 
 
 def _sums(said_SH: Tensor, tokens_S: Tensor, tokens: int) -> Tensor:
-    """Sums [T, H] of each token's rows of `said_SH` in their order, of which all tokens have equally many."""
+    """What is said to each token, added up in its order [T, H]; all tokens have equally many rows."""
     order_KT = tokens_S.sort(stable=True).indices.view(tokens, -1).t()
     return _add_up(iter(said_SH[order_KT].unbind()))
 

@@ -12,10 +12,12 @@ trains (`forms_flexmoe`), or gradients.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import chain, repeat
 from operator import attrgetter, contains, is_
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,7 +31,7 @@ from .linear_flexmoe import HALVES, SMALLEST_WEIGHT
 
 _FORWARD = repeat("forward")
 _MODULE_STATE = frozenset(vars(nn.Module()))
-_PLAIN_VALUES = (bool, int, float, str, type(None))
+_COMPARABLE = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
 _kind_of = attrgetter("dtype", "is_cpu")
 
 
@@ -110,7 +112,7 @@ class _Parts:
 
 
 class PlainNetwork(_Parts):
-    """A network of a known form with plain parts. It does not hold the network, under which it is remembered.
+    """A network of a known form with plain parts. It holds those, but not the network, under which it is remembered.
 
     Attributes:
         form: of the network.
@@ -126,39 +128,41 @@ class PlainNetwork(_Parts):
         self._activation_state = vars(activation)
         self._settings = {name: value for name, value in vars(activation).items() if name not in _MODULE_STATE}
         self._parameters = [linear._parameters for linear in linears]
-        self._weights = [linear.weight for linear in linears]
-        self._kind = _kind_of(self._weights[0])
+        self._tensors = [tensor for parameters in self._parameters for tensor in parameters.values()]
+        weights = [linear.weight for linear in linears]
+        self._kind = _kind_of(weights[0])
         self._both: Tensor | None = None
         self.matrices: Matrices | None = None
-        has_known_settings = all(type(value) in _PLAIN_VALUES for value in self._settings.values())
-        if has_known_settings and all(_is_large_half(linear.weight, linear.bias) for linear in linears):
-            *before, down = self._weights
+        if all(_is_large_half(linear.weight, linear.bias) for linear in linears):
+            *before, down = weights
             self._both = _over(*before) if len(before) == 2 else None
             before = before if self._both is None else [self._both]
-            kind = (type(activation), *sorted(self._settings.items()), *(matrix.shape for matrix in before))
+            settings = ((name, _comparable(value)) for name, value in self._settings.items())
+            kind = (type(activation), *settings, *(matrix.shape for matrix in before))
             self.matrices = Matrices(kind, form.gate is not None, activation, tuple(before), down)
 
     def is_still(self, network: nn.Module) -> bool:
         """Whether all of this is still true of the network that it was made of."""
         if not self.are_what_they_were():
             return False
-        weights = [parameters["weight"] for parameters in self._parameters]
+        tensors = [*chain.from_iterable(map(dict.values, self._parameters))]
         return (
             type(network) is self._type
             and self._type.forward is self._forward
             and is_untouched(network)
             and not self._state["training"]
-            and all(map(is_, weights, self._weights))
+            and len(tensors) == len(self._tensors)
+            and all(map(is_, tensors, self._tensors))
             and self._settings.items() <= self._activation_state.items()
-            and _kind_of(weights[0]) == self._kind  # `to` changes what a parameter holds
-            and (self._both is None or _lie_in(self._both, *weights[:2]))
+            and _kind_of(tensors[0]) == self._kind  # `to` changes what a parameter holds
+            and (self._both is None or _lie_in(self._both, *(p["weight"] for p in self._parameters[:2])))
         )
 
     def has_the_parts_of(self, other: PlainNetwork) -> bool:
         """Whether both were made of the same modules with the same parameters."""
-        return self is other or (
-            self._parts == other._parts and [*map(id, self._weights)] == [*map(id, other._weights)]
-        )
+        if self is other:
+            return True
+        return self._parts == other._parts and all(map(is_, self._tensors, other._tensors))
 
 
 def plain_networks(networks: Sequence[nn.Module]) -> list[PlainNetwork] | None:
@@ -206,6 +210,13 @@ def plain_rows(router: nn.ModuleDict, names: Sequence[str]) -> list[dict[str, An
 
 _networks: WeakKeyDictionary[nn.Module, PlainNetwork] = WeakKeyDictionary()
 _routers: WeakKeyDictionary[nn.Module, _Parts] = WeakKeyDictionary()
+
+
+def _comparable(setting: Any) -> Any:
+    """What equals that of another network whose activation has the same setting; nothing does where that is open."""
+    if isinstance(setting, functools.partial):
+        return setting.func, setting.args, *setting.keywords.items()
+    return setting if isinstance(setting, _COMPARABLE) else object()
 
 
 def _is_large_half(weight: Tensor, bias: Tensor | None) -> bool:

@@ -3,14 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
-from transformers.activations import ACT2FN
 
 from flexmoe import track_usage
 from flexmoe.modeling.forms_flexmoe import FfnForm, form_of
 from flexmoe.testing import ANCHOR_CONFIGS, TOLERANCES, random_tokens, tiny_flexmoe
-
-H = 16
+from tests.ffn import CHANGES, HIDDEN, Ffn
 
 GATED = FfnForm("up_proj", "down_proj", "act_fn", "gate_proj")
 FORMS = {
@@ -26,19 +23,6 @@ FORMS = {
 
 def network(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return next(iter(tiny_flexmoe(family, ("math",)).to(dtype).flexmoe_blocks())).experts["math"]
-
-
-class Ffn(nn.Module):
-    """A network whose product is written the other way round, and whose forward can be given."""
-
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(H, 24, bias=bias), nn.Linear(H, 24, bias=bias)
-        self.last = nn.Linear(24, H, bias=bias)
-        self.act = ACT2FN["gelu_pytorch_tanh"]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.second(x) * self.act(self.first(x)))
 
 
 @pytest.fixture
@@ -76,7 +60,7 @@ def test_a_bound_network_says_the_bits_of_its_modules(family, dtype):
 def test_factors_in_either_order_and_biases(bias, dtype):
     ffn = Ffn(bias).to(dtype).eval()
     assert form_of(ffn) == FfnForm("second", "last", "act", "first")
-    for x in (torch.randn(H).to(dtype), torch.randn(7, H).to(dtype)):
+    for x in (torch.randn(HIDDEN).to(dtype), torch.randn(7, HIDDEN).to(dtype)):
         assert torch.equal(bound(ffn, x), ffn(x))
 
 
@@ -116,58 +100,9 @@ def test_reading_leaves_the_network_as_it_was(ffn):
     assert {name: id(child) for name, child in ffn.named_children()} == before
 
 
-def hooked(ffn: Ffn) -> None:
-    ffn.first.register_forward_hook(lambda module, args, output: output + 1)
-
-
-def pre_hooked(ffn: Ffn) -> None:
-    ffn.last.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
-
-
-def activation_hooked(ffn: Ffn) -> None:
-    ffn.act.register_forward_hook(lambda module, args, output: output + 1)
-
-
-def overridden(ffn: Ffn) -> None:
-    own = ffn.second.forward
-    ffn.second.forward = lambda x: own(x) + 1
-
-
-def parametrized(ffn: Ffn) -> None:
-    class Doubled(nn.Module):
-        def forward(self, weight: torch.Tensor) -> torch.Tensor:
-            return 2 * weight
-
-    parametrize.register_parametrization(ffn.second, "weight", Doubled())
-
-
-def wrapped(ffn: Ffn) -> None:
-    ffn.first = nn.Sequential(ffn.first, nn.Tanh())
-
-
-def other_activation(ffn: Ffn) -> None:
-    ffn.act = nn.Sigmoid()
-
-
-def other_weight(ffn: Ffn) -> None:
-    ffn.last.weight.data.mul_(3)
-
-
-CHANGES = [
-    hooked,
-    pre_hooked,
-    activation_hooked,
-    overridden,
-    parametrized,
-    wrapped,
-    other_activation,
-    other_weight,
-]
-
-
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(H,), (3, H)])
+@pytest.mark.parametrize("shape", [(HIDDEN,), (3, HIDDEN)])
 @torch.no_grad()
 def test_what_is_done_to_a_part_counts_at_once(ffn, change, dtype, shape):
     ffn.to(dtype)
@@ -201,7 +136,7 @@ def test_a_forward_that_is_patched_on_the_class_is_read_again(ffn, monkeypatch):
 
 @torch.no_grad()
 def test_a_linear_that_is_patched_on_the_class_is_called(ffn, monkeypatch):
-    x = torch.randn(H)
+    x = torch.randn(HIDDEN)
     own = nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: own(self, x) + 1)
     assert torch.equal(bound(ffn, x), ffn(x))
