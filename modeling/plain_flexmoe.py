@@ -90,22 +90,23 @@ class _Parts:
         self.children: dict[str, Any] = module._modules
         self._parts: tuple[Any, ...] = tuple(self.children.values())
         self._types = [*map(type, self._parts)]
-        self._states = [*map(vars, self._parts)]
+        self._states: list[dict[str, Any]] = [part.__dict__ for part in self._parts]
 
-    def are_what_they_were(self) -> bool:
+    def are_what_they_were(self, *also: nn.Module) -> bool:
+        """Whether that is still so; `also`: modules that nobody watched, either."""
         parts = (*self.children.values(),)
         return (
             parts == self._parts
             and [*map(type, parts)] == self._types  # a parametrisation changes the class of what it is put on
             and not any(map(contains, self._states, _FORWARD))
             and nn.Linear.forward is LINEAR_FORWARD
-            and (self._hooks_so_far == RemovableHandle.next_id or self._are_unwatched())
+            and (self._hooks_so_far == RemovableHandle.next_id or self._are_unwatched(*also))
         )
 
-    def _are_unwatched(self) -> bool:
+    def _are_unwatched(self, *also: nn.Module) -> bool:
         """Asked once hooks have been set anywhere, which torch numbers: to look at each module takes much longer."""
         hooks_so_far = RemovableHandle.next_id
-        if not all(map(is_untouched, self._parts)):
+        if not all(map(is_untouched, (*self._parts, *also))):
             return False
         self._hooks_so_far = hooks_so_far
         return True
@@ -124,6 +125,7 @@ class PlainNetwork(_Parts):
         self.form = form
         linears = [self.children[name] for name in (form.gate, form.up, form.down) if name is not None]
         self._type, self._forward, self._state = type(network), type(network).forward, vars(network)
+        self._states.append(self._state)
         activation = self.children[form.activation]
         self._activation_state = vars(activation)
         self._settings = {name: value for name, value in vars(activation).items() if name not in _MODULE_STATE}
@@ -143,13 +145,12 @@ class PlainNetwork(_Parts):
 
     def is_still(self, network: nn.Module) -> bool:
         """Whether all of this is still true of the network that it was made of."""
-        if not self.are_what_they_were():
+        if not self.are_what_they_were(network):
             return False
         tensors = [*chain.from_iterable(map(dict.values, self._parameters))]
         return (
             type(network) is self._type
             and self._type.forward is self._forward
-            and is_untouched(network)
             and not self._state["training"]
             and len(tensors) == len(self._tensors)
             and all(map(is_, tensors, self._tensors))
