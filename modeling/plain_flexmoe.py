@@ -32,6 +32,7 @@ from .linear_flexmoe import HALVES, SMALLEST_WEIGHT
 _FORWARD = repeat("forward")
 _MODULE_STATE = frozenset(vars(nn.Module()))
 _COMPARABLE = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
+_dtype_of = attrgetter("dtype")
 _kind_of = attrgetter("dtype", "is_cpu")
 
 
@@ -133,11 +134,12 @@ class PlainNetwork(_Parts):
         self._tensors = [tensor for parameters in self._parameters for tensor in parameters.values()]
         weights = [linear.weight for linear in linears]
         self._kind = _kind_of(weights[0])
-        self._both: Tensor | None = None
+        self._both: Tensor | None = None  # gate and up, which must be at `_place` for it to be read
         self.matrices: Matrices | None = None
         if all(_is_large_half(linear.weight, linear.bias) for linear in linears):
             *before, down = weights
-            self._both = _over(*before) if len(before) == 2 else None
+            if len(before) == 2:
+                self._both, self._place = _over(*before), _place_of(*before)
             before = before if self._both is None else [self._both]
             settings = ((name, _comparable(value)) for name, value in self._settings.items())
             kind = (type(activation), *settings, *(matrix.shape for matrix in before))
@@ -156,7 +158,7 @@ class PlainNetwork(_Parts):
             and all(map(is_, tensors, self._tensors))
             and self._settings.items() <= self._activation_state.items()
             and _kind_of(tensors[0]) == self._kind  # `to` changes what a parameter holds
-            and (self._both is None or _lie_in(self._both, *(p["weight"] for p in self._parameters[:2])))
+            and (self._both is None or _place_of(tensors[0], tensors[2]) == self._place)
         )
 
     def has_the_parts_of(self, other: PlainNetwork) -> bool:
@@ -204,8 +206,8 @@ def plain_rows(router: nn.ModuleDict, names: Sequence[str]) -> list[dict[str, An
             return None
         known = _routers[router] = _Parts(router)
     rows = [known.children[name]._parameters for name in names]
-    tensors = [tensor for row in rows for tensor in row.values()]
-    is_plain = {*map(type, tensors)} == {nn.Parameter} and all(tensor.dtype == torch.float32 for tensor in tensors)
+    tensors = [*chain.from_iterable(map(dict.values, rows))]
+    is_plain = {*map(type, tensors)} == {nn.Parameter} and {*map(_dtype_of, tensors)} == {torch.float32}
     return rows if is_plain else None
 
 
@@ -235,11 +237,15 @@ def _over(first_OI: Tensor, second_OI: Tensor) -> Tensor | None:
     return torch.frombuffer(memory, dtype=first_OI.dtype).view(2 * rows, columns)
 
 
-def _lie_in(both: Tensor, first_OI: Tensor, second_OI: Tensor) -> bool:
-    """Whether the two are still what `both` was laid over: only then is its memory theirs."""
-    address, size = first_OI.data_ptr(), first_OI.nbytes
-    are_there = both.data_ptr() == address and second_OI.data_ptr() == address + size and both.nbytes == 2 * size
-    return are_there and first_OI.is_contiguous() and second_OI.is_contiguous()
+def _place_of(first_OI: Tensor, second_OI: Tensor) -> tuple[Any, ...]:
+    """What tells whether two matrices are still where a third was laid over them: only then is its memory theirs."""
+    return (
+        first_OI.data_ptr(),
+        second_OI.data_ptr(),
+        first_OI.numel(),
+        second_OI.numel(),
+        first_OI.is_contiguous() and second_OI.is_contiguous(),
+    )
 
 
 __all__ = ["Matrices", "PlainNetwork", "plain_networks", "plain_rows", "side_by_side"]
