@@ -21,11 +21,11 @@ from .configuration_flexmoe import PUBLIC, FlexMoeConfig
 from .context_flexmoe import forward_values, is_recording
 from .forms_flexmoe import form_of, is_untouched
 from .fused_flexmoe import columns_of, fused_low_rank, fused_mix, fused_route, redirecting
-from .implementations_flexmoe import AUTO, MODULES, NO_OPERATORS, OPERATORS, Inputs, LayerPath, choose_path
+from .implementations_flexmoe import MODULES, NO_OPERATORS, OPERATORS, Inputs, LayerPath, choose_path, may_fuse
 from .linear_flexmoe import faster_linears, is_best_as_it_is, may_be_faster, one_row
 from .low_rank_flexmoe import LowRankExpert, Spread, mix_sharing
 from .parallel_flexmoe import is_awaited
-from .plain_flexmoe import Matrices, plain_networks, plain_rows, side_by_side
+from .plain_flexmoe import Matrices, plain_network, plain_rows, side_by_side
 from .prepacked_flexmoe import Prepacked
 from .routing_flexmoe import Routing, route_logits, route_one
 from .widths_flexmoe import resize
@@ -176,7 +176,7 @@ class FlexMoeBlock(nn.Module):
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         allowed_TA = _allowed(row_mask_BA, x_TH.shape[0], x_TH.device)
         path = NO_OPERATORS
-        if implementation == OPERATORS or (implementation == AUTO and x_TH.is_cuda):
+        if may_fuse(implementation, x_TH):
             path = self.path(names, Inputs.of(x_TH), implementation, sharing)
         if path.fuses_router:
             rows = [self.router[name] for name in names]
@@ -340,9 +340,13 @@ class FlexMoeBlock(nn.Module):
     def _matrices(self, names: Sequence[str]) -> list[Matrices] | None:
         """The experts `names`, if all of them are nothing but large matrices in half precision."""
         experts: dict[str, Any] = self.experts._modules
-        networks = plain_networks([experts[name] for name in names])
-        matrices = [network.matrices for network in networks or () if network.matrices]
-        return matrices if networks and len(matrices) == len(networks) else None
+        matrices = []
+        for name in names:
+            plain = plain_network(experts[name])
+            if plain is None or plain.matrices is None:
+                return None
+            matrices.append(plain.matrices)
+        return matrices
 
     def _mix_one(
         self,

@@ -23,6 +23,8 @@ from .linear_flexmoe import faster_linears, fastest_product
 LINEAR_FORWARD = nn.Linear.forward
 """What it was when this was loaded: whoever patches it later wants to be called."""
 
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
 
 @dataclass(frozen=True)
 class FfnForm:
@@ -32,6 +34,11 @@ class FfnForm:
     down: str
     activation: str
     gate: str | None = None
+
+    def linears(self, network: nn.Module) -> list[Any]:
+        """The modules that gate (if there is one), up and down are."""
+        parts: dict[str, Any] = network._modules
+        return [parts[name] for name in (self.gate, self.up, self.down) if name is not None]
 
     def bind(self, network: nn.Module, like: Tensor) -> Callable[[Tensor], Tensor]:
         """What calling `network` does to inputs with the rows and the dtype of `like`, its parts looked up once."""
@@ -79,6 +86,11 @@ def is_untouched(module: nn.Module) -> bool:
     )
 
 
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes that `module` has beside those of every module, as an activation's slope."""
+    return {name: value for name, value in vars(module).items() if name not in _MODULE_STATE}
+
+
 def form_of(network: nn.Module) -> FfnForm | None:
     """The form of `network`; None if it is of no known form, trains, or is not untouched."""
     if network.training or not is_untouched(network):
@@ -124,4 +136,13 @@ def _called(name: str, value: _Symbol) -> _Symbol:
     return _Symbol((name, value.terms))
 
 
-__all__ = ["LINEAR_FORWARD", "FfnForm", "form_of", "is_plain_linear", "is_untouched", "product_of", "read_form"]
+__all__ = [
+    "LINEAR_FORWARD",
+    "FfnForm",
+    "form_of",
+    "is_plain_linear",
+    "is_untouched",
+    "product_of",
+    "read_form",
+    "settings_of",
+]

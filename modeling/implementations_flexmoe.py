@@ -188,6 +188,11 @@ class Inputs:
         return cls(x_TH.device.type, x_TH.dtype, x_TH.shape[0], capability, x_TH.requires_grad)
 
 
+def may_fuse(implementation: str, x_TH: Tensor) -> bool:
+    """Whether `choose_path` might take an operator for `x_TH`: while decoding on a CPU, to ask takes time."""
+    return implementation == OPERATORS or (implementation == AUTO and x_TH.is_cuda)
+
+
 def choose_path(
     implementation: str,
     inputs: Inputs,
@@ -486,6 +491,7 @@ __all__ = [
     "choose_path",
     "low_rank_plan",
     "low_rank_plan_or_reason",
+    "may_fuse",
     "plan",
     "plan_or_reason",
     "row_reason",

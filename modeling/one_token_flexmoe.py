@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forms_flexmoe import FfnForm, is_plain_linear, is_untouched
-
-_MODULE_STATE = frozenset(vars(nn.Module()))
+from .forms_flexmoe import FfnForm, is_plain_linear, is_untouched, settings_of
 
 Loop = Callable[..., Tensor]
 
@@ -57,7 +55,7 @@ def compiled_loop(network: nn.Module, form: FfnForm, tensors: Sequence[Tensor]) 
     activation = network._modules[form.activation]
     if activation is None or not is_untouched(activation) or any(True for _ in activation.state_dict()):
         return None
-    settings = tuple((name, value) for name, value in sorted(vars(activation).items()) if name not in _MODULE_STATE)
+    settings = tuple(sorted(settings_of(activation).items()))
     has_bias = tuple(
         name is not None and network._modules[name]._parameters["bias"] is not None  # type: ignore[union-attr]
         for name in (form.up, form.down, form.gate)

@@ -26,11 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .forms_flexmoe import LINEAR_FORWARD, FfnForm, form_of, is_plain_linear, is_untouched
+from .forms_flexmoe import LINEAR_FORWARD, FfnForm, form_of, is_plain_linear, is_untouched, settings_of
 from .linear_flexmoe import HALVES, SMALLEST_WEIGHT
 
 _FORWARD = repeat("forward")
-_MODULE_STATE = frozenset(vars(nn.Module()))
 _COMPARABLE = (bool, int, float, str, type(None), FunctionType, BuiltinFunctionType)
 _dtype_of = attrgetter("dtype")
 _kind_of = attrgetter("dtype", "is_cpu")
@@ -124,12 +123,12 @@ class PlainNetwork(_Parts):
     def __init__(self, network: nn.Module, form: FfnForm) -> None:
         super().__init__(network)
         self.form = form
-        linears = [self.children[name] for name in (form.gate, form.up, form.down) if name is not None]
+        linears = form.linears(network)
         self._type, self._forward, self._state = type(network), type(network).forward, vars(network)
         self._states.append(self._state)
         activation = self.children[form.activation]
         self._activation_state = vars(activation)
-        self._settings = {name: value for name, value in vars(activation).items() if name not in _MODULE_STATE}
+        self._settings = settings_of(activation)
         self._parameters = [linear._parameters for linear in linears]
         self._tensors = [tensor for parameters in self._parameters for tensor in parameters.values()]
         weights = [linear.weight for linear in linears]
@@ -168,27 +167,17 @@ class PlainNetwork(_Parts):
         return self._parts == other._parts and all(map(is_, self._tensors, other._tensors))
 
 
-def plain_networks(networks: Sequence[nn.Module]) -> list[PlainNetwork] | None:
-    """What is known of each; None unless all are of known forms, don't train, and have nothing but plain parts."""
-    found = []
-    for network in networks:
-        known = _networks.get(network)
-        if known is None or not known.is_still(network):
-            known = _looked_at(network)
-            if known is None:
-                return None
-        found.append(known)
-    return found
-
-
-def _looked_at(network: nn.Module) -> PlainNetwork | None:
+def plain_network(network: nn.Module) -> PlainNetwork | None:
+    """What is known of it; None unless it is of a known form, doesn't train, and has nothing but plain parts."""
+    known = _networks.get(network)
+    if known is not None and known.is_still(network):
+        return known
     _networks.pop(network, None)
     form = form_of(network)
     if form is None:
         return None
-    parts: dict[str, Any] = network._modules
-    linears = [parts[name] for name in (form.gate, form.up, form.down) if name is not None]
-    activation = parts[form.activation]
+    activation: Any = network._modules[form.activation]
+    linears = form.linears(network)
     if not all(map(is_plain_linear, linears)) or not is_untouched(activation) or activation.state_dict():
         return None
     if not all(type(linear.weight) is nn.Parameter for linear in linears):
@@ -248,4 +237,4 @@ def _place_of(first_OI: Tensor, second_OI: Tensor) -> tuple[Any, ...]:
     )
 
 
-__all__ = ["Matrices", "PlainNetwork", "plain_networks", "plain_rows", "side_by_side"]
+__all__ = ["Matrices", "PlainNetwork", "plain_network", "plain_rows", "side_by_side"]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .forms_flexmoe import is_plain_linear
 from .linear_flexmoe import HALVES, SMALLEST_WEIGHT, has_instructions, may_be_faster
 from .one_token_flexmoe import compiled_loop, compiled_product, is_plain, parts_of
-from .plain_flexmoe import PlainNetwork, plain_networks
+from .plain_flexmoe import PlainNetwork, plain_network
 
 # For type checkers alone: at run time the model classes bring PreTrainedModel in themselves.
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Prepacked:
 
     def compile_network(self, network: nn.Module) -> None:
         """Compiles the way of one token through `network`, if all its parts are plain."""
-        (plain,) = plain_networks([network]) or (None,)
+        plain = plain_network(network)
         if plain is not None and (tensors := parts_of(network, plain.form)):
             loop = compiled_loop(network, plain.form, tensors)
             if loop is not None:
@@ -100,8 +100,8 @@ class Prepacked:
         compiled = self._networks.get(id(network))
         if compiled is None:
             return None
-        (then, made), now = compiled, plain_networks([network])
-        if now is None or not now[0].has_the_parts_of(then) or not made.is_current():
+        (then, made), now = compiled, plain_network(network)
+        if now is None or not now.has_the_parts_of(then) or not made.is_current():
             return None
         return lambda x: made.value(x.reshape(-1).float(), *made.sources).view(x.shape)
 

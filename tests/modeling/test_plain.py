@@ -10,7 +10,7 @@ from transformers.activations import ACT2FN
 
 from flexmoe import FlexMoeForCausalLM
 from flexmoe.modeling import experts_flexmoe, linear_flexmoe, plain_flexmoe
-from flexmoe.modeling.plain_flexmoe import Matrices, plain_networks, plain_rows, side_by_side
+from flexmoe.modeling.plain_flexmoe import Matrices, plain_network, plain_rows, side_by_side
 from flexmoe.testing import random_tokens, tiny_flexmoe
 from tests.ffn import CHANGES, HIDDEN, INNER, Ffn, other_activation, other_weight
 
@@ -41,8 +41,8 @@ def lay_behind(ffn: Ffn) -> None:
 
 
 def matrices(ffn: nn.Module) -> Matrices | None:
-    found = plain_networks([ffn])
-    return found[0].matrices if found else None
+    found = plain_network(ffn)
+    return found.matrices if found else None
 
 
 X = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(1)).bfloat16()
@@ -150,7 +150,7 @@ def test_what_differs_in_more_than_values_is_of_another_kind(ffn):
 
 def test_whoever_trains_or_is_of_another_precision_is_no_matrices(ffn):
     assert matrices(ffn)
-    assert plain_networks([ffn.train()]) is None
+    assert plain_network(ffn.train()) is None
     assert matrices(ffn.eval())
     assert matrices(ffn.float()) is None
     assert matrices(ffn.bfloat16())
@@ -168,13 +168,13 @@ def test_patches_of_classes_count(ffn, monkeypatch):
 
 
 def test_hooks_elsewhere_change_nothing_and_those_everywhere_do(ffn):
-    (known,) = plain_networks([ffn])
+    known = plain_network(ffn)
     nn.Linear(2, 2).register_forward_hook(lambda module, args, output: None)
-    assert plain_networks([ffn]) == [known]
+    assert plain_network(ffn) is known
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
-    assert plain_networks([ffn]) is None
+    assert plain_network(ffn) is None
     handle.remove()
-    assert plain_networks([ffn])[0].has_the_parts_of(known)
+    assert plain_network(ffn).has_the_parts_of(known)
 
 
 def test_nothing_is_kept_alive():
