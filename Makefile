@@ -12,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OLDEST := .venv-oldest
-TREES  := modeling conversion model_cards src tests
+TREES  := modeling conversion model_cards src tests benchmarks examples docs/*.py
 
 # The exact versions are those of Python 3.11 and later; an older Python resolves from pyproject's lower bounds.
 PINNED := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info >= (3, 11) else "")')
@@ -21,13 +21,13 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 # Idle threads sleep: spinning ones beside another process make small models several times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 # A comparison with another program runs where that program's Python is given.
-BENCHES := $(filter-out $(if $(MERGEKIT_PYTHON),,%/bench_mergekit.py),$(wildcard tests/bench/bench_*.py))
+BENCHES := $(filter-out $(if $(MERGEKIT_PYTHON),,%/bench_mergekit.py),$(wildcard benchmarks/bench_*.py))
 
 # A benchmark has the machine to itself, and threads that wait as they do by default.
 AS_USERS_DO := env -u OMP_WAIT_POLICY
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-oldest demo results ranks bench soak families conformance check format format-check lint types layout clean
+.PHONY: help install test test-oldest demo results ranks bench soak families conformance check format format-check lint package-tree types docs layout clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,14 +58,14 @@ demo: $(STAMP) ## Run the main job end to end on real text (about 10 minutes on 
 	$(BIN)/flexmoe demo --out $(OUT) $(ARGS)
 
 results: $(STAMP) ## Run the demo over 3 seeds, with the paper's recipe and the row variants beside it (up to an hour)
-	$(BIN)/python tests/bench/results.py $(ARGS)
+	$(BIN)/python benchmarks/results.py $(ARGS)
 
 ranks: $(STAMP) ## Compress the demo's experts to several ranks, and train them at those (25 minutes beyond the demo)
-	$(BIN)/python tests/bench/ranks.py $(ARGS)
+	$(BIN)/python benchmarks/ranks.py $(ARGS)
 
 bench: $(STAMP) ## Run the benchmarks; each asserts the figures it promises (MERGEKIT_PYTHON=PATH for that comparison)
 	@set -e; for file in $(BENCHES); do echo "== $$file"; $(AS_USERS_DO) $(BIN)/python $$file; done
-	$(BIN)/python tests/bench/readme_figures.py
+	$(BIN)/python benchmarks/readme_figures.py
 
 soak: $(STAMP) ## Run the long randomised tests
 	$(BIN)/python -m pytest tests/soak $(ARGS)
@@ -80,7 +80,7 @@ conformance: $(STAMP) ## Run transformers' own common tests: TRANSFORMERS_TESTS=
 	TRANSFORMERS_TESTS=$(abspath $(TRANSFORMERS_TESTS)) CONFORMANCE_SUMMARY=$(CURDIR)/docs/benchmarks/conformance.json \
 		$(BIN)/python -m pytest tests/conformance -n $(WORKERS) --dist worksteal $(ARGS)
 
-check: format-check lint types layout test ## Everything that must pass before a commit
+check: format-check lint types layout docs test ## Everything that must pass before a commit
 
 format: $(STAMP) ## Rewrite the code in the project's format
 	$(BIN)/ruff format $(TREES)
@@ -92,12 +92,17 @@ format-check: $(STAMP)
 lint: $(STAMP) ## Lint
 	$(BIN)/ruff check $(TREES)
 
-# mypy does not follow setuptools' package-dir map, so it is shown the package as an install would lay it out.
-types: $(STAMP) ## Check the types
+# Tools that do not follow setuptools' package-dir map are shown the package as an install would lay it out.
+package-tree:
 	@rm -rf .types && mkdir -p .types/flexmoe
 	@ln -s $(CURDIR)/src/flexmoe/* $(CURDIR)/modeling $(CURDIR)/conversion $(CURDIR)/model_cards .types/flexmoe/
 	@ln -s $(CURDIR)/src/flexmoe_cli .types/flexmoe_cli
+
+types: $(STAMP) package-tree ## Check the types
 	$(BIN)/mypy
+
+docs: $(STAMP) package-tree ## Build the documentation site in build/site, without warnings
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 layout: $(STAMP)
 	$(BIN)/python -m pytest --quiet tests/test_layout.py

@@ -1,1 +1,1 @@
-"""flexmoe.conversion: checkpoints in, checkpoints out, a tensor at a time. Not here: live models."""
+"""Conversion of checkpoints on disk, streamed one tensor at a time. Does not cover live models."""

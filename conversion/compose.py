@@ -1,10 +1,11 @@
 """Compose, add, remove: the lifecycle of experts on disk, checkpoint in, checkpoint out.
 
-A result is a function of who is in it: the checkpoint after a removal has the bytes of the one that never had that
-expert. The model is built on the meta device for names, order and shapes; weights pass through a tensor at a time,
-and a package is read once, verified on the way, before its result appears.
+A result is a function of its experts alone: the checkpoint after a removal has the bytes of one that never had that
+expert. The model is built on the meta device for names, order and shapes; weights are streamed one tensor at a time,
+and a package is read once and verified on the way, before the result appears.
 
-Not here: live models (`flexmoe.modeling.lifecycle_flexmoe`), training of any kind, compositions by reference.
+Does not cover live models (`flexmoe.modeling.lifecycle_flexmoe`), training, or compositions by reference
+(`flexmoe.composition`).
 """
 
 import copy
@@ -14,33 +15,30 @@ from pathlib import Path
 
 import torch
 
-from flexmoe.conversion.judging import judge_rows_of, places, public_matrices
-from flexmoe.conversion.newcomers import (
+from flexmoe.admission.incoming import (
     PRIOR_WITH_BIASES,
-    Newcomer,
+    IncomingExpert,
     PackageLike,
     PolicyLike,
     choose_prior,
-    rename,
+    rename_incoming,
     with_experts,
 )
-from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
-from flexmoe.modeling.cards_flexmoe import model_facts, render_card
+from flexmoe.admission.stored_rows import check_incoming_rows, public_input_matrices, tensor_places
+from flexmoe.cards.facts import model_facts
+from flexmoe.cards.rendering import render
+from flexmoe.hub.stored_model import CONFIG_FILE, StoredModel
+from flexmoe.io.finite import cast_finite
+from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder, file_inside
+from flexmoe.io.tensors import Chunk, TensorInfo, expected_bytes
+from flexmoe.io.writer import MAX_SHARD_SIZE, TensorSource, source_from_file, source_from_tensor, write_checkpoint
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, drop_experts
-from flexmoe.modeling.fitting_flexmoe import cast_finite, naming
-from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder, file_inside
+from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.modeling.packages_flexmoe import CARD_FILE, ExpertPackage, PackageError
-from flexmoe.modeling.tensor_writer_flexmoe import (
-    MAX_SHARD_SIZE,
-    TensorSource,
-    source_from_file,
-    source_from_tensor,
-    write_checkpoint,
-)
-from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk, TensorInfo, expected_bytes
+from flexmoe.packages.checks import check_shapes, errors_naming
+from flexmoe.packages.package import CARD_FILE, ExpertPackage, PackageError
 
-CODE = "_flexmoe.py"  # what files of FlexMoE's own code end with; an older copy's may have others than ours
+CODE = "_flexmoe.py"  # suffix of remote-code files; an older checkpoint may have other ones
 _WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx"}
 
 
@@ -58,32 +56,42 @@ def compose(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes the model of a grafted anchor and the experts in `packages`, in that order. Returns its folder.
+    """Writes the model of a grafted anchor and the experts in `packages`, in that order, and returns its folder.
 
     Args:
         grafted: folder or Hub id of a model that has "public" only.
         packages: folders, Hub ids or opened packages.
-        names: what to call experts here: {package as given in `packages`, or its own name: name in the model}.
-        public_prior: log prior odds of "public", its bias in every layer. By default 0 if all rows are bias-free and
-            0.5 if none is; a default that depended on who is there would make removal inexact. A model whose public
-            row is not zero (an imported one) brings its own prior, which is then the default.
-        num_experts_per_tok: k of the top-k; the graft's by default.
-        verify: refuse experts whose row or bias would take over the model (`flexmoe.verify` checks more). They are
-            held against the graft, and the lengths of their rows against the shortest of each other's.
-        policy: whose packages are let in: a policy file, by default the one that FLEXMOE_POLICY names.
+        names: new names for experts: {package as given in `packages`, or its own name: name in the model}.
+        public_prior: log prior odds of "public", its bias in every layer. Default: 0 if all rows are bias-free and 0.5
+            if none is; a default that depended on single experts would make removal inexact. For a model whose public
+            row is not zero (an imported one), its own prior is the default.
+        num_experts_per_tok: k of the top-k. Default: the graft's.
+        verify: refuse experts whose router row or bias would dominate the routing (`flexmoe.verify` checks more). They
+            are compared with the graft, and the norms of their rows with the smallest among the other packages.
+        policy: which packages are trusted: a policy file; default: the one that FLEXMOE_POLICY names.
         max_shard_size: bytes per weight file.
+        overwrite: replace an existing `out`.
         progress: called with the number of bytes just written.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError: no such model or package.
-        ValueError: an expert is for another anchor, of an unknown kind or shape, its name is taken, its package is
-            not what it says, not let in or refused (`PackageError`), or rows with and without bias meet and no
-            `public_prior` is given.
-        TypeError: `packages` is one package and no list.
+        ValueError: an expert is for another anchor, of an unknown kind or shape, or its name is taken; its package
+            does not match its manifest, is not trusted or not admitted (`PackageError`); or some rows have a bias,
+            others none, and no `public_prior` is given.
+        TypeError: `packages` is one package instead of a list.
+
+    Example:
+        ```pycon
+        >>> import flexmoe
+        >>> from transformers import AutoModelForCausalLM
+        >>> folder = flexmoe.compose("grafted", ["math-expert", "code-expert"], "composed")
+        >>> AutoModelForCausalLM.from_pretrained(folder).expert_names
+        ['public', 'math', 'code']
+        ```
     """
     if isinstance(packages, str | Path | ExpertPackage):
-        raise TypeError(f"packages: one package ({packages!r}), want a list of them. Write [{packages!r}].")
+        raise TypeError(f"packages: one package ({packages!r}), expected a list of them. Write [{packages!r}].")
     model = StoredModel(grafted)
     if len(model.config.expert_names) > 1:
         raise ValueError(
@@ -92,15 +100,13 @@ def compose(
         )
     if not packages:
         raise ValueError("There is no package to compose with: give at least one.")
-    newcomers = [Newcomer.open(package, policy) for package in packages]
-    rename(newcomers, packages, names or {})
-    prior = choose_prior(model, newcomers, public_prior)
-    config = with_experts(model.config, newcomers)
+    incoming = [IncomingExpert.open(package, policy) for package in packages]
+    rename_incoming(incoming, packages, names or {})
+    prior = choose_prior(model, incoming, public_prior)
+    config = with_experts(model.config, incoming)
     if num_experts_per_tok is not None:
         config.num_experts_per_tok = num_experts_per_tok
-    return _write(
-        model, config, newcomers, out, overwrite, max_shard_size, progress, public_prior=prior, verify=verify
-    )
+    return _write(model, config, incoming, out, overwrite, max_shard_size, progress, public_prior=prior, verify=verify)
 
 
 def add(
@@ -115,18 +121,24 @@ def add(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes the stored `model` with the expert in `package` added, as `name` or by its own. Returns its folder.
+    """Writes the stored `model` with the expert in `package` added, as `name` or by its own, and returns its folder.
 
-    The public prior stays what it is, and so does a choice of active experts: where the config has one
-    (`active_experts`), the newcomer is not in it and takes no part until `set_active_experts` names it. The command
-    line says so. `out` may be the model's own folder, with `overwrite`.
+    The public prior is kept, and so is a choice of active experts: if the config has one (`active_experts`), the new
+    expert is inactive until `set_active_experts` includes it; the command line prints a note. `out` may be the model's
+    own folder, with `overwrite`. Other arguments and errors: as `compose`.
 
-    Raises: as `compose`.
+    Example:
+        ```pycon
+        >>> import flexmoe
+        >>> folder = flexmoe.add("model", "law-expert", "model-with-law")
+        >>> [expert["name"] for expert in flexmoe.inspect(folder)["experts"]]
+        ['public', 'math', 'code', 'law']
+        ```
     """
-    stored, newcomer = StoredModel(model), Newcomer.open(package, policy)
-    newcomer.name = name or newcomer.name
-    config = with_experts(stored.config, [newcomer])
-    return _write(stored, config, [newcomer], out, overwrite, max_shard_size, progress, verify=verify)
+    stored, expert = StoredModel(model), IncomingExpert.open(package, policy)
+    expert.name = name or expert.name
+    config = with_experts(stored.config, [expert])
+    return _write(stored, config, [expert], out, overwrite, max_shard_size, progress, verify=verify)
 
 
 def remove(
@@ -138,13 +150,21 @@ def remove(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes the stored `model` without the expert `name`: byte for byte the one that never had it.
+    """Writes the stored `model` without the expert `name`, byte for byte as if it had never had it.
 
-    `out` may be the model's own folder, with `overwrite`.
+    `out` may be the model's own folder, with `overwrite`. Returns its folder.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         ValueError: there is no such expert, it is "public", or it is the only active one.
+
+    Example:
+        ```pycon
+        >>> import flexmoe
+        >>> folder = flexmoe.remove("model", "math", "model-without-math")
+        >>> [expert["name"] for expert in flexmoe.inspect(folder)["experts"]]
+        ['public', 'code']
+        ```
     """
     stored = StoredModel(model)
     config = copy.deepcopy(stored.config)
@@ -157,25 +177,25 @@ def remove(
 
 
 class _PackageStream:
-    """Hands out a package's networks in the order asked for, reading its files once, in their own order.
+    """A package's tensors in any order, while its files are read once, in their own order.
 
-    Where the two orders agree, as in packages that FlexMoE wrote, one tensor is in memory at a time. Rows were read
-    beforehand (a composition's prior depends on them) and are compared here with the verified ones.
+    If the two orders agree, as in packages that FlexMoE wrote, one tensor is in memory at a time. Rows are left out:
+    they were read before (the default prior depends on them) and are only verified here.
     """
 
-    def __init__(self, newcomer: Newcomer):
-        self._newcomer = newcomer
-        self._stream = newcomer.package.tensors()
+    def __init__(self, expert: IncomingExpert):
+        self._expert = expert
+        self._stream = expert.verified_tensors()
         self._waiting: dict[str, torch.Tensor] = {}
 
     def take(self, name: str) -> torch.Tensor:
         while name not in self._waiting:
             if not self._advance():
-                raise PackageError(f"{self._newcomer.package.folder}: {name!r} vanished while the package was read.")
+                raise PackageError(f"{self._expert.package.folder}: {name!r} vanished while the package was read.")
         return self._waiting.pop(name)
 
     def finish(self) -> None:
-        """Reads what is left, so that every file's hash has been compared."""
+        """Reads the remaining tensors, so the hash of every file is compared."""
         while self._advance():
             pass
 
@@ -184,18 +204,15 @@ class _PackageStream:
         if item is None:
             return False
         name, tensor = item
-        row = self._newcomer.rows.get(name)
-        if row is None:
+        if name not in self._expert.rows:
             self._waiting[name] = tensor
-        elif not torch.equal(row, tensor):
-            raise PackageError(f"{self._newcomer.package.folder}: {name!r} changed while the package was read.")
         return True
 
 
 def _write(
     stored: StoredModel,
     config: FlexMoeConfig,
-    newcomers: Sequence[Newcomer],
+    incoming: Sequence[IncomingExpert],
     out: str | Path,
     overwrite: bool,
     max_shard_size: int,
@@ -205,22 +222,22 @@ def _write(
     verify: bool = True,
 ) -> Path:
     target = check_new_folder(out, overwrite)
-    check_apart(target, *(newcomer.package.folder for newcomer in newcomers))
-    if stored.folder.resolve() != target:  # a model may be replaced by what is made of it
+    check_apart(target, *(expert.package.folder for expert in incoming))
+    if stored.folder.resolve() != target:  # a model may be replaced by its successor
         check_apart(target, stored.folder)
-    with naming(*(newcomer.package for newcomer in newcomers)), torch.device("meta"):
+    with errors_naming(*(expert.package for expert in incoming)), torch.device("meta"):
         model = FlexMoeForCausalLM(config)
-    streams = {newcomer.name: _PackageStream(newcomer) for newcomer in newcomers}
-    sources = _sources(stored, model, {newcomer.name: newcomer for newcomer in newcomers}, streams, public_prior)
-    if verify and newcomers:
-        judge_rows_of(newcomers, _rows_there(stored, model, public_prior), public_matrices(stored, model))
+    streams = {expert.name: _PackageStream(expert) for expert in incoming}
+    sources = _sources(stored, model, {expert.name: expert for expert in incoming}, streams, public_prior)
+    if verify and incoming:
+        check_incoming_rows(incoming, _present_rows(stored, model, public_prior), public_input_matrices(stored, model))
     with atomic_folder(target, overwrite) as folder:
         write_checkpoint(folder, sources, max_shard_size=max_shard_size, progress=progress)
         for stream in streams.values():
             stream.finish()
         _copy_companions(stored.folder, folder)
-        # a function of who is in it, in place of the card that came along
-        (folder / CARD_FILE).write_text(render_card("model", model_facts(config)), encoding="utf-8")
+        # a function of the model's experts, instead of the card that was copied
+        (folder / CARD_FILE).write_text(render("model", model_facts(config)), encoding="utf-8")
         model.save_code(folder)
         config.save_pretrained(folder)  # last: a folder without it does not load
     return target
@@ -229,35 +246,35 @@ def _write(
 def _sources(
     stored: StoredModel,
     model: FlexMoeForCausalLM,
-    newcomers: Mapping[str, Newcomer],
+    incoming: Mapping[str, IncomingExpert],
     streams: Mapping[str, _PackageStream],
     public_prior: float | None,
 ) -> list[TensorSource]:
-    """What to write, in the order of the model's state dict."""
-    state, owned = model.state_dict(), places(model)
-    _check_newcomers(newcomers, state, owned)
-    _check_stored(stored, state, owned, newcomers)
+    """The tensors to write, in the order of the model's state dict."""
+    state, owned = model.state_dict(), tensor_places(model)
+    _check_incoming(incoming, state, owned)
+    _check_stored(stored, state, owned, incoming)
     sources = []
     for key, empty in state.items():
         owner, inside = owned.get(key, ("", ""))
-        if owner in newcomers:
-            sources.append(_newcomer_source(stored, newcomers[owner], streams[owner], key, inside, empty.shape))
+        if owner in incoming:
+            sources.append(_incoming_source(stored, incoming[owner], streams[owner], key, inside, empty.shape))
         elif owner == PUBLIC and inside.endswith(".router.bias") and public_prior is not None:
             sources.append(source_from_tensor(key, torch.tensor([public_prior], dtype=torch.float32)))
         elif key in stored.tensors.infos:
             sources.append(source_from_file(stored.tensors, key))
-        # what is left is tied to a tensor that is stored
+        # other names are tied to a tensor that is stored
     return sources
 
 
-def _newcomer_source(
-    stored: StoredModel, newcomer: Newcomer, stream: _PackageStream, key: str, inside: str, shape: Sequence[int]
+def _incoming_source(
+    stored: StoredModel, expert: IncomingExpert, stream: _PackageStream, key: str, inside: str, shape: Sequence[int]
 ) -> TensorSource:
-    """A tensor of a package under its name in the model, in the dtype of public's own; rows are float32."""
-    what = f"{newcomer.package.folder}: {inside!r}"
-    if inside in newcomer.rows:
-        return source_from_tensor(key, cast_finite(newcomer.rows[inside], torch.float32, what))
-    code = stored.tensors.infos[_twin(key, newcomer)].dtype
+    """A tensor of a package under its name in the model, in the dtype of public's counterpart; rows are float32."""
+    what = f"{expert.package.folder}: {inside!r}"
+    if inside in expert.rows:
+        return source_from_tensor(key, cast_finite(expert.rows[inside], torch.float32, what))
+    code = stored.tensors.infos[_public_counterpart(key, expert)].dtype
 
     def chunks() -> Iterator[Chunk]:
         cast = cast_finite(stream.take(inside), TORCH_DTYPES[code], what)
@@ -266,21 +283,21 @@ def _newcomer_source(
     return TensorSource(TensorInfo(key, code, tuple(shape), expected_bytes(code, shape)), chunks)
 
 
-def _twin(key: str, newcomer: Newcomer) -> str:
-    """The public network's tensor beside a newcomer's; beside a low-rank expert's factors, the matrix they change."""
-    twin = key.replace(f".experts.{newcomer.name}.", f".experts.{PUBLIC}.")
-    if newcomer.package.manifest.kind == "low_rank":
-        matrix, _, parameter = twin.rsplit(".", 2)
+def _public_counterpart(key: str, expert: IncomingExpert) -> str:
+    """The public network's tensor of the same role; for a low-rank expert's factors, the matrix that they change."""
+    counterpart = key.replace(f".experts.{expert.name}.", f".experts.{PUBLIC}.")
+    if expert.package.manifest.kind == "low_rank":
+        matrix, _, parameter = counterpart.rsplit(".", 2)
         return f"{matrix}.{parameter}"
-    return twin
+    return counterpart
 
 
-def _rows_there(
+def _present_rows(
     stored: StoredModel, model: FlexMoeForCausalLM, public_prior: float | None
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Router rows and biases that are stored, by expert, called as in a package; public's bias is the new prior."""
+    """The stored router rows and biases by expert, named as in a package; public's bias is the new prior."""
     rows: dict[str, dict[str, torch.Tensor]] = {}
-    for key, (owner, inside) in places(model).items():
+    for key, (owner, inside) in tensor_places(model).items():
         if ".router." in inside and key in stored.tensors.infos:
             is_prior = owner == PUBLIC and inside.endswith(".bias") and public_prior is not None
             row = torch.tensor([public_prior], dtype=torch.float32) if is_prior else stored.tensors.read(key)
@@ -288,46 +305,40 @@ def _rows_there(
     return rows
 
 
-def _check_newcomers(
-    newcomers: Mapping[str, Newcomer], state: Mapping[str, torch.Tensor], owned: Mapping[str, tuple[str, str]]
+def _check_incoming(
+    incoming: Mapping[str, IncomingExpert], state: Mapping[str, torch.Tensor], owned: Mapping[str, tuple[str, str]]
 ) -> None:
-    for name, newcomer in newcomers.items():
-        wanted = {inside: tuple(state[key].shape) for key, (owner, inside) in owned.items() if owner == name}
-        found = {inside: info.shape for inside, info in newcomer.package.infos.items()}
-        for inside in sorted(wanted.keys() | found.keys()):
-            if wanted.get(inside) != found.get(inside):
-                raise ValueError(
-                    f"{newcomer.package.folder}: tensor {inside!r} has shape {_shape(found.get(inside))}, this model "
-                    f"wants {_shape(wanted.get(inside))}. The expert was made for another network."
-                )
+    for name, expert in incoming.items():
+        expected = {inside: tuple(state[key].shape) for key, (owner, inside) in owned.items() if owner == name}
+        check_shapes(expert.package, expected)
 
 
 def _check_stored(
     stored: StoredModel,
     state: Mapping[str, torch.Tensor],
     owned: Mapping[str, tuple[str, str]],
-    newcomers: Mapping[str, Newcomer],
+    incoming: Mapping[str, IncomingExpert],
 ) -> None:
-    """Every expert that stays is there whole, shapes are right, and nothing is stored that nobody owns."""
+    """Checks that the experts that stay are complete, shapes are right, and every stored tensor has an owner."""
     infos = stored.tensors.infos
-    leaving = _removed(stored, owned)
+    removed = _prefixes_of_removed(stored, owned)
     for key in infos:
-        if key.startswith(leaving):
+        if key.startswith(removed):
             continue
         if key not in state or infos[key].shape != tuple(state[key].shape):
-            wanted = _shape(tuple(state[key].shape)) if key in state else "none"
+            expected = _shape(tuple(state[key].shape)) if key in state else "none"
             raise ValueError(
-                f"{stored.folder}: tensor {key!r} has shape {_shape(infos[key].shape)}; the config says {wanted}."
+                f"{stored.folder}: tensor {key!r} has shape {_shape(infos[key].shape)}; its config implies {expected}."
             )
-    missing = [key for key, (owner, _) in owned.items() if owner not in newcomers and key not in infos]
+    missing = [key for key, (owner, _) in owned.items() if owner not in incoming and key not in infos]
     if missing:
         raise ValueError(
-            f"{stored.folder} lacks {len(missing)} tensors that its config names, such as {missing[0]!r}."
+            f"{stored.folder} lacks {len(missing)} tensors that its config implies, such as {missing[0]!r}."
         )
 
 
-def _removed(stored: StoredModel, owned: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
-    """What the names of tensors begin with that are stored, but belong to an expert who leaves."""
+def _prefixes_of_removed(stored: StoredModel, owned: Mapping[str, tuple[str, str]]) -> tuple[str, ...]:
+    """The prefixes of stored tensors that belong to experts which are being removed."""
     leaving = set(stored.config.expert_names) - {owner for owner, _ in owned.values()}
     public = {key.rpartition(f".{PUBLIC}.")[0] for key in owned if f".router.{PUBLIC}." in key}
     blocks = {path.removesuffix(".router") for path in public}
@@ -339,7 +350,7 @@ def _shape(shape: Sequence[int] | None) -> str:
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """Copies what lies beside: tokenizer, public sample, licence; not weights, config, code and hidden files."""
+    """Copies the other files: tokenizer, public sample, licence; not weights, config, code and hidden files."""
     for entry in sorted(source.iterdir()):
         if (
             entry.name.startswith(".")

@@ -1,9 +1,9 @@
-"""Export: a FlexMoE becomes a checkpoint that stock transformers, and engines reading its formats, load as their own.
+"""Export: a FlexMoE model becomes a checkpoint of another transformers class, which also inference engines load.
 
-Either one expert in the anchor's own dense class, or all of them in a mixture-of-experts class (`native_formats`). The
-weights are copied byte for byte, a chunk at a time; the router rows alone are put together anew, and low-rank experts
-that are asked for as full ones. What a format cannot say is an error. Not here: compositions by reference, quantised
-models, what dropping biases costs (measure it with `flexmoe evaluate`).
+Either one expert in the anchor's own dense class, or all experts in a mixture-of-experts class (`native_formats`). The
+weights are copied byte for byte, a chunk at a time; only router rows are stacked, and low-rank experts merged on
+request. A model that a format cannot represent is an error. Does not cover compositions by reference, quantised
+models, or the cost of dropping biases (measure it with `flexmoe evaluate`).
 """
 
 from __future__ import annotations
@@ -24,31 +24,26 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from flexmoe.conversion.graft import copy_companions
 from flexmoe.conversion.low_rank import merged_source
-from flexmoe.conversion.native_formats import FORMATS, WAY_OUT, NativeFormat, native_config
+from flexmoe.conversion.native_formats import ALTERNATIVES, FORMATS, NativeFormat, native_config
 from flexmoe.conversion.public_networks import PublicNetworks
-from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
+from flexmoe.hub.stored_model import CONFIG_FILE, StoredModel
+from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder
+from flexmoe.io.strict_json import json_text
+from flexmoe.io.writer import MAX_SHARD_SIZE, TensorSource, source_from_file, source_from_tensor, write_checkpoint
 from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
 from flexmoe.modeling.experts_flexmoe import make_expert
-from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
-from flexmoe.modeling.json_flexmoe import json_text
-from flexmoe.modeling.low_rank_flexmoe import low_rank_scale, packed_name
-from flexmoe.modeling.norms_flexmoe import norm_follows_each_ffn
-from flexmoe.modeling.tensor_writer_flexmoe import (
-    MAX_SHARD_SIZE,
-    TensorSource,
-    source_from_file,
-    source_from_tensor,
-    write_checkpoint,
-)
-from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES
+from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
+from flexmoe.modeling.low_rank_flexmoe import low_rank_scale
+from flexmoe.norms import norm_follows_each_ffn
+from flexmoe.packages.names import packed_name
 
 DENSE = "dense"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What is to be written: the config, what its file says besides, and the tensors in their order."""
+    """The result of an export: the config, additional entries of its file, and the tensors in order."""
 
     config: PreTrainedConfig
     sources: list[TensorSource]
@@ -56,13 +51,13 @@ class Exported:
 
 
 MergedExperts = Mapping[str, Callable[[str], TensorSource]]
-"""Tensors of low-rank experts as full ones, by the name that a full expert's has in the FlexMoE; each makes its source
-under the name that it gets."""
+"""Merged tensors of low-rank experts, by the names that a full expert's would have in the FlexMoE model; each entry
+makes the source for a given name."""
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What the caller decided, as `export` takes it."""
+class Options:
+    """Arguments of `export` that concern the formats."""
 
     expert: str | None = None
     drop_bias: bool = False
@@ -72,8 +67,8 @@ class Choices:
 class Exporter(Protocol):
     """Prepares the export to one format."""
 
-    def __call__(self, stored: StoredModel, choices: Choices) -> Exported:
-        """What to write. ValueError: the format cannot say what this model is."""
+    def __call__(self, stored: StoredModel, options: Options) -> Exported:
+        """The checkpoint to write. ValueError: the format cannot represent this model."""
 
 
 def export(
@@ -88,35 +83,46 @@ def export(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes the stored FlexMoE `model` as a checkpoint of another class of transformers. Returns its folder.
+    """Writes the stored FlexMoE `model` as a checkpoint of another transformers class, and returns its folder.
 
-    The result computes the same: equal logits in float32, but for the order of sums. In half precision the router's
-    rows are rounded to the dtype of the weights beside them, in which the other classes hold them; a warning says
-    how many numbers that changes.
+    The exported model has equal logits in float32, up to the order of sums. In half precision the router rows are
+    rounded to the dtype of the weights beside them, in which the other classes hold them; a warning gives the number
+    of values that change.
 
     Args:
         model: folder or Hub id of a merged checkpoint.
         to: one of `TARGETS`: "dense" (one expert, in the anchor's class), "flex_olmo" (OLMo-2 anchors), "mixtral"
             (Llama and Mistral anchors) or "qwen3_moe" (Qwen3 anchors).
-        expert: for "dense", whose network stands in the model; "public" is the anchor itself.
-        drop_bias: leave out biases of router rows and the public prior, which no format has. It changes the model.
-        densify: write low-rank experts as the full ones that they amount to, summed in float32 and rounded once.
+        expert: for "dense", the expert whose networks are written; "public" is the anchor itself.
+        drop_bias: leave out biases of router rows and the public prior, which no format has. This changes the model.
+        densify: merge low-rank experts into public's networks, summed in float32 and rounded once.
         max_shard_size: bytes per weight file.
+        overwrite: replace an existing `out`.
         progress: called with the number of bytes just written.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError: no such model.
-        ValueError: no such format or expert, or the format cannot say what this model is: biases, masked or low-rank
-            experts, weights that are not divided by their sum, another family, fields that it lacks.
+        ValueError: no such format or expert, or the format cannot represent the model: biases, masked or low-rank
+            experts, weights that are not normalised, another family, missing config fields.
+
+    Example:
+        ```pycon
+        >>> import flexmoe
+        >>> from transformers import AutoModelForCausalLM
+        >>> flexmoe.export("model", "math-alone", to="dense", expert="math").name
+        'math-alone'
+        >>> type(AutoModelForCausalLM.from_pretrained("math-alone")).__name__
+        'LlamaForCausalLM'
+        ```
     """
     target = check_new_folder(out, overwrite)
     if to not in TARGETS:
         raise ValueError(f"There is no format {to!r} to export to; there are {', '.join(TARGETS)}.")
     stored = StoredModel(model, "exported")
     check_apart(target, stored.folder)
-    exported = TARGETS[to](stored, Choices(expert, drop_bias, densify))
-    durable = overwrite  # a new folder can be made again; one that replaces another must not be lost with it
+    exported = TARGETS[to](stored, Options(expert, drop_bias, densify))
+    durable = overwrite  # a new folder can be written again; one that replaces another must not be lost
     with atomic_folder(target, overwrite, durable=durable) as folder:
         write_checkpoint(
             folder,
@@ -128,17 +134,18 @@ def export(
         )
         copy_companions(stored.folder, folder)
         values = {**json.loads(exported.config.to_json_string()), **exported.aliases}
-        (folder / CONFIG_FILE).write_text(json_text(values), encoding="utf-8")  # last: without it nothing loads
+        # last: without it, a folder does not load
+        (folder / CONFIG_FILE).write_text(json_text(values), encoding="utf-8")
     return target
 
 
-def as_dense(stored: StoredModel, choices: Choices) -> Exported:
-    """One expert in the anchor's own class, its router row left behind, and its bias with it."""
-    names, expert = stored.config.expert_names, choices.expert
+def as_dense(stored: StoredModel, options: Options) -> Exported:
+    """One expert in the anchor's own class, without its router row and bias."""
+    names, expert = stored.config.expert_names, options.expert
     if expert is None or expert not in names:
-        asked = "no expert is given" if expert is None else f"{expert!r} is none of its experts"
-        raise ValueError(f"{DENSE} writes one expert of {stored.folder}, and {asked}: --expert {' | '.join(names)}.")
-    _check_kinds(stored, [expert], choices, DENSE)
+        fault = "none is given" if expert is None else f"{expert!r} is not one of them"
+        raise ValueError(f"{DENSE} writes one expert of {stored.folder}, and {fault}: --expert {' | '.join(names)}.")
+    _check_kinds(stored, [expert], options, DENSE)
     dense, sites = build_on_meta(_anchor_config(stored))
     paths = NameMap(sites)
     merged = _merged_experts(stored, sites, [expert])
@@ -146,20 +153,20 @@ def as_dense(stored: StoredModel, choices: Choices) -> Exported:
     return Exported(_of_class(dense, stored), sources)
 
 
-def as_native(native: NativeFormat, stored: StoredModel, choices: Choices) -> Exported:
-    """All experts in a mixture-of-experts class, in the order of the config."""
-    if choices.expert is not None:
-        raise ValueError(f"{native.model_type} holds all experts: --expert {choices.expert} is for --to {DENSE} only.")
-    _check_kinds(stored, stored.config.expert_names, choices, native.model_type)
+def as_native(native: NativeFormat, stored: StoredModel, options: Options) -> Exported:
+    """All experts in a mixture-of-experts class of transformers, in the order of the config."""
+    if options.expert is not None:
+        raise ValueError(f"{native.model_type} holds all experts: --expert {options.expert} is for --to {DENSE} only.")
+    _check_kinds(stored, stored.config.expert_names, options, native.model_type)
     if stored.config.norm_topk_prob is None:
         stored.config.norm_topk_prob = not norm_follows_each_ffn(_anchor_config(stored))
     config = native_config(native, stored.config)
-    if not choices.drop_bias:
+    if not options.drop_bias:
         _check_bias_free(native, stored)
     dense, sites = build_on_meta(_anchor_config(stored))
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(config)
-    _check_same_besides_blocks(native, dense, target, sites)
+    _check_equal_outside_blocks(native, dense, target, sites)
     gates = _gates(native, stored, sites)
     merged = _merged_experts(stored, sites, stored.config.expert_names)
     sources: list[TensorSource] = []
@@ -176,7 +183,7 @@ TARGETS: Mapping[str, Exporter] = {
     DENSE: as_dense,
     **{name: functools.partial(as_native, native) for name, native in FORMATS.items()},
 }
-"""What a FlexMoE can be written as."""
+"""The export formats by name."""
 
 
 def _anchor_config(stored: StoredModel) -> PreTrainedConfig:
@@ -185,7 +192,7 @@ def _anchor_config(stored: StoredModel) -> PreTrainedConfig:
 
 
 def _of_class(model: PreTrainedModel, stored: StoredModel) -> PreTrainedConfig:
-    """The model's config, for a file: it says whose it is, and in which dtype it wants to be loaded."""
+    """The model's config as it is written: with its architecture and the dtype to load it in."""
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = stored.config.dtype or config.dtype
@@ -193,7 +200,7 @@ def _of_class(model: PreTrainedModel, stored: StoredModel) -> PreTrainedConfig:
 
 
 def _by_site(dense: PreTrainedModel, sites: Sequence[FfnSite]) -> Iterator[tuple[FfnSite | None, list[str]]]:
-    """The state dict's names in their order, in groups: a network's with its site, what lies between with None."""
+    """The state dict's names in order, grouped: those of an FFN with its site, others with None."""
     blocks = {f"{site.block}.": site for site in sites}
 
     def site_of(name: str) -> FfnSite | None:
@@ -206,10 +213,9 @@ def _by_site(dense: PreTrainedModel, sites: Sequence[FfnSite]) -> Iterator[tuple
 def _copies(
     stored: StoredModel, dense: PreTrainedModel, paths: Mapping[str, str], merged: MergedExperts | None = None
 ) -> list[TensorSource]:
-    """Stored tensors under the dense model's names; `paths` says what they are called in the FlexMoE.
+    """Stored tensors under the dense model's names; `paths` maps these to the names in the FlexMoE model.
 
-    Those in `merged` are computed. Names without a stored tensor are tied to another, or buffers that the model
-    computes.
+    Those in `merged` are computed. Names without a stored tensor are tied to another, or computed buffers.
     """
     state, parameters = dense.state_dict(), dict(dense.named_parameters(remove_duplicate=False))
     sources = []
@@ -232,13 +238,13 @@ def _block_sources(
     gate_EH: Tensor,
     merged: MergedExperts,
 ) -> Iterator[TensorSource]:
-    """A layer's rows as one matrix, then each expert's matrices."""
+    """The tensors of a layer's block: the stacked router rows, then each expert's matrices."""
     shapes = {name: tensor.shape for name, tensor in site.ffn(dense).state_dict().items()}
     block = f"{ANCHOR_PREFIX}{site.block}"
     if shapes.keys() != native.matrices.keys():
         raise ValueError(
-            f"{native.model_type} has {', '.join(native.matrices)} in each network; this anchor has "
-            f"{', '.join(shapes)}. {WAY_OUT}"
+            f"{native.model_type} has {', '.join(native.matrices)} in each expert; this anchor has "
+            f"{', '.join(shapes)}. {ALTERNATIVES}"
         )
     yield source_from_tensor(native.gate_name(site), gate_EH)
     for number, expert in enumerate(stored.config.expert_names):
@@ -252,7 +258,7 @@ def _block_sources(
 
 
 def _merged_experts(stored: StoredModel, sites: Sequence[FfnSite], names: Sequence[str]) -> MergedExperts:
-    """What the low-rank experts among `names` amount to."""
+    """The low-rank experts among `names`, merged into public's networks."""
     records = [record for record in stored.config.expert_records if record["name"] in names]
     merged: dict[str, Callable[[str], TensorSource]] = {}
     low_rank = [record for record in records if record["kind"] == "low_rank"]
@@ -276,28 +282,28 @@ def _merged_experts(stored: StoredModel, sites: Sequence[FfnSite], names: Sequen
 
 
 def _gates(native: NativeFormat, stored: StoredModel, sites: Sequence[FfnSite]) -> dict[FfnSite, Tensor]:
-    """The rows of all experts [E, H], layer by layer, in the dtype of the weights beside them."""
+    """The router rows of all experts [E, H] by layer, in the dtype of the weights beside them."""
     rows = {site: _rows(stored, site) for site in sites}
     gates = {site: rows_EH.to(_dtype_beside(stored, site)) for site, rows_EH in rows.items()}
     for site, gate_EH in gates.items():
         if not bool(gate_EH.isfinite().all()):
             raise ValueError(
-                f"{site.block}: a router row holds numbers that are not finite in {gate_EH.dtype}, the dtype of the "
-                f"weights beside it, in which {native.model_type} holds its gate."
+                f"{site.block}: a router row is not finite in {gate_EH.dtype}, the dtype of the weights beside it, in "
+                f"which {native.model_type} holds its gate."
             )
     if changed := sum(int((gates[site].float() != rows_EH).sum()) for site, rows_EH in rows.items()):
         warnings.warn(
             f"{native.model_type} holds its gate in the dtype of its weights: of the "
-            f"{sum(rows_EH.numel() for rows_EH in rows.values()):,} numbers of the router rows, {changed:,} are "
-            f"rounded from float32 to {next(iter(gates.values())).dtype}. Where two experts are nearly as likely, "
-            "another may be chosen than in the FlexMoE model.",
-            stacklevel=4,  # whoever called `export`
+            f"{sum(rows_EH.numel() for rows_EH in rows.values()):,} values of the router rows, {changed:,} are "
+            f"rounded from float32 to {next(iter(gates.values())).dtype}. If two experts have nearly equal logits, "
+            "the exported model may choose the other one.",
+            stacklevel=4,  # the caller of `export`
         )
     return gates
 
 
 def _rows(stored: StoredModel, site: FfnSite) -> Tensor:
-    """The rows of all experts of a layer, float32 [E, H]."""
+    """The router rows of all experts of a layer, float32 [E, H]."""
     hidden_size = _hidden_size(stored)
     rows = []
     for name in stored.config.expert_names:
@@ -316,12 +322,12 @@ def _dtype_beside(stored: StoredModel, site: FfnSite) -> torch.dtype:
     return next(TORCH_DTYPES[info.dtype] for path, info in stored.tensors.infos.items() if path.startswith(start))
 
 
-def _check_kinds(stored: StoredModel, names: Sequence[str], choices: Choices, to: str) -> None:
+def _check_kinds(stored: StoredModel, names: Sequence[str], options: Options, to: str) -> None:
     records = [record for record in stored.config.expert_records if record["name"] in names]
-    if (others := [record["name"] for record in records if record["kind"] != "full"]) and not choices.densify:
+    if (others := [record["name"] for record in records if record["kind"] != "full"]) and not options.densify:
         raise ValueError(
-            f"{to} has whole networks only; low-rank here: {', '.join(others)}. --densify (densify=True) writes them "
-            "as the full experts that they amount to; or remove them first (flexmoe remove)."
+            f"{to} has full experts only; low-rank in this model: {', '.join(others)}. --densify (densify=True) "
+            "merges them into full experts; or remove them first (flexmoe remove)."
         )
 
 
@@ -334,29 +340,29 @@ def _check_bias_free(native: NativeFormat, stored: StoredModel) -> None:
         for end, owner in ends.items()
         if path.endswith(end) and bool(stored.tensors.read(path).any())
     }
-    if not biased or len(names) == 1:  # the only expert takes part whatever its bias
+    if not biased or len(names) == 1:  # a single expert has the weight 1 with any bias
         return
     raise ValueError(
-        f"{native.model_type} has no router biases; not zero are those of {', '.join(n for n in names if n in biased)}"
+        f"{native.model_type} has no router biases; those of {', '.join(n for n in names if n in biased)} are not zero"
         f" ({PUBLIC}'s is the public prior). --drop-bias (drop_bias=True) leaves them out and changes the model: give "
-        "text (flexmoe export --data NAME=FILE) to see by how much. Experts that were trained without biases and are "
-        "composed with a prior of 0 export as they are."
+        "text (flexmoe export --data NAME=FILE) to measure by how much. Experts that were trained without biases and "
+        "composed with a prior of 0 can be exported unchanged."
     )
 
 
-def _check_same_besides_blocks(
+def _check_equal_outside_blocks(
     native: NativeFormat, dense: PreTrainedModel, target: PreTrainedModel, sites: Sequence[FfnSite]
 ) -> None:
-    """Whatever the configs say, the two classes must hold the same tensors outside of the blocks."""
+    """Checks that both classes hold the same tensors outside of the blocks, whatever their configs are."""
     blocks = tuple(f"{site.block}." for site in sites)
 
-    def besides(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
+    def others(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
         return {(n, tuple(t.shape)) for n, t in model.state_dict().items() if not n.startswith(blocks)}
 
-    if differing := sorted(besides(dense) ^ besides(target)):
+    if differing := sorted(others(dense) ^ others(target)):
         raise ValueError(
             f"{type(target).__name__} and {type(dense).__name__} differ in {len(differing)} tensors outside of their "
-            f"feed-forward networks, such as {differing[0][0]}. {WAY_OUT}"
+            f"feed-forward networks, such as {differing[0][0]}. {ALTERNATIVES}"
         )
 
 
@@ -366,13 +372,15 @@ def _check_stored(stored: StoredModel, path: str, shape: Sequence[int]) -> None:
         raise _missing(stored, path)
     if info.shape != tuple(shape):
         raise ValueError(
-            f"{stored.folder}: tensor {path!r} has shape {list(info.shape)}, and this format has {list(shape)} there: "
+            f"{stored.folder}: tensor {path!r} has shape {list(info.shape)}, and this format needs {list(shape)}: "
             "one width for all experts and layers."
         )
 
 
 def _missing(stored: StoredModel, path: str) -> ValueError:
-    return ValueError(f"{stored.folder} lacks the tensor {path!r}, which its config names. Fetch or write it again.")
+    return ValueError(
+        f"{stored.folder} lacks the tensor {path!r}, which its config implies. Download or write it again."
+    )
 
 
 __all__ = ["DENSE", "TARGETS", "export"]

@@ -1,10 +1,10 @@
-"""Dense fine-tunes of an anchor as its experts: what they may differ in, and what becomes of what all share.
+"""Dense fine-tunes of an anchor as its experts: in what they may differ, and how shared tensors are chosen.
 
-A fine-tune is a checkpoint of the anchor's own architecture. Its feed-forward networks become an expert; everything
-else (attention, norms, embeddings) is there once in a FlexMoE, so it must be the anchor's, byte for byte, or somebody
-decides: the anchor's is kept, or the average of all is taken, as Branch-Train-MiX does (arXiv 2403.07816).
+A fine-tune is a checkpoint of the anchor's own architecture. Its feed-forward networks become an expert; all other
+tensors (attention, norms, embeddings) exist once in a FlexMoE model, so they must equal the anchor's byte for byte, or
+the caller decides: keep the anchor's, or average over all checkpoints as Branch-Train-MiX does (arXiv 2403.07816).
 
-Not here: the graft itself (`graft`), adapters (`lora_adapters`), router rows.
+Does not cover the graft itself (`graft`), adapters (`lora_adapters`) or router rows.
 """
 
 from __future__ import annotations
@@ -16,27 +16,21 @@ from typing import Any, Literal
 
 import torch
 
+from flexmoe.hub.client import ResolvedFolder
+from flexmoe.io.dense import DenseCheckpoint
+from flexmoe.io.finite import all_finite
+from flexmoe.io.tensors import Chunk, TensorInfo, listed, same_bytes
+from flexmoe.io.writer import TensorSource, finite_source, source_from_file
 from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import expert_record
-from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
-from flexmoe.modeling.finite_flexmoe import all_finite
-from flexmoe.modeling.hub_flexmoe import ResolvedFolder
-from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, finite_source, source_from_file
-from flexmoe.modeling.tensors_flexmoe import (
-    TORCH_DTYPES,
-    Chunk,
-    TensorInfo,
-    listed,
-    same_bytes,
-    tensor_bytes,
-)
+from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES, tensor_bytes
 
 Shared = Literal["anchor", "average"]
 SHARED = ("anchor", "average")
-LISTED = 6  # of what differs, in a message
+LISTED = 6  # differences in a message
 
-# Fields of a configuration that say where a checkpoint was made and how it is used, not what it computes.
-NOT_COMPUTED = frozenset(
+# Config fields about the origin and use of a checkpoint, which do not change what it computes.
+METADATA_FIELDS = frozenset(
     {
         "_name_or_path",
         "architectures",
@@ -45,14 +39,15 @@ NOT_COMPUTED = frozenset(
         "eos_token_id",
         "pad_token_id",
         "torch_dtype",
+        "transformers.js_config",  # of the JavaScript library, in many published fine-tunes
         "transformers_version",
         "use_cache",
     }
 )
 
 
-# Fields that say how attention, positions and the vocabulary work. They may differ where all of that is the anchor's.
-OUTSIDE_OF_NETWORKS = frozenset(
+# Config fields of attention, positions and the vocabulary. They may differ if only the FFNs of a fine-tune are used.
+NON_FFN_FIELDS = frozenset(
     {
         "attention_dropout",
         "initializer_range",
@@ -79,14 +74,14 @@ class FineTune:
     dense: DenseCheckpoint
 
     def record(self) -> dict[str, Any]:
-        """The expert's record in the model's config; where it came from is no package, so it is no `source`."""
+        """The expert's record in the model's config; its origin is not a package, so it is not a `source`."""
         repo = {"repo": self.source.repo, "revision": self.source.revision}
         return expert_record({"name": self.name, "training": {"dense_fine_tune": repo} if self.source.repo else None})
 
     def sources(self, names: NameMap) -> dict[str, TensorSource]:
-        """The expert's tensors to be written, by their names in the FlexMoE.
+        """The expert's tensors to write, by their names in the FlexMoE model.
 
-        Drawing numbers that are not finite is a ValueError.
+        Reading values that are not finite raises ValueError.
         """
         paths = {dense_name: names.to_flexmoe(dense_name, self.name) for dense_name in self.dense.infos}
         return {path: self._source(name, path) for name, path in paths.items() if names.is_ffn(name)}
@@ -97,21 +92,20 @@ class FineTune:
             return source
         fault = ValueError(
             f"{self.dense.folder} ({self.name}): tensor {self.dense.stored[dense_name]!r} holds NaN or an infinity, "
-            "so it is no expert. Take an earlier checkpoint of that training, or leave it out."
+            "so it cannot be an expert. Use an earlier checkpoint of that training, or leave it out."
         )
         return finite_source(source, fault)
 
     @classmethod
     def open(cls, name: str, source: ResolvedFolder, anchor: DenseCheckpoint, *, shared: Shared | None) -> FineTune:
-        """Opens the fine-tune in the folder `source`; compares headers and configurations with the anchor's.
+        """Opens the fine-tune in the folder `source` and compares headers and configurations with the anchor's.
 
-        Where `shared` is "anchor", only the networks must be the anchor's in shape and dtype: another vocabulary or
-        other positions are no matter.
+        If `shared` is "anchor", only the FFNs must match in shape and dtype; vocabulary and positions may differ.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: it is not a fine-tune of this anchor: another architecture, tensors of other names, shapes or
-                dtypes; lists what differs.
+            ValueError: it is not a fine-tune of this anchor: another architecture, or tensors of other names, shapes
+                or dtypes; lists the differences.
         """
         dense, what = DenseCheckpoint(source.path), f"{name}={source.repo or source.path}"
         _check_same_architecture(anchor, dense, what, networks_only=shared == "anchor")
@@ -122,7 +116,7 @@ def check_shared(anchor: DenseCheckpoint, fine_tunes: Sequence[FineTune], names:
     """Compares all bytes outside of the feed-forward networks.
 
     Raises:
-        ValueError: some differ; lists the tensors and says who can decide.
+        ValueError: some differ; lists the tensors and the options.
     """
     shared = [name for name in anchor.infos if not names.is_ffn(name)]
     for fine_tune in fine_tunes:
@@ -131,15 +125,15 @@ def check_shared(anchor: DenseCheckpoint, fine_tunes: Sequence[FineTune], names:
             raise ValueError(
                 f"{fine_tune.dense.folder} ({fine_tune.name}) differs from the anchor outside of its feed-forward "
                 f"networks, in {len(different)} of {len(shared)} tensors: {listed(different, LISTED)}. A FlexMoE "
-                "has these once: choose --shared anchor (shared='anchor') to keep the anchor's, or --shared average "
-                "for the mean of the anchor and all fine-tunes."
+                "model has these once: choose --shared anchor (shared='anchor') to keep the anchor's, or --shared "
+                "average for the mean of the anchor and all fine-tunes."
             )
 
 
 def averaged_source(name: str, dense_name: str, checkpoints: Sequence[DenseCheckpoint]) -> TensorSource:
-    """The mean of the tensor `dense_name` over `checkpoints`, in float32 and rounded once, to be called `name`.
+    """The mean of the tensor `dense_name` over `checkpoints`, computed in float32 and rounded once, under `name`.
 
-    Integers and booleans cannot be averaged: the first checkpoint's are taken. Drawing a mean that is not finite is a
+    Integers and booleans are not averaged: the first checkpoint's are used. Reading a mean that is not finite raises
     ValueError.
     """
     first = checkpoints[0].infos[dense_name]
@@ -151,7 +145,7 @@ def averaged_source(name: str, dense_name: str, checkpoints: Sequence[DenseCheck
         dtype = TORCH_DTYPES[first.dtype]
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         streams = [_chunks(checkpoint, dense_name) for checkpoint in checkpoints]
-        for parts in zip(*streams, strict=True):  # files of one length are cut at the same places
+        for parts in zip(*streams, strict=True):  # tensors of one size are split at the same offsets
             values = [torch.frombuffer(bytearray(part), dtype=dtype).to(wide) for part in parts]
             mean = torch.stack(values).mean(0).to(dtype)
             if not all_finite(mean):
@@ -167,17 +161,17 @@ def averaged_source(name: str, dense_name: str, checkpoints: Sequence[DenseCheck
 def _check_same_architecture(
     anchor: DenseCheckpoint, dense: DenseCheckpoint, what: str, *, networks_only: bool
 ) -> None:
-    ours, theirs = _computed(anchor), _computed(dense)
-    free = OUTSIDE_OF_NETWORKS if networks_only else frozenset()
+    ours, theirs = _computation_fields(anchor), _computation_fields(dense)
+    free = NON_FFN_FIELDS if networks_only else frozenset()
     fields = sorted(key for key in (ours.keys() | theirs.keys()) - free if ours.get(key) != theirs.get(key))
     if fields:
         which = listed([f"{key} ({theirs.get(key)!r}, the anchor's is {ours.get(key)!r})" for key in fields], LISTED)
         raise ValueError(
-            f"{what} is not a fine-tune of {anchor.folder}: their configurations differ in {which}. An expert stands "
-            "beside the anchor's attention and norms, so it is trained with them."
+            f"{what} is not a fine-tune of {anchor.folder}: their configurations differ in {which}. An expert is used "
+            "with the anchor's attention and norms, so it must be trained with them."
             + (
-                " --shared anchor (shared='anchor') takes its networks alone."
-                if OUTSIDE_OF_NETWORKS.issuperset(fields)
+                " --shared anchor (shared='anchor') uses only its feed-forward networks."
+                if NON_FFN_FIELDS.issuperset(fields)
                 else ""
             )
         )
@@ -190,15 +184,15 @@ def _check_same_architecture(
     ]
     if different:
         raise ValueError(
-            f"{what} is not stored as {anchor.folder} is, in {len(different)} tensors: "
+            f"{what} is not stored like {anchor.folder}, in {len(different)} tensors: "
             f"{listed(different, LISTED)}. Save both in one dtype, "
             "AutoModelForCausalLM.from_pretrained(folder, dtype=...).save_pretrained(new_folder), and with one "
             "vocabulary."
         )
 
 
-def _computed(dense: DenseCheckpoint) -> dict[str, Any]:
-    return {key: value for key, value in dense.config.to_dict().items() if key not in NOT_COMPUTED}
+def _computation_fields(dense: DenseCheckpoint) -> dict[str, Any]:
+    return {key: value for key, value in dense.config.to_dict().items() if key not in METADATA_FIELDS}
 
 
 def _chunks(dense: DenseCheckpoint, name: str) -> Iterator[memoryview]:
@@ -206,7 +200,7 @@ def _chunks(dense: DenseCheckpoint, name: str) -> Iterator[memoryview]:
 
 
 def _described(info: TensorInfo | None) -> str:
-    return "missing" if info is None else f"{info.dtype} {list(info.shape)}, {math.prod(info.shape):,} numbers"
+    return "missing" if info is None else f"{info.dtype} {list(info.shape)}, {math.prod(info.shape):,} elements"
 
 
 __all__ = ["SHARED", "FineTune", "Shared", "averaged_source", "check_shared"]

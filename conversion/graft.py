@@ -1,11 +1,10 @@
-"""Graft: a dense checkpoint becomes a FlexMoE, file to file. Its own networks are "public", fine-tunes are experts.
+"""Graft: a dense checkpoint becomes a FlexMoE model, file to file. Its own FFNs are "public", fine-tunes are experts.
 
-No weight is held in memory beyond a few chunks, and no byte of one changes (unless what fine-tunes share is averaged):
-the names come from the two models on the meta device, the bytes from the files. New are the router rows, which are
-zero, or what a `RowMaker` says.
+Weights are streamed and never changed (unless shared tensors of fine-tunes are averaged): the names come from the two
+models on the meta device, the bytes from the files. Only router rows are new: zero, or made by a `RowMaker`.
 
-Not here: which checkpoints can be read (`dense_flexmoe`), what a fine-tune may differ in (`fine_tunes`), how files are
-written (`tensor_writer_flexmoe`), and rows made of text (`flexmoe.graft` is this and they).
+Does not cover which checkpoints can be read (`flexmoe.io.dense`), in what a fine-tune may differ (`fine_tunes`), how
+files are written (`flexmoe.io.writer`), or how rows are fitted on text (`flexmoe.grafting`, which calls this module).
 """
 
 from __future__ import annotations
@@ -23,24 +22,18 @@ from flexmoe.conversion.fine_tunes import SHARED, FineTune, Shared, averaged_sou
 from flexmoe.conversion.lora_adapters import LoraAdapter, is_adapter
 from flexmoe.conversion.router_tensors import RowMaker, router_tensors
 from flexmoe.data import END_OF_DOCUMENT, data_paths, read_documents
+from flexmoe.hub.client import ResolvedFolder, resolve_folder
+from flexmoe.io.dense import DenseCheckpoint
+from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder
+from flexmoe.io.writer import MAX_SHARD_SIZE, TensorSource, source_from_file, source_from_tensor, write_checkpoint
 from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name
-from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
-from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
-from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
+from flexmoe.modeling.fingerprint_flexmoe import fingerprint as fingerprint_of
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.modeling.tensor_writer_flexmoe import (
-    MAX_SHARD_SIZE,
-    TensorSource,
-    source_from_file,
-    source_from_tensor,
-    write_checkpoint,
-)
-from flexmoe.modeling.tensors_flexmoe import fingerprint as fingerprint_of
 
 PUBLIC_SAMPLE = "public_sample.jsonl"
 
-COMPANIONS = (  # what comes along beside the weights: tokenizer, chat template, generation settings, licence
+COMPANIONS = (  # files that are copied with the weights: tokenizer, chat template, generation settings, licence
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -81,39 +74,40 @@ def graft(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes the dense causal LM `anchor` as a FlexMoE: its feed-forward networks are the expert "public".
+    """Writes the dense causal LM `anchor` as a FlexMoE model whose expert "public" is the anchor's own FFNs.
 
-    Without `experts` the result computes exactly what the anchor computes. It appears whole or not at all. Returns its
-    folder.
+    Without `experts`, the result computes exactly what the anchor computes. The output folder appears only once it is
+    complete. Returns it.
 
     Args:
         anchor: a folder with a safetensors checkpoint, or a Hub id.
-        experts: {name: folder or Hub id} of what become experts of these names: the networks of dense fine-tunes of
-            the anchor, or LoRA adapters on the anchor's own, as low-rank experts.
-        make_rows: makes router rows of experts. Without it they are zero, so every token weighs all experts alike
-            until rows are trained.
-        shared: what is taken where fine-tunes differ from the anchor outside of their networks: "anchor", its own;
-            "average", the mean of the anchor and all fine-tunes. None: they must not differ.
+        experts: {name: folder or Hub id} of experts to add: dense fine-tunes of the anchor, whose FFNs become full
+            experts, or LoRA adapters on the anchor's FFNs, which become low-rank experts.
+        make_rows: makes the experts' router rows. Without it they are zero: all experts get equal weight until rows
+            are trained.
+        shared: which tensors are used if fine-tunes differ from the anchor outside of their FFNs: "anchor" (its own)
+            or "average" (the mean of the anchor and all fine-tunes). None: they must not differ.
         revision, token: of the Hub repository.
-        public_data: files of public text; a sample of whole documents, at most `public_sample_bytes` in all, is kept
-            beside the model (`public_sample.jsonl`), as what every owner means by "not mine".
-        text_column, seed: column of tabular public data; which documents the sample holds.
-        norm_topk_prob: divide the chosen experts' weights by their sum; None lets the anchor's block decide.
-        num_experts_per_tok: k of the top-k; None is the configuration's default.
-        active_experts: names of those that take part; None: all.
+        public_data: files of public text. A sample of complete documents, at most `public_sample_bytes` in all, is
+            stored with the model (`public_sample.jsonl`): every owner's rows are fitted against it.
+        text_column, seed: column of tabular public data; seed for the choice of the sample.
+        norm_topk_prob: divide the chosen experts' weights by their sum; None: decided by the anchor's block.
+        num_experts_per_tok: k of the top-k; None: the default of the configuration.
+        active_experts: names of the active experts; None: all.
         fingerprint: hash the anchor's tensors on the way. Without it, packages cannot be checked against this anchor.
         max_shard_size: bytes per weight file.
+        overwrite: replace an existing `out`.
         progress: called with the number of bytes just written.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or no safetensors.
-        ValueError: the anchor cannot be one (see `DenseCheckpoint`), a fine-tune or adapter is none of this anchor or
-            differs where it must not (see `FineTune`, `LoraAdapter`, `check_shared`) or holds numbers that are not
-            finite, rows do not fit (see `router_tensors`), the public data has no text that fits, or `out` is or
-            holds what is read.
+        ValueError: the model cannot be an anchor (see `DenseCheckpoint`); a fine-tune or adapter is not one of this
+            anchor, differs where it must not (see `FineTune`, `LoraAdapter`, `check_shared`) or is not finite; rows
+            have wrong shapes (see `router_tensors`); no document of the public data fits the sample; or `out` is or
+            contains an input.
 
-    The anchor's own numbers are copied and not looked at: a graft computes what the anchor computes, be it NaN.
+    The anchor's own values are copied unchecked: a graft computes what the anchor computes, including NaN.
     """
     if shared is not None and shared not in SHARED:
         raise ValueError(f"shared={shared!r}: must be one of {', '.join(SHARED)}, or None.")
@@ -145,7 +139,7 @@ def graft(
     if make_rows is not None:
         public = None if sample is None else [json.loads(line)["text"] for line in sample]
         rows = router_tensors(make_rows(dense, public), config.expert_names, dense)
-    durable = overwrite  # a new folder can be made again; one that replaces another must not be lost with it
+    durable = overwrite  # a new folder can be written again; one that replaces another must not be lost
     with atomic_folder(target, overwrite, durable=durable) as folder:
         written = write_checkpoint(
             folder,
@@ -159,13 +153,13 @@ def graft(
         digests = None
         if fingerprint:
             digests = {name: written.tensor_sha256[names.to_flexmoe(name)] for name in dense.infos}
-        # an average is a dense model that is stored nowhere: it has its own fingerprint, and no repository
+        # the average is a dense model that is stored nowhere: it has its own fingerprint and no repository
         origin = ResolvedFolder(source.path) if averaged else source
         model.config.anchor = _anchor_record(origin, dense, digests)
         if sample is not None:
             model.config.public_sample = _write_sample(folder, sample)
         copy_companions(source.path, folder)
-        # as the plain anchor is loaded, so that both compute in the same precision
+        # the dtype in which the anchor itself is loaded, so both compute in the same precision
         write_config(folder, model, dense.load_dtype)  # last: a folder without it does not load
     return target
 
@@ -179,7 +173,7 @@ def _open_experts(
     opened: list[FineTune | LoraAdapter] = []
     for name, given in experts.items():
         if check_expert_name(name) == PUBLIC:
-            raise ValueError(f"{PUBLIC!r} is the anchor's own network: call the expert of {given} otherwise.")
+            raise ValueError(f"{PUBLIC!r} is the anchor's own network: give the expert of {given} another name.")
         source = given if isinstance(given, ResolvedFolder) else resolve_folder(given, token=token)
         if is_adapter(source.path):
             opened.append(LoraAdapter.open(name, source, anchor))
@@ -196,9 +190,9 @@ def _sources(
     averaged: Sequence[DenseCheckpoint],
     rows: Mapping[str, torch.Tensor],
 ) -> list[TensorSource]:
-    """What to write, in the order of the model's state dict: tensors under their new names, rows, else zero rows.
+    """The tensors to write, in the order of the model's state dict; rows that are not given are zero.
 
-    Names in the state dict without a stored tensor are tied to another, or buffers that the model computes.
+    Names in the state dict without a stored tensor are tied to another, or computed buffers.
     """
     sources = []
     stored = dict(dense.stored)
@@ -216,7 +210,7 @@ def _sources(
                 sources.append(averaged_source(name, dense_name, averaged))
             else:
                 sources.append(source_from_file(dense.files, theirs, name))
-    assert not stored, f"the FlexMoE has no place for {sorted(stored)}"
+    assert not stored, f"no name in the FlexMoE model for {sorted(stored)}"
     return sources
 
 
@@ -234,7 +228,7 @@ def _anchor_record(
 
 
 def write_config(folder: Path, model: FlexMoeForCausalLM, dtype: str | torch.dtype | None) -> None:
-    """Writes the model's config and its code; `dtype` is what it wants to be loaded in."""
+    """Writes the model's config and its remote code; `dtype` is the one to load it in."""
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = dtype
@@ -243,24 +237,25 @@ def write_config(folder: Path, model: FlexMoeForCausalLM, dtype: str | torch.dty
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copies what of `COMPANIONS` lies in `source` and is not in `folder` yet."""
+    """Copies the files of `COMPANIONS` from `source` that are not in `folder` yet."""
     for pattern in COMPANIONS:
         for path in sorted(source.glob(pattern)):
             copy = folder / path.relative_to(source)
             if path.is_file() and not copy.exists():
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)  # contents only: files of the Hub's cache are links, and may be read-only
+                shutil.copyfile(path, copy)  # contents only: files in the Hub's cache are links and may be read-only
 
 
 def _sample(files: Sequence[str | Path], max_bytes: int, column: str, seed: int) -> list[str]:
-    """JSON lines of distinct documents, drawn by a seeded hash of each until the next one would not fit.
+    """JSON lines of distinct documents, ordered by a seeded hash of each and added while they fit.
 
-    A hash of the document alone, so the sample does not depend on the order of files, and more data changes it little.
+    The hash is of the document alone, so the sample does not depend on the order of files and changes little with more
+    data.
     """
     documents = read_documents(files, column=column)
     lines: list[str] = []
     room = max_bytes
-    for document in sorted(dict.fromkeys(documents), key=lambda document: _draw(document, seed)):
+    for document in sorted(dict.fromkeys(documents), key=lambda document: _sample_order(document, seed)):
         line = json.dumps({"text": document}, ensure_ascii=False) + "\n"
         if (size := len(line.encode("utf-8"))) <= room:
             lines.append(line)
@@ -274,7 +269,7 @@ def _sample(files: Sequence[str | Path], max_bytes: int, column: str, seed: int)
     return lines
 
 
-def _draw(document: str, seed: int) -> bytes:
+def _sample_order(document: str, seed: int) -> bytes:
     return hashlib.sha256(f"public sample {seed}\n{document}".encode()).digest()
 
 

@@ -1,8 +1,8 @@
-"""Import: a `flex_olmo` checkpoint becomes a grafted OLMo-2 anchor and one package per owner's expert.
+"""Import: a `flex_olmo` checkpoint becomes a grafted OLMo-2 anchor and one package per expert.
 
-Both layouts are read: a matrix per expert (as published) and all experts stacked (as transformers 5 holds them), in
-one file or many. Bytes of matrices are copied as they are; rows become float32. Expert 0 is the public one. Not here:
-other mixture-of-experts architectures, and putting the experts back together (`compose`).
+Both layouts are read: one matrix per expert (as published) and all experts stacked (as transformers 5 holds them), in
+one file or several. Matrices are copied byte for byte; rows become float32. Expert 0 is the public one. Does not cover
+other mixture-of-experts architectures, or composing the experts again (`compose`).
 """
 
 from __future__ import annotations
@@ -20,19 +20,14 @@ from transformers.models.auto import CONFIG_MAPPING
 
 from flexmoe.conversion.graft import copy_companions, write_config
 from flexmoe.conversion.native_formats import FORMATS, carried_fields
-from flexmoe.conversion.stored import CONFIG_FILE
-from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
-from flexmoe.modeling.dense_flexmoe import FLOATING
-from flexmoe.modeling.finite_flexmoe import all_finite
-from flexmoe.modeling.fitting_flexmoe import expert_manifest
-from flexmoe.modeling.folders_flexmoe import atomic_folder, check_apart, check_new_folder
-from flexmoe.modeling.hub_flexmoe import resolve_folder
-from flexmoe.modeling.json_flexmoe import read_json_object
-from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.modeling.packages_flexmoe import stream_package
-from flexmoe.modeling.quantization_flexmoe import check_unquantized
-from flexmoe.modeling.tensor_writer_flexmoe import (
+from flexmoe.hub.client import resolve_folder
+from flexmoe.hub.stored_model import CONFIG_FILE
+from flexmoe.io.dense import FLOATING
+from flexmoe.io.finite import all_finite
+from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder
+from flexmoe.io.strict_json import read_json_object
+from flexmoe.io.tensors import CheckpointFolder, TensorInfo
+from flexmoe.io.writer import (
     MAX_SHARD_SIZE,
     TensorSource,
     finite_source,
@@ -41,13 +36,19 @@ from flexmoe.modeling.tensor_writer_flexmoe import (
     source_from_tensor,
     write_checkpoint,
 )
-from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, CheckpointFolder, TensorInfo, fingerprint
+from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
+from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES, fingerprint
+from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+from flexmoe.packages.export import expert_manifest
+from flexmoe.packages.package import stream_package
+from flexmoe.packages.quantization import check_unquantized
 
 FLEX_OLMO = FORMATS["flex_olmo"]
 MODEL_FOLDER = "model"
-"""Where in the output the grafted anchor goes; the packages lie beside it under their names."""
+"""The grafted anchor's folder in the output; the packages lie beside it under the experts' names."""
 
-# Of a network's tensors: the stacked tensor that holds it, which of its parts per expert it is, how many there are.
+# For each tensor of an FFN: the stacked tensor that holds it, its position in an expert's part, how many there are.
 STACKED = {
     "gate_proj.weight": ("gate_up_proj", 0, 2),
     "up_proj.weight": ("gate_up_proj", 1, 2),
@@ -66,25 +67,34 @@ def import_flex_olmo(
 ) -> Path:
     """Splits the FlexOlmo `checkpoint` into `out/model`, a grafted OLMo-2 anchor, and `out/<name>`, packages.
 
-    The anchor is made of expert 0 and keeps its router row, which belongs to its fingerprint. k, the division of
-    weights and the coefficients of losses are kept. `compose(out/model, packages)` in the order of `names` computes
-    what the checkpoint does, and `export(..., to="flex_olmo")` of that has its bytes. Returns `out`.
+    The anchor is made from expert 0 and keeps that expert's router row, which is part of its fingerprint. k, the
+    normalisation of weights and the loss coefficients are kept. `compose(out/model, packages)` in the order of `names`
+    computes what the checkpoint computes, and `export(..., to="flex_olmo")` of that has its bytes. Returns `out`.
+
+    A bias of the gate (`mlp.gate.bias`, [E]), if stored, becomes min(bias, 0), as FlexOlmo's own code applies it;
+    transformers' class has none.
 
     Args:
         checkpoint: folder or Hub id of a `flex_olmo` model.
-        names: what the experts are called, in the checkpoint's order; the first is "public".
+        names: names for the experts, in the checkpoint's order; the first is "public".
         max_shard_size: bytes per weight file of the model.
+        overwrite: replace an existing `out`.
         progress: called with the number of bytes just written.
-
-    A bias of the gate (`mlp.gate.bias`, [E]), if one is stored, becomes min(bias, 0), as FlexOlmo's own code applies
-    it; transformers' class has none.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError: no such checkpoint.
-        TypeError: `names` is one text and no list.
-        ValueError: it is no FlexOlmo model, is quantised, holds other tensors than its config says, or an expert has
-            numbers that are not finite; or the names are too few or many, equal, none, or do not begin with "public".
+        TypeError: `names` is a string instead of a list.
+        ValueError: the checkpoint is not a FlexOlmo model, is quantised, holds other tensors than its config implies,
+            or an expert is not finite; or names are missing, superfluous, equal or invalid, or "public" is not first.
+
+    Example:
+        ```pycon
+        >>> import flexmoe
+        >>> folder = flexmoe.import_flex_olmo("flex-olmo", "imported", names=["public", "math", "code"])
+        >>> sorted(path.name for path in folder.iterdir())
+        ['code', 'math', 'model']
+        ```
     """
     target = check_new_folder(out, overwrite)
     source = resolve_folder(checkpoint).path
@@ -105,14 +115,14 @@ def import_flex_olmo(
 
 @dataclass(frozen=True)
 class FlexOlmoCheckpoint:
-    """A `flex_olmo` checkpoint, its tensors found and their shapes checked.
+    """An opened `flex_olmo` checkpoint with checked shapes.
 
     Attributes:
         folder: where it is.
         config: FlexOlmo's own.
         files: its tensors.
-        sites: the feed-forward networks of the OLMo-2 model that each of its experts would be.
-        shapes: of one network's tensors, by their names in it.
+        sites: the FFNs of the OLMo-2 model that corresponds to one of its experts.
+        shapes: of one FFN's tensors, by their names in it.
         rows: each layer's router rows, float32 [E, H].
         biases: each layer's effective biases, float32 [E].
     """
@@ -127,11 +137,11 @@ class FlexOlmoCheckpoint:
 
     @classmethod
     def open(cls, folder: Path) -> FlexOlmoCheckpoint:
-        """Opens a checkpoint; weights are not read yet, but for the rows.
+        """Opens a checkpoint; of the weights only the rows are read.
 
         Raises:
             FileNotFoundError: no config or no safetensors.
-            ValueError: it is another model, quantised, or its tensors are not those of its config.
+            ValueError: it is another model or quantised, or its tensors do not match its config.
         """
         config = _read_config(folder)
         dense, sites = build_on_meta(_anchor_config(config))
@@ -149,11 +159,11 @@ class FlexOlmoCheckpoint:
 
     @property
     def experts(self) -> int:
-        """How many experts there are."""
+        """The number of experts."""
         return int(self.config.num_experts)
 
     def flexmoe_config(self) -> FlexMoeConfig:
-        """The config of the grafted anchor: public alone, everything else as in the checkpoint."""
+        """The config of the grafted anchor: "public" only, everything else as in the checkpoint."""
         return FlexMoeConfig(
             anchor_config=_anchor_config(self.config),
             num_experts_per_tok=self.config.num_experts_per_tok,
@@ -163,7 +173,7 @@ class FlexOlmoCheckpoint:
         )
 
     def matrix(self, layer: int, expert: int, name: str, new_name: str) -> TensorSource:
-        """A tensor of an expert's network, wherever the layout keeps it."""
+        """A tensor of an expert's FFN, in either layout."""
         alone = FLEX_OLMO.matrix_name(self.sites[layer], expert, name)
         if alone in self.files.infos:
             return source_from_file(self.files, alone, new_name)
@@ -173,18 +183,18 @@ class FlexOlmoCheckpoint:
         )
 
     def row(self, layer: int, expert: int) -> dict[str, Tensor]:
-        """An expert's row [1, H] and bias [1], as a router row names them."""
+        """An expert's "weight" [1, H] and "bias" [1]."""
         return {"weight": self.rows[layer][expert : expert + 1], "bias": self.biases[layer][expert : expert + 1]}
 
 
 def _read_config(folder: Path) -> Any:
     if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}, so it is no checkpoint of transformers.")
+        raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}, so it is not a transformers checkpoint.")
     model_type = read_json_object(folder / CONFIG_FILE).get("model_type")
     if model_type != FLEX_OLMO.model_type:
         raise ValueError(
-            f"{folder} is a {model_type!r} model; imported are {FLEX_OLMO.model_type!r} ones. A dense model is "
-            "grafted (`flexmoe graft`)."
+            f"{folder} is a {model_type!r} model; only {FLEX_OLMO.model_type!r} models can be imported. Graft dense "
+            "models instead (`flexmoe graft`)."
         )
     config = CONFIG_MAPPING[FLEX_OLMO.model_type].from_pretrained(folder)
     check_unquantized(config, folder, "imported")
@@ -192,7 +202,7 @@ def _read_config(folder: Path) -> Any:
 
 
 def _anchor_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The config of the OLMo-2 model that one expert would be."""
+    """The config of the OLMo-2 model that corresponds to one expert."""
     (family,) = FLEX_OLMO.families
     kind = CONFIG_MAPPING[family]
     return kind(**carried_fields(config, kind))
@@ -200,18 +210,20 @@ def _anchor_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _check_names(names: Sequence[str], experts: int, source: Path) -> None:
     if isinstance(names, str):
-        raise TypeError(f"names: one text ({names!r}), want a list of names. Write {names.split(',')!r}.")
+        raise TypeError(f"names: one string ({names!r}), expected a list of names. Write {names.split(',')!r}.")
     for name in names:
         check_expert_name(name)
     given = f"given are {len(names)}: {', '.join(names)}"
     if len(names) != experts:
-        raise ValueError(f"{source} has {experts} experts, and {given}. Name each, in its order, 'public' first.")
+        raise ValueError(f"{source} has {experts} experts, and {given}. Name each, in order, 'public' first.")
     if len(set(names)) != len(names):
         raise ValueError(f"Expert names must differ; {given}.")
     if names[0] != PUBLIC:
-        raise ValueError(f"The first expert is the anchor's own, and its name is {PUBLIC!r}; {given}.")
+        raise ValueError(f"The first expert is the anchor's own and must be named {PUBLIC!r}; {given}.")
     if MODEL_FOLDER in names:
-        raise ValueError(f"No expert can be called {MODEL_FOLDER!r} here: the grafted anchor is written there.")
+        raise ValueError(
+            f"No expert can be named {MODEL_FOLDER!r} here: the grafted anchor is written to that folder."
+        )
 
 
 def _network_shapes(dense: PreTrainedModel, site: FfnSite) -> dict[str, tuple[int, ...]]:
@@ -229,7 +241,7 @@ def _bias_name(site: FfnSite) -> str:
 def _expected_shapes(
     files: CheckpointFolder, dense: PreTrainedModel, sites: Sequence[FfnSite], experts: int
 ) -> dict[str, tuple[int, ...]]:
-    """What the checkpoint must hold, each layer in the layout that it has."""
+    """The tensors that the checkpoint must hold, each layer in its own layout."""
     blocks = tuple(f"{site.block}." for site in sites)
     expected = {
         name: tuple(tensor.shape)
@@ -255,17 +267,17 @@ def _check_tensors(files: CheckpointFolder, expected: Mapping[str, tuple[int, ..
     if wrong:
         name = wrong[0]
         raise ValueError(
-            f"{files.folder}: {len(wrong)} tensor(s) are not as the config says, such as {name!r}: its shape is "
-            f"{_shape(found.get(name))}, expected {_shape(expected.get(name))}. Fetch the checkpoint again."
+            f"{files.folder}: {len(wrong)} tensor(s) do not match the config, such as {name!r}: its shape is "
+            f"{_shape(found.get(name))}, expected {_shape(expected.get(name))}. Download the checkpoint again."
         )
 
 
 def _shape(shape: Sequence[int] | None) -> str:
-    return "none (there is no such tensor)" if shape is None else str(list(shape))
+    return "none (no such tensor)" if shape is None else str(list(shape))
 
 
 def _finite_rows(files: CheckpointFolder, site: FfnSite) -> Tensor:
-    """A layer's rows, float32 [E, H]; one that is not finite would take every token, or none."""
+    """A layer's rows, float32 [E, H]. ValueError: a row is not finite, so it would attract every token or none."""
     rows_EH = files.read(FLEX_OLMO.gate_name(site)).float()
     if not all_finite(rows_EH):
         raise ValueError(f"{files.folder}: tensor {FLEX_OLMO.gate_name(site)!r} holds NaN or an infinity.")
@@ -286,7 +298,7 @@ def _write_model(
     max_shard_size: int,
     progress: Callable[[int], None] | None,
 ) -> None:
-    """The grafted anchor: expert 0's networks where a dense model has its own, and its row, which is public's."""
+    """Writes the grafted anchor: expert 0's FFNs as those of the dense model, and its router row as public's."""
     folder.mkdir()
     names = NameMap(list(stored.sites))
     sources = list(_model_sources(model, stored, names))
@@ -308,7 +320,7 @@ def _write_model(
 
 
 def _model_sources(model: FlexMoeForCausalLM, stored: FlexOlmoCheckpoint, names: NameMap) -> Iterator[TensorSource]:
-    """What to write, in the order of the model's state dict; what is tied to another tensor is not stored."""
+    """The tensors to write, in the order of the model's state dict; those tied to another are not stored."""
     expert_0: dict[str, Callable[[str], TensorSource]] = {}
     for layer, site in enumerate(stored.sites):
         block = f"{ANCHOR_PREFIX}{site.block}"
@@ -324,7 +336,7 @@ def _model_sources(model: FlexMoeForCausalLM, stored: FlexOlmoCheckpoint, names:
 
 
 def _package_sources(stored: FlexOlmoCheckpoint, expert: int) -> Iterator[TensorSource]:
-    """The expert's tensors as a package names them, in the order that `save_expert` has."""
+    """The expert's tensors under their names in a package, in the order of `save_expert`."""
     for layer, site in enumerate(stored.sites):
         at = f"layers.{site.index}"
         for name in stored.shapes:
@@ -332,7 +344,7 @@ def _package_sources(stored: FlexOlmoCheckpoint, expert: int) -> Iterator[Tensor
                 stored.matrix(layer, expert, name, f"{at}.ffn.{name}"),
                 ValueError(
                     f"{stored.folder}: expert {expert} holds NaN or an infinity, in {name} of layer {site.index}. "
-                    "Fetch the checkpoint again; if it is as published, that expert is none."
+                    "Download the checkpoint again; if it was published like this, that expert is unusable."
                 ),
             )
         for name, value in stored.row(layer, expert).items():
@@ -347,7 +359,7 @@ def _on_meta(sources: Sequence[TensorSource]) -> dict[str, Tensor]:
 def _anchor_record(
     stored: FlexOlmoCheckpoint, names: NameMap, infos: Sequence[TensorInfo], digests: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """Which anchor it is. It is in no repository by itself, so it names none."""
+    """The record that identifies the anchor; it has no repository of its own."""
     rows = {
         f"{ANCHOR_PREFIX}{site.block}.router.{PUBLIC}.weight": stored.rows[i][0] for i, site in enumerate(stored.sites)
     }

@@ -1,10 +1,11 @@
-"""LoRA adapters of an anchor as its low-rank experts: PEFT's folder in, factors under the names of a FlexMoE out.
+"""LoRA adapters of an anchor as its low-rank experts: reads PEFT's folder, makes the tensors of a FlexMoE model.
 
-An adapter that changes nothing but feed-forward matrices is a low-rank expert already: `W + scale * B A`, with the
-anchor's W. Source: LoRA, arXiv 2106.09685; rank-stabilised LoRA, arXiv 2312.03732; PEFT's adapter folders.
+An adapter that changes only FFN matrices is a low-rank expert: `W + scale * B A`, with the anchor's W.
 
-Not here: adapters of other kinds, or whose training changed the anchor's own weights (PiSSA and its kin); whether the
-adapter was trained on this very anchor, which its folder does not say.
+Does not cover other kinds of adapters, adapters whose initialisation changes the anchor's weights (such as PiSSA), or
+whether the adapter was trained on this very anchor, which its folder does not record.
+
+Sources: LoRA, arXiv 2106.09685; rank-stabilised LoRA, arXiv 2312.03732; PEFT's adapter folders.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexmoe.hub.client import ResolvedFolder
+from flexmoe.io.dense import DenseCheckpoint
+from flexmoe.io.finite import all_finite
+from flexmoe.io.folders import file_inside
+from flexmoe.io.strict_json import read_json_object
+from flexmoe.io.tensors import TensorFile, listed
+from flexmoe.io.writer import TensorSource, source_from_tensor
 from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, NameMap
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, expert_record
-from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.modeling.experts_flexmoe import make_expert
-from flexmoe.modeling.finite_flexmoe import all_finite
-from flexmoe.modeling.folders_flexmoe import file_inside
-from flexmoe.modeling.hub_flexmoe import ResolvedFolder
-from flexmoe.modeling.json_flexmoe import read_json_object
+from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.modeling.low_rank_flexmoe import as_out_in
-from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, source_from_tensor
-from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, TensorFile, listed
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-LISTED = 6  # of what does not fit, in a message
+LISTED = 6  # tensors in a message
 
-WAY_OUT = (
-    "Merge it into the model (PEFT: merge_and_unload), save that, and give the folder instead; where it differs from "
-    "the anchor outside of its feed-forward networks, --shared decides"
+ALTERNATIVE = (
+    "Merge it into the model (PEFT: merge_and_unload), save that, and give the folder instead; if it differs from the "
+    "anchor outside of its feed-forward networks, --shared decides"
 )
 
-# What of PEFT's LoraConfig changes what an adapter computes in a way that no low-rank expert has, if it is set.
+# Fields of PEFT's LoraConfig that, if set, change what an adapter computes in a way that a low-rank expert cannot.
 _UNSUPPORTED = (
     "use_dora",
     "use_qalora",
@@ -59,19 +61,19 @@ _CHANGES_THE_ANCHOR = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
 Factors = tuple[Tensor, Tensor]
-"""A [rank, in] and B [out, rank] of one matrix."""
+"""The factors A [rank, in] and B [out, rank] of one matrix."""
 
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """An adapter on the anchor's feed-forward matrices that becomes the low-rank expert `name`.
+    """An adapter on the anchor's FFN matrices that becomes the low-rank expert `name`.
 
     Attributes:
         name: of the expert.
         source: the adapter's folder.
         rank: of the expert, per layer.
-        alpha: its scale is `alpha / rank`; None is 1.
-        tensors: its tensors, by their names in the FlexMoE.
+        alpha: the scale is `alpha / rank`; None: the scale is 1.
+        tensors: the expert's tensors, by their names in the FlexMoE model.
     """
 
     name: str
@@ -85,8 +87,8 @@ class LoraAdapter:
         """Reads the adapter in the folder `source`.
 
         Raises:
-            FileNotFoundError: its weights are not there, or not as safetensors.
-            ValueError: it is no LoRA adapter on feed-forward matrices of this anchor alone; says what else it is.
+            FileNotFoundError: there are no weights in safetensors format.
+            ValueError: it is not a LoRA adapter on FFN matrices of this anchor only; names the reason.
         """
         config = read_json_object(file_inside(source.path, CONFIG_FILE))
         _check_config(source.path, config)
@@ -94,7 +96,7 @@ class LoraAdapter:
         layers = [f"{site.layer}." for site in anchor.sites]
         rank = [max([len(a) for path, (a, _) in factors.items() if path.startswith(at)], default=1) for at in layers]
         scales = {path: _scale(config, path, len(a_RI)) for path, (a_RI, _) in factors.items()}
-        # one scale and one rank, as adapters have by default: alpha says the scale; else it goes into the factors
+        # with one scale and one rank, the default of adapters, alpha holds the scale; else it is merged into B
         uniform = len(set(scales.values())) == 1 and len({len(a_RI) for a_RI, _ in factors.values()} | set(rank)) == 1
         alpha = next(iter(scales.values())) * rank[0] if uniform else None
         adapter = cls(name, source, rank, alpha, {})
@@ -107,13 +109,13 @@ class LoraAdapter:
         return expert_record({**values, "training": {"lora_adapter": repo} if self.source.repo else None})
 
     def sources(self, names: NameMap) -> dict[str, TensorSource]:
-        """The expert's tensors to be written, by their names in the FlexMoE."""
+        """The expert's tensors to write, by their names in the FlexMoE model."""
         return {path: source_from_tensor(path, tensor) for path, tensor in self.tensors.items()}
 
     def _fill(
         self, factors: Mapping[str, Factors], scales: Mapping[str, float], anchor: DenseCheckpoint
     ) -> Iterator[tuple[str, Tensor]]:
-        """All tensors of the expert, in the anchor's dtypes: the factors, filled up with zeros to the layer's rank."""
+        """All tensors of the expert, in the anchor's dtypes: the factors, padded with zeros to the layer's rank."""
         hidden_size = anchor.config.get_text_config().hidden_size
         names = NameMap(anchor.sites)
         for site in anchor.sites:
@@ -133,20 +135,22 @@ class LoraAdapter:
                 made = filled.to(TORCH_DTYPES[anchor.infos[weight].dtype])
                 if not all_finite(made):
                     raise ValueError(
-                        f"{self.source.path}: a factor of {module} holds numbers too large for {made.dtype}, the "
+                        f"{self.source.path}: a factor of {module} holds values too large for {made.dtype}, the "
                         "dtype of this anchor. Graft an anchor that is stored in bfloat16 or float32."
                     )
                 yield start + key, made
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of PEFT and no weights of a model; some trainers save the model's config."""
+    """Whether a folder holds a PEFT adapter and no model weights (some trainers save the model's config with it)."""
     return (folder / CONFIG_FILE).is_file() and not any(folder.glob("model*.safetensors*"))
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder} is an adapter of type {config.get('peft_type')!r}; only LORA is read. {WAY_OUT}.")
+        raise ValueError(
+            f"{folder} is an adapter of type {config.get('peft_type')!r}; only LORA is supported. {ALTERNATIVE}."
+        )
     settings = [key for key in _UNSUPPORTED if config.get(key)]
     settings += ["bias"] if config.get("bias", "none") != "none" else []
     start = config.get("init_lora_weights")
@@ -154,39 +158,41 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         settings.append("init_lora_weights")
     if settings:
         which = ", ".join(f"{key}={config[key]!r}" for key in settings)
-        raise ValueError(f"{folder}: {which}: a low-rank expert is W + scale * B A, and cannot say that. {WAY_OUT}.")
+        raise ValueError(
+            f"{folder}: {which}: a low-rank expert is W + scale * B A and cannot represent that. {ALTERNATIVE}."
+        )
 
 
 def _read_factors(folder: Path, anchor: DenseCheckpoint) -> dict[str, Factors]:
     """The factors of each matrix, by the name of its module in the dense model."""
     if not (folder / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(
-            f"{folder} has no {WEIGHTS_FILE}, and nothing else is read (pickles run code). Load the adapter with PEFT "
-            "and save it again: save_pretrained(folder, safe_serialization=True)."
+            f"{folder} has no {WEIGHTS_FILE}, and no other format is read (pickles run code). Load the adapter with "
+            "PEFT and save it again: save_pretrained(folder, safe_serialization=True)."
         )
     names = NameMap(anchor.sites)
     found: dict[str, dict[str, Tensor]] = {}
-    strangers = []
+    unsupported = []
     with TensorFile(file_inside(folder, WEIGHTS_FILE)) as file:
         for stored in file.infos:
             match = _TENSOR.fullmatch(stored)
             weight = f"{match['module']}.weight" if match else ""
             if match is None or weight not in anchor.infos or not names.is_ffn(weight):
-                strangers.append(stored)
+                unsupported.append(stored)
                 continue
             tensor = file.read(stored)
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"{folder}: tensor {stored!r} holds NaN or an infinity.")
             found.setdefault(match["module"], {})[match["side"]] = tensor
             _check_shape(folder, stored, tensor, anchor, weight, match["side"])
-    if strangers or not found:
+    if unsupported or not found:
         raise ValueError(
-            f"{folder} changes what is no feed-forward matrix of {anchor.folder}, in {len(strangers)} tensors: "
-            f"{listed(strangers, LISTED) or 'it is empty'}. An expert has these alone. {WAY_OUT}."
+            f"{folder} changes more than feed-forward matrices of {anchor.folder}, in {len(unsupported)} tensors: "
+            f"{listed(unsupported, LISTED) or 'it is empty'}. An expert has only these. {ALTERNATIVE}."
         )
     for path, sides in found.items():
         if sides.keys() != {"A", "B"} or len(sides["A"]) != sides["B"].shape[1]:
-            raise ValueError(f"{folder}: the factors of {path} do not belong together.")
+            raise ValueError(f"{folder}: the factors of {path} do not match each other.")
     return {path: (sides["A"], sides["B"]) for path, sides in found.items()}
 
 
@@ -196,13 +202,13 @@ def _check_shape(folder: Path, stored: str, tensor: Tensor, anchor: DenseCheckpo
     ours, theirs = (out_in[1], tensor.shape[-1]) if side == "A" else (out_in[0], tensor.shape[0])
     if tensor.dim() != 2 or ours != theirs:
         raise ValueError(
-            f"{folder}: tensor {stored!r} has shape {list(tensor.shape)}, and the matrix is {list(out_in)} in "
+            f"{folder}: tensor {stored!r} has shape {list(tensor.shape)}, but the matrix has {list(out_in)} in "
             f"{anchor.folder}: the adapter was made for another model."
         )
 
 
 def _scale(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """What PEFT multiplies B A by: alpha / rank, or alpha / sqrt(rank) if rank-stabilised; patterns name modules."""
+    """The scale of B A in PEFT: alpha / rank, or alpha / sqrt(rank) if rank-stabilised; alpha may differ by module."""
     alpha = config.get("lora_alpha", 8)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", path):

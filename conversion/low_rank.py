@@ -1,10 +1,11 @@
-"""Compress: a full expert becomes a low-rank one, its difference from public cut to a few singular values. And back.
+"""Compress a full expert to a low-rank one by a truncated SVD of its difference from public, and densify it again.
 
-Shapes: O out, I in, R rank. `compress` keeps of each matrix's difference the best approximation of its rank (Eckart
-and Young); one rank serves all matrices of a layer. `densify` adds the difference to public again.
+Shapes: O out, I in, R rank. `compress` keeps the best approximation of each matrix's difference at a given rank
+(Eckart and Young); all matrices of a layer have one rank. `densify` adds the differences to public's matrices.
 
-Source: FlexMoRE, arXiv 2602.08818. Not here: training at low rank (`flexmoe.training`), and experts of another width
-than public.
+Does not cover training at low rank (`flexmoe.training.experts`), or experts whose width differs from public's.
+
+Source: FlexMoRE, arXiv 2602.08818.
 """
 
 from __future__ import annotations
@@ -18,27 +19,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexmoe.conversion.public_networks import PublicNetworks
-from flexmoe.modeling.fitting_flexmoe import check_fingerprint, open_package
-from flexmoe.modeling.folders_flexmoe import check_apart, check_new_folder
+from flexmoe.hub.fetch import open_package
+from flexmoe.io.folders import check_apart, check_new_folder
+from flexmoe.io.tensors import Chunk
+from flexmoe.io.writer import TensorSource, source_from_tensor
+from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.modeling.low_rank_flexmoe import as_out_in, low_rank_scale, matrices
-from flexmoe.modeling.packages_flexmoe import ExpertPackage, stream_package
-from flexmoe.modeling.tensor_writer_flexmoe import TensorSource, source_from_tensor
-from flexmoe.modeling.tensors_flexmoe import TORCH_DTYPES, Chunk
+from flexmoe.packages.checks import check_fingerprint
+from flexmoe.packages.package import ExpertPackage, stream_package
 
-ROUNDING = 1e-10  # of squared singular values: what float32 leaves where there is nothing
+ROUNDING = 1e-10  # relative, of squared singular values: the rounding error of float32
 
 PackageLike = str | Path | ExpertPackage
 
 
 @dataclass(frozen=True)
 class CompressedLayer:
-    """What became of one layer.
+    """The result of compressing one layer.
 
     Attributes:
-        layer: its number.
+        layer: its index.
         rank: singular values kept in each of its matrices.
-        error: of all its matrices together, the Frobenius norm of what is lost of the difference from public, divided
-            by that of the difference, in the numbers that were written; 0 where there was no difference.
+        error: relative error of the stored approximation: the Frobenius norm of the residual divided by that of the
+            difference from public, over all matrices; 0 if there was no difference.
     """
 
     layer: int
@@ -57,46 +60,55 @@ def compress(
     overwrite: bool = False,
     progress: Callable[[CompressedLayer], None] | None = None,
 ) -> list[CompressedLayer]:
-    """Writes the full expert in `package` as a low-rank one, in its own dtype. Returns what each layer lost.
+    """Writes the full expert in `package` as a low-rank one, in its own dtype; returns each layer's rank and error.
 
     Args:
         package: folder, Hub id or opened package.
-        anchor: folder or Hub id of the dense model, or of a FlexMoE of it; by default what the package names.
-        rank: singular values to keep, of every layer or layer by layer; those that a matrix has not are zeros.
-        energy: instead, the share of the squared singular values to keep, more than 0 and at most 1; each layer gets
-            the least rank that does.
+        anchor: folder or Hub id of the dense model, or of a FlexMoE model of it. Default: as the package records.
+        rank: singular values to keep, one number or one per layer; matrices with fewer are padded with zeros.
+        energy: instead of `rank`, the share of the squared singular values to keep, above 0 and at most 1; each layer
+            gets the smallest sufficient rank.
         device: where the singular values are computed.
-        progress: called with each layer that is done.
+        overwrite: replace an existing `out`.
+        progress: called with each finished layer.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError: no such package or anchor.
-        ValueError: not one of `rank` and `energy`, or out of range; the expert is low-rank already, is for another
-            anchor or of another width, or differs from public in what is no matrix.
+        ValueError: both or neither of `rank` and `energy`, or out of range; the expert is low-rank already, is for
+            another anchor or of another width, or differs from public in a parameter that is not a matrix or bias.
+
+    Example:
+        ```pycon
+        >>> import flexmoe
+        >>> layers = flexmoe.compress("math-expert", "math-rank-8", anchor="grafted", rank=8)
+        >>> flexmoe.ExpertPackage.open("math-rank-8").manifest.rank
+        [8, 8]
+        ```
     """
     if (rank is None) == (energy is None):
-        raise ValueError(f"rank={rank} and energy={energy}: give one of them.")
+        raise ValueError(f"rank={rank} and energy={energy}: give exactly one of them.")
     if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy={energy}: must be more than 0 and at most 1.")
+        raise ValueError(f"energy={energy}: must be above 0 and at most 1.")
     opened, public = _open(package, anchor, out, overwrite, kind="full")
-    ranks = None if rank is None else _rank_of_each_layer(rank, len(public.networks))
+    ranks = None if rank is None else _rank_per_layer(rank, len(public.networks))
     written: dict[int, dict[str, Tensor]] = {}
     done = []
     for layer, own in _by_layer(opened):
         deltas_OI, biases_O = _differences(opened, public, layer, own)
         spectra = {path: torch.linalg.svd(delta.to(device), full_matrices=False) for path, delta in deltas_OI.items()}
-        kept = ranks[layer] if ranks else _least_rank(energy or 1.0, [values for _, values, _ in spectra.values()])
+        kept = ranks[layer] if ranks else _smallest_rank(energy or 1.0, [values for _, values, _ in spectra.values()])
         factors: dict[str, Tensor] = {}
-        lost = 0.0
+        residual = 0.0
         for path, delta_OI in deltas_OI.items():
             dtype = own[f"ffn.{path}.weight"].dtype
             a_RI, b_OR = (factor.to("cpu", dtype).contiguous() for factor in _factors(spectra[path], kept))
             factors |= {f"ffn.{path}.lora_A.weight": a_RI, f"ffn.{path}.lora_B.weight": b_OR}
-            lost += float((delta_OI - b_OR.float() @ a_RI.float()).square().sum())
+            residual += float((delta_OI - b_OR.float() @ a_RI.float()).square().sum())
         rows = {key: row for key, row in own.items() if not key.startswith("ffn.")}
         written[layer] = {**factors, **biases_O, **rows}
-        whole = sum(float(delta_OI.square().sum()) for delta_OI in deltas_OI.values())
-        done.append(CompressedLayer(layer, kept, (lost / whole) ** 0.5 if whole else 0.0))
+        total = sum(float(delta_OI.square().sum()) for delta_OI in deltas_OI.values())
+        done.append(CompressedLayer(layer, kept, (residual / total) ** 0.5 if total else 0.0))
         if progress is not None:
             progress(done[-1])
     done.sort(key=lambda entry: entry.layer)
@@ -127,8 +139,16 @@ def densify(
 ) -> Path:
     """Writes the low-rank expert in `package` as a full one: public's networks with the differences added.
 
-    Sums are made in float32 and rounded once, to the dtype of public. `progress` is called with the number of bytes
-    just written; the other arguments and the errors are those of `compress`. Returns the package's folder.
+    Sums are computed in float32 and rounded once, to the dtype of public. `progress` is called with the number of
+    bytes just written; other arguments and errors: as `compress`. Returns the package's folder.
+
+    Example:
+        ```pycon
+        >>> import flexmoe
+        >>> folder = flexmoe.densify("math-small", "math-full", anchor="grafted")
+        >>> flexmoe.ExpertPackage.open(folder).manifest.kind
+        'full'
+        ```
     """
     opened, public = _open(package, anchor, out, overwrite, kind="low_rank")
     manifest = opened.manifest
@@ -150,9 +170,10 @@ def densify(
 def merged_source(
     name: str, public: PublicNetworks, layer: int, key: str, differences: Mapping[str, Tensor], scale: float
 ) -> TensorSource:
-    """The tensor `key` of public's network in a layer with a low-rank expert's difference added, called `name`.
+    """The tensor `key` of public's network in a layer plus a low-rank expert's difference, under `name`; lazy.
 
-    It is computed when it is written. `differences`: the expert's tensors of that layer, as a package names them.
+    Args:
+        differences: the expert's tensors of that layer, by their names in a package.
     """
 
     def chunks() -> Iterator[Chunk]:
@@ -176,22 +197,22 @@ def _merged(public: PublicNetworks, layer: int, key: str, differences: Mapping[s
 def _open(
     package: PackageLike, anchor: str | Path | None, out: str | Path, overwrite: bool, kind: str
 ) -> tuple[ExpertPackage, PublicNetworks]:
-    """The package, which must be of this kind, and its anchor's networks."""
+    """Opens the package, which must be of this kind, and its anchor's networks."""
     target = check_new_folder(out, overwrite)
     opened, _ = open_package(package)
     manifest = opened.manifest
     if manifest.kind != kind:
         do, other = ("compressed", "densify") if kind == "full" else ("densified", "compress")
         raise ValueError(
-            f"{opened.folder} holds a {manifest.kind} expert, and only a {kind} one can be {do}: `flexmoe {other}` "
-            "goes the other way."
+            f"{opened.folder} holds a {manifest.kind} expert, and only a {kind} one can be {do}: use "
+            f"`flexmoe {other}` for the other direction."
         )
     revision = None
     if anchor is None:
         anchor, revision = manifest.anchor["repo"], manifest.anchor["revision"]
     if anchor is None:
         raise ValueError(
-            f"{opened.folder} does not say where its anchor is: give --anchor (anchor=), the dense model or the "
+            f"{opened.folder} does not record where its anchor is: give --anchor (anchor=), the dense model or the "
             "grafted one."
         )
     public = PublicNetworks.open(anchor, revision=revision)
@@ -203,36 +224,36 @@ def _open(
 
 
 def _by_layer(package: ExpertPackage) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yields each layer's tensors once it is complete, called as in the package after `layers.<i>.`."""
-    lacking: dict[int, set[str]] = {}
+    """Yields each layer once it is complete: its tensors by their names in the package after `layers.<i>.`."""
+    expected: dict[int, set[str]] = {}
     for name in package.infos:
         _, number, key = name.split(".", 2)
-        lacking.setdefault(int(number), set()).add(key)
+        expected.setdefault(int(number), set()).add(key)
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in package.tensors():
         _, number, key = name.split(".", 2)
         layer = int(number)
         found.setdefault(layer, {})[key] = tensor
-        if found[layer].keys() == lacking[layer]:
+        if found[layer].keys() == expected[layer]:
             yield layer, found.pop(layer)
 
 
 def _differences(
     package: ExpertPackage, public: PublicNetworks, layer: int, own: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What a full expert's layer is more than public's: float32 matrices [O, I] by their path, biases by their name.
+    """The differences of a full expert's layer from public's: float32 matrices [O, I] by path, biases by package name.
 
     Raises:
-        ValueError: it has other tensors or shapes, or differs in what is neither a matrix nor the bias of one.
+        ValueError: it has other tensors or shapes, or differs in a parameter that is neither a matrix nor its bias.
     """
     theirs = {f"ffn.{key}": tensor for key, tensor in public.read(layer).items()}
     for key in sorted({key for key in own if key.startswith("ffn.")} ^ theirs.keys()):
-        raise ValueError(f"{package.folder}: 'layers.{layer}.{key}' is there or in the anchor's network, not in both.")
+        raise ValueError(f"{package.folder}: 'layers.{layer}.{key}' is in the package or the anchor, but not in both.")
     for key, tensor in theirs.items():
         if own[key].shape != tensor.shape:
             raise ValueError(
                 f"{package.folder}: 'layers.{layer}.{key}' has shape {list(own[key].shape)}, public's has "
-                f"{list(tensor.shape)}; an expert of another width has no difference from public."
+                f"{list(tensor.shape)}; the difference is defined for experts of public's width only."
             )
     parts = dict(matrices(public.networks[layer]))
     deltas_OI = {
@@ -243,8 +264,8 @@ def _differences(
     for key in theirs.keys() - used:
         if not torch.equal(own[key], theirs[key]):
             raise ValueError(
-                f"{package.folder}: 'layers.{layer}.{key}' is not public's, and is no matrix whose difference could "
-                "be of low rank. Such an expert stays a full one."
+                f"{package.folder}: 'layers.{layer}.{key}' differs from public's and is not a matrix, so it has no "
+                "low-rank form. Keep this expert as a full one."
             )
     biases = {
         f"ffn.{path}.bias_delta": (own[key].float() - theirs[key].float()).to(own[key].dtype)
@@ -255,7 +276,7 @@ def _differences(
 
 
 def _factors(spectrum: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """A [rank, I] and B [O, rank] of the best approximation; each gets the root of the singular values."""
+    """A [rank, I] and B [O, rank] of the best approximation; each holds the square roots of the singular values."""
     left_OR, values_R, right_RI = spectrum
     root_R = values_R[:rank].sqrt()
     a_RI, b_OR = root_R[:, None] * right_RI[:rank], left_OR[:, :rank] * root_R
@@ -263,8 +284,8 @@ def _factors(spectrum: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
     return F.pad(a_RI, (0, 0, 0, missing)), F.pad(b_OR, (0, missing))
 
 
-def _least_rank(energy: float, spectra: Sequence[Tensor]) -> int:
-    """The least rank that keeps this share of the squared singular values of all matrices of a layer together."""
+def _smallest_rank(energy: float, spectra: Sequence[Tensor]) -> int:
+    """The smallest rank that keeps this share of the squared singular values of all matrices of a layer together."""
     longest = max(map(len, spectra))
     total_R = sum(F.pad(values_R.double().square(), (0, longest - len(values_R))) for values_R in spectra)
     assert isinstance(total_R, Tensor)
@@ -275,10 +296,10 @@ def _least_rank(energy: float, spectra: Sequence[Tensor]) -> int:
     return min(int((kept_R < wanted).sum()) + 1, longest)
 
 
-def _rank_of_each_layer(rank: int | Sequence[int], layers: int) -> list[int]:
+def _rank_per_layer(rank: int | Sequence[int], layers: int) -> list[int]:
     ranks = [rank] * layers if isinstance(rank, int) else list(rank)
     if len(ranks) != layers or not all(type(value) is int and value > 0 for value in ranks):
-        raise ValueError(f"rank={rank}: must be a positive whole number, or a list of {layers}, one per layer.")
+        raise ValueError(f"rank={rank}: must be a positive integer, or a list of {layers}, one per layer.")
     return ranks
 
 

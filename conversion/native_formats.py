@@ -1,9 +1,9 @@
-"""transformers' own mixture-of-experts architectures that a FlexMoE can be written as: one entry of a table for each.
+"""The mixture-of-experts architectures of transformers that a FlexMoE model can be exported to, as a table.
 
-An entry says which dense families differ from the architecture in nothing but the block, how its config is filled, and
-what its tensors are called on disk: one matrix per expert, which transformers stacks while it loads
-(`transformers.conversion_mapping`) and engines such as vLLM read as they are. Not here: the streaming (`export`,
-`import_flex_olmo`), and the dense format, which every family has.
+An entry lists the dense families that differ from the architecture only in the FFN block, how its config is filled,
+and the names of its tensors on disk: one matrix per expert, which transformers stacks at load time
+(`transformers.conversion_mapping`) and engines such as vLLM read unstacked. Does not cover the streaming (`export`,
+`import_flex_olmo`) or the dense format, which every family has.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from transformers.models.auto import CONFIG_MAPPING
 from flexmoe.modeling.anchors_flexmoe import FfnSite
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 
-WAY_OUT = "Write one expert with --to dense --expert NAME, or serve the FlexMoE model itself."
+ALTERNATIVES = "Write one expert with --to dense --expert NAME, or serve the FlexMoE model itself."
 
-# What a config says of its own file and class.
-_OF_THE_FILE = frozenset({"_name_or_path", "architectures", "auto_map", "dtype", "model_type", "transformers_version"})
+# Fields that describe the config's own file and class.
+_FILE_FIELDS = frozenset({"_name_or_path", "architectures", "auto_map", "dtype", "model_type", "transformers_version"})
 
 
 @dataclass(frozen=True)
 class DenseFamily:
-    """A family whose dense model is the architecture's with another block.
+    """A dense family that equals the architecture but for the FFN block.
 
     Attributes:
-        fills: fields of the architecture that this family has not, with the value that changes nothing.
-        drops: fields that only this family has: whether a value of them can be left out. Others must have the value
-            that the family's class gives them by default.
+        fills: fields of the architecture that this family lacks, with their neutral values.
+        drops: fields that only this family has, with a predicate: whether a value can be left out. Other fields must
+            have the default of the family's class.
     """
 
     fills: Mapping[str, Any] = field(default_factory=dict)
@@ -44,15 +44,15 @@ class NativeFormat:
     """A mixture-of-experts architecture of transformers.
 
     Attributes:
-        model_type: what its config calls it.
-        families: dense families, by model_type, that can be written so.
-        matrices: the network's tensors: the dense family's name -> the name on disk.
-        block: what the block is called on disk, inside its layer; "mlp" in the model.
-        count_fields: what config.json calls the number of experts; more than one where versions differ.
-        width_field: what the config calls an expert's intermediate size.
-        norm_field: the field that says whether the k weights are divided by their sum; None: they always are.
-        sets: further fields, always with these values.
-        takes: fields that its class does not declare and reads nevertheless.
+        model_type: of its config.
+        families: dense families, by model_type, that can be exported to it.
+        matrices: an expert's tensors: the dense family's name -> the name on disk.
+        block: the block's name on disk, inside its layer; "mlp" in the model.
+        count_fields: config fields for the number of experts; more than one if versions differ.
+        width_field: config field for an expert's intermediate size.
+        norm_field: config field for whether the k weights are normalised; None: they always are.
+        sets: further fields with fixed values.
+        takes: fields that its class reads without declaring them.
     """
 
     model_type: str
@@ -66,19 +66,19 @@ class NativeFormat:
     takes: frozenset[str] = frozenset()
 
     def block_name(self, site: FfnSite) -> str:
-        """What the block of a layer is called on disk."""
+        """The name of a layer's block on disk."""
         return f"{site.layer}.{self.block}"
 
     def gate_name(self, site: FfnSite) -> str:
-        """What the rows of all experts, [E, H], are called on disk."""
+        """The name of the stacked router rows [E, H] on disk."""
         return f"{self.block_name(site)}.gate.weight"
 
     def matrix_name(self, site: FfnSite, expert: int, name: str) -> str:
-        """What the tensor `name` of the dense network is called on disk, in the expert of this number."""
+        """The name on disk of the dense network's tensor `name`, in the expert of this number."""
         return f"{self.block_name(site)}.experts.{expert}.{self.matrices[name]}"
 
 
-def _anything(_: Any) -> bool:
+def _always(_: Any) -> bool:
     return True
 
 
@@ -100,7 +100,7 @@ FORMATS = {
             model_type="mixtral",
             families={
                 # pretraining_tp: transformers 5 reads it nowhere
-                "llama": DenseFamily(fills={"sliding_window": None}, drops={"pretraining_tp": _anything}),
+                "llama": DenseFamily(fills={"sliding_window": None}, drops={"pretraining_tp": _always}),
                 "mistral": DenseFamily(),
             },
             matrices={"gate_proj.weight": "w1.weight", "up_proj.weight": "w3.weight", "down_proj.weight": "w2.weight"},
@@ -112,14 +112,14 @@ FORMATS = {
         NativeFormat(
             model_type="qwen3_moe",
             families={
-                # where every layer sees everything, the window and the layers that it would begin at say nothing
+                # if all layers use full attention, the window and the layer at which it begins have no effect
                 "qwen3": DenseFamily(
                     fills={"use_sliding_window": False, "sliding_window": None},
-                    drops={"layer_types": _all_full_attention, "max_window_layers": _anything},
+                    drops={"layer_types": _all_full_attention, "max_window_layers": _always},
                 )
             },
             matrices=_BY_NAME,
-            # transformers 5 writes the second name alone, and versions before it know the first alone
+            # transformers 5 writes only the second name, earlier versions read only the first
             count_fields=("num_experts", "num_local_experts"),
             width_field="moe_intermediate_size",
             sets={"decoder_sparse_step": 1, "mlp_only_layers": []},
@@ -127,20 +127,20 @@ FORMATS = {
         ),
     )
 }
-"""The architectures by model_type."""
+"""The architectures, by model_type."""
 
 
 def native_config(native: NativeFormat, config: FlexMoeConfig) -> PreTrainedConfig:
-    """The config of the FlexMoE as that architecture.
+    """The config of a FlexMoE model in that architecture.
 
     Raises:
-        ValueError: the architecture cannot say what this model is; names what, and the way out.
+        ValueError: the architecture cannot represent this model; gives the reason and the alternatives.
     """
     anchor: Any = config.anchor_config
     names = config.expert_names
     _check_family(native, anchor)
     _check_experts(native, config)
-    _check_weights_are_divided(native, config)
+    _check_normalized(native, config)
     family = native.families[anchor.model_type]
     kind = CONFIG_MAPPING[native.model_type]
     _check_dropped(native, family, anchor, kind)
@@ -162,18 +162,18 @@ def native_config(native: NativeFormat, config: FlexMoeConfig) -> PreTrainedConf
 def carried_fields(
     config: PreTrainedConfig, kind: type[PreTrainedConfig], takes: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """The fields that mean the same in `config` and in a config of class `kind`: both declare them, or neither does.
+    """The fields with the same meaning in `config` and in a config of class `kind`: declared by both or by neither.
 
-    What neither declares may be read nevertheless: OLMo-2 and FlexOlmo both look for `head_dim`.
+    Fields that neither declares may still be read: OLMo-2 and FlexOlmo both read `head_dim`.
 
     Args:
-        takes: fields that the models of `kind` read, though their config does not declare them.
+        takes: fields that the models of `kind` read although their config does not declare them.
     """
     own, theirs = _declared(type(config)), _declared(kind)
     return {
         name: value
         for name, value in config.to_dict().items()
-        if name not in _OF_THE_FILE and ((name in own) == (name in theirs) or name in takes)
+        if name not in _FILE_FIELDS and ((name in own) == (name in theirs) or name in takes)
     }
 
 
@@ -188,27 +188,27 @@ def _check_family(native: NativeFormat, anchor: PreTrainedConfig) -> None:
     raise ValueError(
         f"{native.model_type} is for anchors of type {' or '.join(native.families)}; this one is "
         f"{anchor.model_type!r}, for which there is {' and '.join(fitting) or 'no such architecture'}. "
-        + (f"Write it with --to {fitting[0]}." if fitting else WAY_OUT)
+        + (f"Write it with --to {fitting[0]}." if fitting else ALTERNATIVES)
     )
 
 
 def _check_experts(native: NativeFormat, config: FlexMoeConfig) -> None:
     if masked := [name for name in config.expert_names if name not in (config.active_experts or config.expert_names)]:
         raise ValueError(
-            f"{native.model_type} has no masks, and this model masks {', '.join(masked)} (active_experts is "
-            f"{config.active_experts}). Remove them first (flexmoe remove), or let all take part: load the model, "
-            "set_active_experts(None), save it."
+            f"{native.model_type} has no expert masks, and this model masks {', '.join(masked)} (active_experts is "
+            f"{config.active_experts}). Remove them first (flexmoe remove), or activate all experts: load the model, "
+            "call set_active_experts(None), save it."
         )
 
 
-def _check_weights_are_divided(native: NativeFormat, config: FlexMoeConfig) -> None:
+def _check_normalized(native: NativeFormat, config: FlexMoeConfig) -> None:
     experts, k = len(config.expert_names), config.num_experts_per_tok
     if native.norm_field or config.norm_topk_prob or k >= experts:
         return
     raise ValueError(
         f"{native.model_type} always divides the k weights by their sum; this model does not (norm_topk_prob is "
-        f"False), and with k = {k} of {experts} experts that differs. It does not with k = {experts}: set "
-        f"num_experts_per_tok so if the experts are good for it (compose --num-experts-per-tok {experts}). {WAY_OUT}"
+        f"False), which makes a difference with k = {k} of {experts} experts. It makes none with k = {experts}: set "
+        f"num_experts_per_tok to that if quality allows (compose --num-experts-per-tok {experts}). {ALTERNATIVES}"
     )
 
 
@@ -220,7 +220,9 @@ def _check_dropped(
         value = getattr(anchor, name)
         may_go = family.drops.get(name, lambda value, name=name: value == getattr(default, name))
         if not may_go(value):
-            raise ValueError(f"{native.model_type} has no {name!r}, and this anchor has {name}={value!r}. {WAY_OUT}")
+            raise ValueError(
+                f"{native.model_type} has no {name!r}, and this anchor has {name}={value!r}. {ALTERNATIVES}"
+            )
 
 
-__all__ = ["FORMATS", "WAY_OUT", "DenseFamily", "NativeFormat", "carried_fields", "native_config"]
+__all__ = ["ALTERNATIVES", "FORMATS", "DenseFamily", "NativeFormat", "carried_fields", "native_config"]

@@ -1,6 +1,6 @@
-"""The public networks of an anchor, read from its files layer by layer: what a low-rank expert is a difference from.
+"""The public networks of an anchor, read from its files layer by layer: low-rank experts are differences from them.
 
-Not here: what is done with them (`low_rank`, `export`), and compositions, which hold no weights.
+Does not cover their use (`low_rank`, `export`), or compositions, which hold no weights.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flexmoe.conversion.stored import CONFIG_FILE, StoredModel
+from flexmoe.hub.client import resolve_folder
+from flexmoe.hub.stored_model import CONFIG_FILE, StoredModel
+from flexmoe.io.dense import DenseCheckpoint
+from flexmoe.io.strict_json import read_json_object
+from flexmoe.io.tensors import CheckpointFolder, TensorInfo
 from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
-from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
-from flexmoe.modeling.hub_flexmoe import resolve_folder
-from flexmoe.modeling.json_flexmoe import read_json_object
-from flexmoe.modeling.tensors_flexmoe import CheckpointFolder, TensorInfo
-from flexmoe.modeling.tensors_flexmoe import fingerprint as fingerprint_of
+from flexmoe.modeling.fingerprint_flexmoe import fingerprint as fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PublicNetworks:
 
     Attributes:
         folder: where the anchor is.
-        fingerprint: the anchor's; None where a graft did without.
+        fingerprint: the anchor's; None if it was grafted without one.
         networks: the networks without weights, one per layer.
     """
 
@@ -37,15 +37,15 @@ class PublicNetworks:
     fingerprint: str | None
     networks: Sequence[nn.Module]
     _files: CheckpointFolder
-    _places: Sequence[Mapping[str, str]]  # per layer, where a network's tensors are in the files
+    _stored_names: Sequence[Mapping[str, str]]  # per layer, the names in the files by the names in the network
 
     @classmethod
     def open(cls, anchor: str | Path, *, revision: str | None = None) -> PublicNetworks:
-        """Opens a dense checkpoint, which is hashed whole, or a FlexMoE, whose config says what it is.
+        """Opens a dense checkpoint, which is hashed completely, or a FlexMoE model, whose config has the fingerprint.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError: no such model (see `resolve_folder`).
-            ValueError: it can be no anchor (see `DenseCheckpoint`, `StoredModel`).
+            ValueError: it cannot be an anchor (see `DenseCheckpoint`, `StoredModel`).
         """
         folder = resolve_folder(anchor, revision=revision).path
         config = folder / CONFIG_FILE
@@ -53,23 +53,23 @@ class PublicNetworks:
             return cls.of_flexmoe(StoredModel(folder, "read as an anchor"))
         dense = DenseCheckpoint(folder)
         names = NameMap(dense.sites)
-        places = {names.to_flexmoe(name): stored for name, stored in dense.stored.items()}
-        return cls(folder, _fingerprint(dense), *_networks(dense.model, dense.sites, dense.files, places))
+        stored_names = {names.to_flexmoe(name): stored for name, stored in dense.stored.items()}
+        return cls(folder, _fingerprint(dense), *_networks(dense.model, dense.sites, dense.files, stored_names))
 
     @classmethod
     def of_flexmoe(cls, stored: StoredModel) -> PublicNetworks:
-        """Those of a FlexMoE that is open already."""
+        """The public networks of an opened FlexMoE model."""
         config: Any = stored.config.anchor_config
         model, sites = build_on_meta(config)
-        places = {name: name for name in stored.tensors.infos}
+        stored_names = {name: name for name in stored.tensors.infos}
         fingerprint = (stored.config.anchor or {}).get("fingerprint")
-        return cls(stored.folder, fingerprint, *_networks(model, sites, stored.tensors, places))
+        return cls(stored.folder, fingerprint, *_networks(model, sites, stored.tensors, stored_names))
 
     def read(self, layer: int) -> dict[str, Tensor]:
-        """The tensors of a layer's network, as its state dict names them.
+        """The state dict of a layer's network.
 
         Raises:
-            ValueError: the files lack one.
+            ValueError: the files lack a tensor.
         """
         return {key: self.read_one(layer, key) for key in self.networks[layer].state_dict()}
 
@@ -78,20 +78,20 @@ class PublicNetworks:
         return self._files.read(self.info(layer, key).name)
 
     def info(self, layer: int, key: str) -> TensorInfo:
-        """What the files say of it, under its name there. Raises: as `read`."""
-        if key not in self._places[layer]:
+        """The stored name, dtype and shape of a tensor. Raises: as `read`."""
+        if key not in self._stored_names[layer]:
             raise ValueError(f"{self.folder} lacks the tensor {key!r} of the network in layer {layer}.")
-        return self._files.infos[self._places[layer][key]]
+        return self._files.infos[self._stored_names[layer][key]]
 
 
 def _networks(
-    model: nn.Module, sites: Sequence[FfnSite], files: CheckpointFolder, places: Mapping[str, str]
+    model: nn.Module, sites: Sequence[FfnSite], files: CheckpointFolder, stored_names: Mapping[str, str]
 ) -> tuple[list[nn.Module], CheckpointFolder, list[dict[str, str]]]:
-    """The last fields of `PublicNetworks`. `places`: names in the files by names in a FlexMoE."""
+    """The last three fields of `PublicNetworks`. `stored_names`: names in the files by names in a FlexMoE model."""
     by_layer = []
     for site in sites:
         start = f"{ANCHOR_PREFIX}{site.block}.experts.{PUBLIC}."
-        by_layer.append({name.removeprefix(start): at for name, at in places.items() if name.startswith(start)})
+        by_layer.append({n.removeprefix(start): stored for n, stored in stored_names.items() if n.startswith(start)})
     return [site.ffn(model) for site in sites], files, by_layer
 
 

@@ -1,8 +1,8 @@
-"""Router rows that a graft writes: what makes them is told when all else is known, and what it says is checked.
+"""Router rows of grafted experts: the interface of row makers, and the checked tensors of a checkpoint.
 
 Shapes: N layers, H hidden size.
 
-Not here: how rows are made (`flexmoe.router_rows`, `flexmoe.prompt_gates`); conversions know no text and run no model.
+Does not cover how rows are made (`flexmoe.routers`): conversions read no text and run no model.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Protocol
 
 import torch
 
+from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
-from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 
 
 @dataclass(frozen=True)
@@ -27,24 +27,24 @@ class StackedRows:
 
 
 class RowMaker(Protocol):
-    """Makes the rows of a graft's experts, by name; experts that it leaves out keep rows of zero."""
+    """Makes the router rows of a graft's experts, by name; experts without an entry keep rows of zero."""
 
     def __call__(self, anchor: DenseCheckpoint, public: Sequence[str] | None) -> Mapping[str, StackedRows]:
-        """Called once all else has been checked, and before anything is written.
+        """Called after all other checks and before anything is written.
 
         Args:
             anchor: the dense checkpoint that is grafted.
-            public: the documents of the public sample, if one is kept.
+            public: the documents of the public sample, if there is one.
         """
 
 
 def router_tensors(
     rows: Mapping[str, StackedRows], experts: Sequence[str], anchor: DenseCheckpoint
 ) -> dict[str, torch.Tensor]:
-    """The tensors of a FlexMoE that hold `rows`: weights float32 [1, H] and biases float32 [1], by their names there.
+    """The tensors of `rows` by their names in the FlexMoE model: weights float32 [1, H] and biases float32 [1].
 
     Raises:
-        ValueError: rows for none of `experts` or for public, of another shape, or not finite.
+        ValueError: rows for an unknown expert or for public, of another shape, or not finite.
     """
     depth, hidden = len(anchor.sites), anchor.config.get_text_config().hidden_size
     tensors = {}
@@ -52,7 +52,7 @@ def router_tensors(
         if name == PUBLIC:
             raise ValueError(f"The router row of {PUBLIC!r} is zero; rows of other experts are relative to it.")
         if name not in experts:
-            raise ValueError(f"A router row for {name!r}, which is not grafted; there are {', '.join(experts)}.")
+            raise ValueError(f"A router row for {name!r}, which is not grafted; experts are {', '.join(experts)}.")
         shapes = (tuple(row.weight.shape), tuple(row.bias.shape))
         if shapes != ((depth, hidden), (depth,)):
             raise ValueError(
@@ -60,7 +60,7 @@ def router_tensors(
                 f"of {hidden}: ({depth}, {hidden}) and ({depth},)."
             )
         if not (row.weight.isfinite().all() and row.bias.isfinite().all()):
-            raise ValueError(f"The router rows of {name!r} hold numbers that are not finite.")
+            raise ValueError(f"The router rows of {name!r} are not finite.")
         for layer, site in enumerate(anchor.sites):
             row_name = f"{ANCHOR_PREFIX}{site.block}.router.{name}"
             tensors[f"{row_name}.weight"] = row.weight[layer, None].float()

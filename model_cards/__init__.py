@@ -1,4 +1,4 @@
-"""flexmoe.model_cards: the templates of model cards, what fills them, and the table of licences.
+"""Jinja templates of model cards: expert packages, compositions and merged models.
 
-Not here: where a card's facts come from (`flexmoe.modeling.cards_flexmoe`), and its file (`flexmoe.cards`).
+Does not cover rendering them (`flexmoe.cards`).
 """

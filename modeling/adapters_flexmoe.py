@@ -1,10 +1,9 @@
-"""Adapters (PEFT's LoRA and its kin) around the modules of a live model: whose modules they change.
+"""PEFT adapters on a live model: which owners' modules they change.
 
-PEFT needs no support from a model, but it says nothing where a model of several owners has to: one target may take
-modules of all owners, and an adapter for two experts loads where only one of them is. PEFT sets `model.peft_config`
-once its modules are in place; the property here looks at that moment, and a forward pass looks for adapters that came
-later. Does not cover making a config (`flexmoe.peft`), and imports nothing of PEFT: its layers are known by what they
-declare.
+PEFT does not report what matters in a model of several owners: one target may match modules of all owners, and an
+adapter for two experts loads where only one of them exists. PEFT sets `model.peft_config` once its modules are in
+place; the property here checks them then, and a forward pass checks adapters that were added later. Does not cover
+making a config (`flexmoe.peft`), and does not import PEFT: its layers are recognised by their attributes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from .configuration_flexmoe import FlexMoeConfig
 from .experts_flexmoe import FlexMoeBlock
 
-# For type checkers alone: at run time the model classes bring PreTrainedModel in themselves.
+# For type checkers only: at run time the model classes bring PreTrainedModel in themselves.
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Model
 else:
@@ -31,17 +30,17 @@ _WORD = re.compile(r"[a-z][a-z0-9_-]*")
 
 
 def target_pattern(names: Iterable[str], modules: Iterable[str]) -> str:
-    """The pattern for PEFT's `target_modules` that takes `modules` of the experts `names` and nothing else.
+    """The pattern for PEFT's `target_modules` that matches `modules` of the experts `names` and nothing else.
 
-    PEFT matches it with whole module names, so "math" is not found in "math-2". It says nothing of layers or of other
-    experts: a saved adapter that holds it fits any composition that has `names`.
+    PEFT matches whole module names, so "math" does not match "math-2". Layers and other experts are not part of it: a
+    saved adapter fits any composition that has `names`.
     """
     of_experts, of_modules = ("|".join(map(re.escape, part)) for part in (names, modules))
     return rf".*\.experts\.(?:{of_experts})\.(?:{of_modules})"
 
 
 def row_suffix(name: str) -> str:
-    """The entry for PEFT's `modules_to_save` that takes the router row of the expert `name` in each layer."""
+    """The entry for PEFT's `modules_to_save` that matches the router row of the expert `name` in each layer."""
     return f"router.{name}"
 
 
@@ -51,14 +50,14 @@ def adapters_around(blocks: Sequence[FlexMoeBlock], name: str) -> set[str]:
 
 
 def beneath_adapter(module: nn.Module) -> nn.Module:
-    """The module that PEFT's layer, if `module` is one, is wrapped around."""
+    """The module inside PEFT's layer, or `module` itself if it is none."""
     for name in ("base_layer", "original_module"):
         module = getattr(module, name, module)
     return module
 
 
 def _is_wrapper(module: Any) -> bool:
-    return hasattr(module, "adapter_layer_names")  # what each layer of PEFT declares
+    return hasattr(module, "adapter_layer_names")  # every layer of PEFT has it
 
 
 def _parts(blocks: Sequence[FlexMoeBlock], name: str) -> list[nn.Module]:
@@ -76,28 +75,24 @@ def _adapters_within(module: nn.Module) -> set[str]:
 
 
 def _biases(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The biases of a model's layers, called as if nothing was around them; not what is stored elsewhere."""
+    """The biases of a model's layers by their names without adapters; offloaded ones are left out."""
     for name, parameter in model.named_parameters():
         if name.endswith(".bias") and not parameter.is_meta:
             yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter.detach()
 
 
 def refuse_wrapped(model: nn.Module, state_dict: dict[str, Any] | None) -> None:
-    """Checks that a model can be saved: under adapters its tensors have other names, and nothing would load them.
-
-    Raises:
-        ValueError: `get_peft_model` has wrapped the model, and the caller brings no `state_dict`.
-    """
+    """Raises ValueError if PEFT has wrapped layers, whose tensors would be saved under names that nothing loads."""
     if state_dict is None and any(map(_is_wrapper, model.modules())):
         raise ValueError(
-            f"Layers of PEFT are around this model (adapters: {sorted(getattr(model, 'peft_config', ()))}). Save the "
+            f"PEFT has wrapped layers of this model (adapters: {sorted(getattr(model, 'peft_config', ()))}). Save the "
             "adapters alone with the PeftModel's own save_pretrained, or merge them in first (merge_and_unload, or "
             "unload without them) and save what that returns."
         )
 
 
 class AdapterWatch(_Model):
-    """The part of a FlexMoE model that sees adapters come."""
+    """The part of a FlexMoE model that checks adapters as they are added."""
 
     config: FlexMoeConfig
 
@@ -123,10 +118,10 @@ class AdapterWatch(_Model):
         self.__dict__.pop("_adapters_checked", None)
 
     def check_adapters(self) -> None:
-        """Looks at each adapter once; without adapters, or without new ones, it costs nothing.
+        """Checks each adapter once; without new adapters it costs nothing.
 
         Raises:
-            ValueError: an adapter bears the name of an expert, or was made for an expert that is not here.
+            ValueError: an adapter has the name of an expert, or was made for an expert that this model does not have.
 
         Warns:
             UserWarning: an adapter changes several owners' modules without naming them.
@@ -143,7 +138,7 @@ class AdapterWatch(_Model):
             self._warn_of_many_owners(adapter, config)
 
     def add_adapter(self, adapter_config: Any, adapter_name: str | None = None) -> None:
-        """As transformers' own, but refuses before it changes a module what would be refused after.
+        """As in transformers, but refuses before any module is changed.
 
         Raises: as `check_adapters`.
         """
@@ -153,14 +148,14 @@ class AdapterWatch(_Model):
     def load_adapter(
         self, peft_model_id: str | None = None, adapter_name: str | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As transformers' own, but an adapter that is found in part is not left in the model.
+        """As in transformers, but an adapter that is incomplete is removed again.
 
         Raises:
-            ValueError: as `check_adapters`, or the file lacks tensors of the adapter, by the names that transformers
-                looks for: it finds no magnitudes of DoRA, for example.
+            ValueError: as `check_adapters`, or the file lacks tensors of the adapter under the names that transformers
+                looks for (it does not find DoRA's magnitudes, for example).
         """
         adapter = adapter_name or "default"
-        # an adapter may bring biases of the layers themselves, which would stay when it goes
+        # an adapter may contain biases of the layers themselves, which would remain after its removal
         biases = {name: bias.clone() for name, bias in _biases(self)}
         info = super().load_adapter(peft_model_id, adapter_name, *args, **kwargs)
         missing = [key for key in getattr(info, "missing_keys", ()) if adapter in key.split(".")]
@@ -170,12 +165,12 @@ class AdapterWatch(_Model):
                 bias.copy_(biases[name])
             raise ValueError(
                 f"load_adapter found {len(missing)} tensors of the adapter {adapter!r} missing, for example "
-                f"{min(missing)!r}: it is not loaded. peft.PeftModel.from_pretrained reads what PEFT saved whole."
+                f"{min(missing)!r}: it is not loaded. peft.PeftModel.from_pretrained reads all that PEFT saved."
             )
         return info
 
     def set_adapter(self, adapter_name: list[str] | str) -> None:
-        """As transformers' own, also where adapters train router rows of different experts: a row has its own alone.
+        """As in transformers, also where adapters train router rows of different experts.
 
         Raises:
             ValueError: an unknown adapter.
@@ -186,11 +181,13 @@ class AdapterWatch(_Model):
             raise ValueError(f"Adapter(s) {unknown} not found: this model has {list(known)}.")
         for layer in filter(_is_wrapper, self.modules()):
             here = _adapters_within(layer)
-            whole = hasattr(layer, "original_module")  # of modules_to_save, which refuses an adapter it has not
-            layer.set_adapter([name for name in names if name in here] if whole else names)
+            is_saved = hasattr(
+                layer, "original_module"
+            )  # modules_to_save, which refuses adapters that it does not have
+            layer.set_adapter([name for name in names if name in here] if is_saved else names)
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
-        """As transformers' own, and with the last adapter PEFT's layers go, too: tensors have their names back."""
+        """As in transformers; the last one also removes PEFT's layers, so tensors have their names again."""
         super().delete_adapter(adapter_names)
         if not hasattr(self, "peft_config"):
             for parent in list(self.modules()):
@@ -202,13 +199,13 @@ class AdapterWatch(_Model):
         names = self.config.expert_names
         if adapter in names:
             raise ValueError(
-                f"The adapter {adapter!r} bears the name of an expert, and PEFT confuses the two when it loads what "
-                f"it saved. Load the model afresh and call the adapter otherwise, for example {adapter + '-lora'!r}: "
+                f"The adapter {adapter!r} has the name of an expert, and PEFT confuses the two when it loads what it "
+                f"saved. Load the model again and choose another adapter name, for example {adapter + '-lora'!r}: "
                 "get_peft_model and add_adapter take adapter_name."
             )
         if absent := [name for name in _made_for(config) if name not in names]:
             raise ValueError(
-                f"The adapter {adapter!r} was made for the expert(s) {absent}, which this model has not: it has "
+                f"The adapter {adapter!r} was made for the expert(s) {absent}, which this model does not have; it has "
                 f"{names}. Add them first (add_expert), under these names, to a model without this adapter."
             )
 
@@ -218,9 +215,9 @@ class AdapterWatch(_Model):
         if len(touched) > 1 and not set(touched) <= _named(config):
             warnings.warn(
                 f"The adapter {adapter!r} changes modules of {len(touched)} owners at once: {touched}, networks or "
-                "router rows. What it learns is then in all of them, and none can be removed while it is there. For "
-                f"one expert take flexmoe.expert_lora_config(model, {touched[-1]!r}); for several on purpose give it "
-                "a list of their names.",
+                "router rows. What it learns is then in all of them, and none can be removed while it exists. For "
+                f"one expert use flexmoe.expert_lora_config(model, {touched[-1]!r}); for several on purpose pass a "
+                "list of their names.",
                 stacklevel=2,
             )
 
@@ -233,7 +230,7 @@ def _touches(adapter: str, config: Any, blocks: Sequence[FlexMoeBlock], name: st
 
 
 def _made_for(config: Any) -> list[str]:
-    """The experts that a config of `flexmoe.expert_lora_config` was made for; none for any other config."""
+    """The experts that a config of `flexmoe.expert_lora_config` was made for; empty for other configs."""
     target = getattr(config, "target_modules", None)
     matches = [_PATTERN.fullmatch(target)] if isinstance(target, str) else []
     names = [name.replace("\\", "") for match in matches if match for name in match["names"].split("|")]
@@ -242,9 +239,6 @@ def _made_for(config: Any) -> list[str]:
 
 
 def _named(config: Any) -> set[str]:
-    """The words of a pattern: the experts among them are meant. A list may be what PEFT made of "all-linear"."""
+    """The words of a target pattern, which names experts on purpose; a list may result from "all-linear"."""
     target = getattr(config, "target_modules", None)
     return set(_WORD.findall(target.replace("\\", ""))) if isinstance(target, str) else set()
-
-
-__all__ = ["AdapterWatch", "adapters_around", "beneath_adapter", "refuse_wrapped", "row_suffix", "target_pattern"]

@@ -1,7 +1,8 @@
-"""Where a dense causal LM keeps its feed-forward networks, and what its tensors are called in a FlexMoE.
+"""Where a dense causal LM has its feed-forward networks (FFNs), and its tensors' names in a FlexMoE.
 
-The answer is read off the modules, so it holds for families that nobody listed here. Does not cover the weights
-themselves: everything in this file works on a model on the meta device.
+It is read from the modules, so families need no entry in a list. Everything here works on a model on the meta device.
+
+Does not cover the weights themselves.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from .configuration_flexmoe import PUBLIC
 
 ANCHOR_PREFIX = "anchor."
-"""What a FlexMoE puts before every name of the dense model that it holds."""
+"""Prefix of every tensor name of the dense model inside a FlexMoE."""
 
 FFN_SPAN = ("fc1", "activation_fn", "fc2")
 """Attributes of a decoder layer that has no module around its feed-forward network (OPT, XGLM, BART)."""
 
-# Under what name a layer keeps its network: mlp, feed_forward, ffn, ff, mlp_block, shared_mlp ...
+# Attribute names of a layer's FFN: mlp, feed_forward, ffn, ff, mlp_block, shared_mlp ...
 _FFN_NAME = re.compile(r"(.*_)?(mlp|ffn|ff|feed_?forward)(_.*)?")
 
-# What a mixture of experts holds that a dense network does not.
+# Children that a mixture of experts has and a dense FFN does not.
 _ROUTED_NAMES = frozenset({"experts", "router"})
 
-# What families call a cache that is not transformers' own; the outputs of a FlexMoE do not carry it.
+# Names of caches that are not transformers' own; the outputs of a FlexMoE do not carry them.
 _FOREIGN_CACHES = frozenset({"cache_params", "state", "mems", "past_buckets_states"})
 
 
 class UnsupportedAnchorError(ValueError):
-    """A model that cannot be an anchor; the message says why."""
+    """A model that cannot be an anchor; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class FfnSite:
         return span
 
     def put(self, dense: nn.Module, block: nn.Module) -> None:
-        """Puts `block` where the network stood."""
+        """Puts `block` where the FFN was."""
         layer = dense.get_submodule(self.layer)
         for name in self.attributes[1:]:
             setattr(layer, name, nn.Identity())
@@ -85,15 +86,15 @@ def find_ffn_sites(dense: PreTrainedModel) -> list[FfnSite]:
     """Finds the feed-forward network of every decoder layer of `dense`.
 
     Raises:
-        UnsupportedAnchorError: the model is an encoder-decoder, a mixture of experts already, has several stacks of
-            decoder layers, or a layer has no feed-forward network that is a function of each token alone.
+        UnsupportedAnchorError: an encoder-decoder, a mixture of experts, several stacks of decoder layers, or a layer
+            without an FFN that is a function of each token alone.
     """
     family = f"{type(dense).__name__} (model_type {dense.config.model_type!r})"
     if dense.config.is_encoder_decoder:
         raise UnsupportedAnchorError(f"{family} is an encoder-decoder; an anchor is a decoder-only causal LM.")
     if foreign := _FOREIGN_CACHES.intersection(inspect.signature(dense.forward).parameters):
         raise UnsupportedAnchorError(
-            f"{family} keeps what it has read in {min(foreign)!r}; an anchor has past_key_values for it, or nothing."
+            f"{family} keeps its state in {min(foreign)!r}; an anchor uses past_key_values, or no cache."
         )
     layers_name, layers = _decoder_layers(dense, family)
     sites = [_site(index, f"{layers_name}.{index}", layer, family) for index, layer in enumerate(layers)]
@@ -125,7 +126,7 @@ def _decoder_layers(dense: PreTrainedModel, family: str) -> tuple[str, nn.Module
 def _nearest_stacks(dense: nn.Module, within: nn.Module) -> dict[str, nn.ModuleList]:
     """The lists of layers nearest to the top of a part of `dense`, by their names in `dense`.
 
-    Encoders of images or sound beside a decoder have lists of their own, further down.
+    Image or audio encoders beside a decoder have their own lists, nested more deeply.
     """
     inside = {id(module) for module in within.modules()}
     stacks = {
@@ -162,7 +163,7 @@ def _site(index: int, name: str, layer: nn.Module, family: str) -> FfnSite:
 
 
 def _ffn_candidates(layer: nn.Module) -> list[tuple[str, ...]]:
-    """What may be the network of `layer`: named as one, and with a matrix in and a matrix out."""
+    """Candidates for the FFN of `layer`: named like one, with at least two matrices."""
     found: list[tuple[str, ...]] = [
         (name,)
         for name, child in layer.named_children()
@@ -174,7 +175,7 @@ def _ffn_candidates(layer: nn.Module) -> list[tuple[str, ...]]:
 
 
 def _routed_module(layer: nn.Module) -> str | None:
-    """Names the class of what routes tokens in `layer`, which shows in children called experts or router."""
+    """The class name of a module in `layer` that routes tokens, recognised by children called experts or router."""
     for module in layer.modules():
         if not _ROUTED_NAMES.isdisjoint(name for name, _ in module.named_children()):
             return type(module).__name__
@@ -197,14 +198,14 @@ def _check_is_a_function_of_tokens(network: nn.Module, hidden_size: int, family:
     x_1TH = torch.empty(1, 2, hidden_size, device="meta", dtype=dtype)
     takes_residual = "residual" in inspect.signature(network.forward).parameters
     try:
-        said = torch.func.functional_call(network, shapes, (x_1TH, x_1TH) if takes_residual else (x_1TH,))
+        output = torch.func.functional_call(network, shapes, (x_1TH, x_1TH) if takes_residual else (x_1TH,))
     except (RuntimeError, TypeError) as error:
-        said = f"fails with {str(error).splitlines()[0]!r}"
-    if not isinstance(said, torch.Tensor) or said.shape != x_1TH.shape:
+        output = f"fails with {str(error).splitlines()[0]!r}"
+    if not isinstance(output, torch.Tensor) or output.shape != x_1TH.shape:
         raise UnsupportedAnchorError(
             f"{family}: its feed-forward network {type(network).__name__}, given hidden states alone, "
-            f"{said if isinstance(said, str) else 'does not return hidden states alone'}; an expert is a function of "
-            "each token by itself."
+            f"{output if isinstance(output, str) else 'does not return hidden states alone'}; an expert is a function "
+            "of each token by itself."
         )
 
 
@@ -212,7 +213,7 @@ class NameMap:
     """Tensor names of a dense model and of the FlexMoE made from it, both ways.
 
     `model.layers.3.mlp.up_proj.weight` is `anchor.model.layers.3.mlp.experts.public.up_proj.weight` there;
-    what is not part of a feed-forward network only gets the prefix `anchor.`.
+    a tensor outside the FFNs only gets the prefix `anchor.`.
     """
 
     def __init__(self, sites: list[FfnSite]) -> None:
@@ -256,6 +257,3 @@ def build_on_meta(anchor_config: PreTrainedConfig) -> tuple[PreTrainedModel, lis
             f"model_type {anchor_config.model_type!r} has no causal LM in transformers: {error}"
         ) from error
     return dense, find_ffn_sites(dense)
-
-
-__all__ = ["ANCHOR_PREFIX", "FfnSite", "NameMap", "UnsupportedAnchorError", "build_on_meta", "find_ffn_sites"]

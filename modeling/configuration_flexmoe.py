@@ -1,17 +1,18 @@
 """Configuration of a FlexMoE model: the configuration of a dense anchor, and an ordered list of named experts.
 
-Does not cover where an anchor keeps its feed-forward networks (`anchors_flexmoe`) or how experts are stored
-(`packages_flexmoe`).
+Does not cover where an anchor has its feed-forward networks (`anchors_flexmoe`), or how experts are stored
+(`flexmoe.packages`).
 """
 
 import copy
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from importlib import import_module
 from typing import Any, NoReturn
 
 from huggingface_hub.dataclasses import strict
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 
@@ -23,10 +24,42 @@ AUTO_MAP = {
     "AutoModel": "modeling_flexmoe.FlexMoeModel",
     "AutoModelForCausalLM": "modeling_flexmoe.FlexMoeForCausalLM",
 }
-"""What each Auto class loads from the files beside a checkpoint, with `trust_remote_code=True`."""
+"""The classes that the Auto classes load from the files in a checkpoint, with `trust_remote_code=True`."""
 
-IMPLEMENTATIONS = ("auto", "torch", "triton")
-"""What may run the layers of a model (`implementations_flexmoe`)."""
+
+class ExpertsForwards(dict[str, Callable[..., Tensor]]):
+    """Ways to run a block, by the names that `experts_implementation` takes; cf. `ALL_EXPERTS_FUNCTIONS`.
+
+    They are called as `eager_experts_forward` is. The package `flexmoe` adds others and sets `default`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.default = "eager"
+        self._modules: dict[str, str] = {"eager": "eager"}
+
+    def register(self, name: str, function: str) -> None:
+        """Adds an implementation, imported on first use: "package.module:function"."""
+        self._modules[name] = function
+
+    def __missing__(self, name: str) -> Callable[..., Tensor]:
+        module, _, function = self._modules[name].partition(":")
+        self[name] = getattr(import_module(module), function)
+        return self[name]
+
+    def check(self, requested: str | None) -> str:
+        """The name of the requested implementation, or of the default; ValueError lists those that are available."""
+        name = self.default if requested is None else requested
+        if name not in self._modules:
+            known = list(self._modules)
+            hint = "" if len(known) > 1 else ". The package flexmoe adds others: pip install flexmoe, import flexmoe"
+            raise ValueError(
+                f"experts_implementation={name!r} is not available for FlexMoE: use one of {known}{hint}."
+            )
+        return name
+
+
+EXPERTS_FORWARDS = ExpertsForwards()
 
 RECORD_KEYS = (
     "name",
@@ -41,16 +74,16 @@ RECORD_KEYS = (
     "sha256",
     "source",
 )
-"""What an expert's record in `FlexMoeConfig.experts` may hold; absent means unknown."""
+"""Keys of an expert's record in `FlexMoeConfig.experts`; absent means unknown."""
 
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 _NAME_LENGTH = 64
-# A ModuleDict refuses names of its own attributes, and PEFT gives its own words a meaning inside parameter names.
+# A ModuleDict refuses names of its attributes, and PEFT's terms have a meaning inside parameter names.
 _RESERVED = frozenset(dir(nn.ModuleDict())) | {"default", "base_layer"}
 
 
 def check_expert_name(name: str) -> str:
-    """Returns `name` if an expert may be called so.
+    """Returns `name` if it is a valid expert name.
 
     Raises:
         ValueError: the name is not `[a-z][a-z0-9]*([_-][a-z0-9]+)*`, is longer than 64 characters, or is reserved.
@@ -66,24 +99,24 @@ def check_expert_name(name: str) -> str:
 
 
 def check_top_k(k: int) -> int:
-    """Returns `k` if a token can go to so many experts; more than there are is clamped where they are counted.
+    """Returns `k` if it is a valid number of experts per token; values above the number of experts are clamped later.
 
     Raises:
-        TypeError: it is no whole number; True and 2.0 are none either.
+        TypeError: it is not an int (True and 2.0 are not).
         ValueError: it is below 1.
     """
     if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"num_experts_per_tok must be a whole number, at least 1; got {k!r} ({type(k).__name__}).")
+        raise TypeError(f"num_experts_per_tok must be an integer, at least 1; got {k!r} ({type(k).__name__}).")
     if k < 1:
         raise ValueError(f"num_experts_per_tok must be at least 1; got {k}.")
     return k
 
 
 def expert_record(expert: str | dict[str, Any]) -> dict[str, Any]:
-    """An expert's record: `expert` itself, or one that holds just that name. Keys without a value are left out.
+    """An expert's record: `expert` itself, or a record with just that name. Keys without a value are dropped.
 
     Raises:
-        ValueError: an unknown key, a name that is none, or a rank where there must be none, or none where it must be.
+        ValueError: an unknown key, an invalid name, or a size that does not fit the kind.
     """
     record = {"name": expert} if isinstance(expert, str) else dict(expert)
     if unknown := sorted(set(record) - set(RECORD_KEYS)):
@@ -116,7 +149,7 @@ def _check_size(record: dict[str, Any]) -> None:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value from a file is a size: a positive integer, and no wild one."""
+    """Whether a value from a file is a size: a positive integer below 2^31."""
     return type(value) is int and 0 < value < 1 << 31
 
 
@@ -126,23 +159,23 @@ def is_counts(value: Any) -> bool:
 
 
 def is_finite_number(value: Any) -> bool:
-    """Whether a value from a file is a number, and neither NaN nor an infinity."""
+    """Whether a value from a file is a finite number."""
     return type(value) in (int, float) and math.isfinite(value)
 
 
 class ExpertPackageConfig(PreTrainedConfig):
-    """The `config.json` of an expert package: it says to the Auto classes, and to the Hub, that this is no model."""
+    """The `config.json` of an expert package: tells the Auto classes and the Hub that this is not a model."""
 
     model_type = "flexmoe_expert"
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> NoReturn:
-        """Raises ValueError, whatever there is."""
+        """Always raises ValueError."""
         raise cls.error(kwargs.get("name_or_path", "PACKAGE"))
 
     @classmethod
     def error(cls, source: Any) -> ValueError:
-        """What somebody hears who loads the package `source` as a model."""
+        """The error for loading the package `source` as a model."""
         return ValueError(
             f"{source} is an expert package, not a model. Load the model that it is for, and add it: "
             f'model.add_expert("{source}"); or write both as one checkpoint with `flexmoe compose`.'
@@ -153,24 +186,27 @@ class ExpertPackageConfig(PreTrainedConfig):
 class FlexMoeConfig(PreTrainedConfig):
     """Configuration of [`FlexMoeModel`] and [`FlexMoeForCausalLM`].
 
-    Whatever it does not define itself (`vocab_size`, `hidden_size`, `use_cache` ...) is read from, and written to,
+    Fields that it does not define (`vocab_size`, `hidden_size`, `use_cache` ...) are read from and written to
     `anchor_config`.
 
     Args:
         anchor_config: configuration of the dense model, any family that has a feed-forward network in each layer.
         experts: ordered names or records (see `RECORD_KEYS`); the first is "public".
         active_experts: names of the experts that take part; None means all of them.
-        num_experts_per_tok: k of the top-k. More than there are experts is clamped at run time and kept here.
+        num_experts_per_tok: k of the top-k. Values above the number of experts are clamped at run time and kept here.
         norm_topk_prob: whether the k weights are divided by their sum. None lets the anchor's block decide when the
             model is built: yes, unless a norm follows the feed-forward network and undoes any scale.
         output_router_logits: return router logits, `aux_loss` and `z_loss` by default.
         router_aux_loss_coef: weight of the load-balancing loss in `loss`.
         router_z_loss_coef: weight of the router z-loss in `loss`.
-        anchor: what the anchor is: `repo`, `revision`, `fingerprint`, `model_type`, `dtype`.
-        public_sample: the sample of public text beside the weights: `file`, `sha256`, `bytes`, `documents`.
-        composition: where anchor and experts come from, in the config of a composition (`composition_flexmoe`); None
-            in that of a model with weights.
-        auto_map: as transformers has it; what is not given is filled in from `AUTO_MAP`.
+        anchor: identity of the anchor: `repo`, `revision`, `fingerprint`, `model_type`, `dtype`.
+        public_sample: the sample of public text stored with the weights: `file`, `sha256`, `bytes`, `documents`.
+        composition: where anchor and experts come from, in the config of a composition (`flexmoe.composition`); None
+            for a model with weights.
+        auto_map: as in transformers; missing entries are filled in from `AUTO_MAP`.
+
+    Example:
+        config = FlexMoeConfig(anchor_config=LlamaConfig(), experts=["public", "math"])
     """
 
     model_type = "flexmoe"
@@ -188,17 +224,17 @@ class FlexMoeConfig(PreTrainedConfig):
     anchor: dict[str, Any] | None = None
     public_sample: dict[str, Any] | None = None
     composition: dict[str, Any] | None = None
-    auto_map: dict[str, Any] | None = None  # a field, or an anchor that came with code would lend its own
+    auto_map: dict[str, Any] | None = None  # a field, so that an anchor with code of its own does not provide it
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.anchor_config is None:
             self.anchor_config = CONFIG_MAPPING["olmo2"]()
         elif isinstance(self.anchor_config, dict):
             self.anchor_config = _anchor_config_from_dict(self.anchor_config)
-        else:  # a model built from the donor's own object would change the donor
+        else:  # a model built from the donor's config object would change the donor
             self.anchor_config = copy.deepcopy(self.anchor_config)
         anchor: Any = self.anchor_config
-        anchor._name_or_path = ""  # where it lay on somebody's machine; which one it is stands in `self.anchor`
+        anchor._name_or_path = ""  # a local path; `self.anchor` identifies the anchor
         if not isinstance(self.experts, list | None):
             raise TypeError(f"experts must be a list of names or records; got {self.experts!r}.")
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
@@ -207,10 +243,10 @@ class FlexMoeConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers' own.
+        """As in transformers.
 
         Raises:
-            ValueError: the values are those of another model; transformers would build one of default sizes from them.
+            ValueError: the values belong to another model; transformers would use default sizes.
         """
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
@@ -222,10 +258,10 @@ class FlexMoeConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As transformers' own.
+        """As in transformers.
 
         Raises:
-            ValueError: it is an expert package, which is no model.
+            ValueError: it is an expert package, not a model.
         """
         values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if values.get("model_type") == ExpertPackageConfig.model_type:
@@ -233,24 +269,14 @@ class FlexMoeConfig(PreTrainedConfig):
         return values, unused
 
     @property
-    def _flexmoe_implementation(self) -> str:
-        """What runs the layers, "auto", "torch" or "triton" (`implementations_flexmoe`); not saved.
+    def _experts_implementation(self) -> str | None:
+        """A key of `EXPERTS_FORWARDS`, or None for the default; not saved, and not passed on to `anchor_config`."""
+        return self.__dict__.get("_experts_implementation_internal")
 
-        Setting it raises ValueError if it is none of these.
-        """
-        return self.__dict__.get("_flexmoe_implementation_internal", "auto")
-
-    @_flexmoe_implementation.setter
-    def _flexmoe_implementation(self, value: str) -> None:
-        if value not in IMPLEMENTATIONS:
-            raise ValueError(f"The implementation {value!r} is unknown: it must be one of {list(IMPLEMENTATIONS)}.")
-        self.__dict__["_flexmoe_implementation_internal"] = value
-
-    def to_dict(self) -> dict[str, Any]:
-        """As transformers' own; what runs the layers is this process's affair."""
-        values = super().to_dict()
-        values.pop("_flexmoe_implementation_internal", None)
-        return values
+    @_experts_implementation.setter
+    def _experts_implementation(self, value: str | dict[str, str] | None) -> None:
+        name = value.get("", self._experts_implementation) if isinstance(value, dict) else value
+        self.__dict__["_experts_implementation_internal"] = None if name is None else EXPERTS_FORWARDS.check(name)
 
     @property
     def expert_records(self) -> list[dict[str, Any]]:
@@ -263,18 +289,14 @@ class FlexMoeConfig(PreTrainedConfig):
         return [record["name"] for record in self.expert_records]
 
     def validate_experts(self) -> None:
-        """Part of `@strict`: names are names, unique, and "public" comes first; active experts exist.
-
-        Raises:
-            ValueError: one of these does not hold.
-        """
+        """Part of `@strict`: names are valid and unique, "public" comes first, active experts exist."""
         names = [expert_record(expert)["name"] for expert in self.experts or []]
         if names[:1] != [PUBLIC]:
             raise ValueError(f"The first expert must be {PUBLIC!r}, the anchor's own network; got {names}.")
         if len(set(names)) != len(names):
             raise ValueError(f"Expert names must differ; got {names}.")
         if unknown := [name for name in self.active_experts or [] if name not in names]:
-            raise ValueError(f"active_experts names {unknown}, which this model has not: it has {names}.")
+            raise ValueError(f"active_experts names {unknown}, which this model does not have; it has {names}.")
         if self.active_experts is not None and not self.active_experts:
             raise ValueError(f"active_experts is empty: name at least one of {names}, or None for all.")
         if len(set(self.active_experts or ())) != len(self.active_experts or ()):
@@ -285,18 +307,18 @@ class FlexMoeConfig(PreTrainedConfig):
         check_top_k(self.num_experts_per_tok)
 
     def validate_architecture(self) -> None:
-        """Part of `@strict`: the anchor's configuration has been checked by its own class."""
+        """Part of `@strict`: the anchor's own class has checked its configuration."""
 
     def validate_rope(self) -> None:
         """Part of `@strict`: as `validate_architecture`."""
 
     def _get_generation_parameters(self) -> dict[str, Any]:
-        # settings of `generate` that the anchor's family declares as fields (BART's forced_eos_token_id) are its own
+        # `generate` settings that a family declares as fields (BART's forced_eos_token_id) belong to the anchor
         anchor: Any = self.anchor_config
         return anchor._get_generation_parameters()
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The anchor's configuration: cache, attention and vocabulary are the anchor's affair."""
+        """The anchor's configuration, which describes cache, attention and vocabulary."""
         anchor: Any = self.anchor_config
         return anchor.get_text_config(*args, **kwargs)
 
@@ -321,11 +343,7 @@ class FlexMoeConfig(PreTrainedConfig):
 
 
 def drop_experts(config: FlexMoeConfig, names: Collection[str]) -> None:
-    """Takes experts out of a config, in place: it is then that of the model which never had them.
-
-    Raises:
-        ValueError: nobody would be left in its active set.
-    """
+    """Removes experts from a config in place. ValueError: no active expert would be left."""
     if config.active_experts is not None:
         active = [name for name in config.active_experts if name not in names]
         if not active:
@@ -351,7 +369,7 @@ FlexMoeConfig.register_for_auto_class()
 
 __all__ = [
     "AUTO_MAP",
-    "IMPLEMENTATIONS",
+    "EXPERTS_FORWARDS",
     "PUBLIC",
     "RECORD_KEYS",
     "ExpertPackageConfig",

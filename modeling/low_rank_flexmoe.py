@@ -1,46 +1,118 @@
 """Low-rank experts: a difference from the public network, `W_public x + scale * B(A x)` for each of its matrices.
 
-The public network is handed in at each call and registered nowhere here, so there is one copy of it, and what replaces
-it is seen at once. Its parts are called as modules, so an adapter, a quantiser or offload around them stays in force.
-The network as a whole is not called: hooks on it do not run, and one that must run to move weights is refused.
+The public network is passed in at each call and registered nowhere here, so its weights exist once, and a replacement
+takes effect at once. Its parts are called as modules, so adapters, quantisers and offload hooks on them stay in force.
+The network as a whole is not called: its own hooks do not run, and a hook that has to run to move weights is refused.
 
-Shapes: T tokens, N those of one expert, M members, H hidden, I intermediate, R rank. Experts that share a public
-network make its first products once per token, and its last one once for their weighted sum where that is linear:
+Low-rank experts share the first products of the public network, and its last product where that is linear:
 
     h_i = act(gate x + dgate_i x) * (up x + dup_i x)        y = down(sum_i w_i h_i) + sum_i w_i ddown_i h_i
 
-Source: FlexMoRE, arXiv 2602.08818; LoRA, arXiv 2106.09685, for the start (A random, B zero). Does not cover making one
-of a full expert (`flexmoe.conversion.low_rank`), or parameters of a network that are no matrices: those are public's.
+For this the structure of the FFN has to be known; `read_structure` finds it by running the FFN's `forward` on symbols.
+
+Shapes: T tokens, N tokens of one expert, M members, H hidden, I intermediate, R rank.
+
+Does not cover making a low-rank expert from a full one (`flexmoe.conversion.low_rank`), or parameters of an FFN that
+are not matrices: those are the public network's.
+
+Source: FlexMoRE, arXiv 2602.08818; LoRA, arXiv 2106.09685, for the initialisation (A random, B zero).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 from transformers.pytorch_utils import Conv1D
 
-from .forms_flexmoe import FfnForm, is_plain_linear, read_form
-from .linear_flexmoe import faster_linears
-from .parallel_flexmoe import has_company, is_awaited, is_fully_sharded
+from .distributed_flexmoe import is_distributed, is_fully_sharded, must_run_on_all_ranks
 
-Spread = Literal["all", "chosen", "masked"]
-"""Which tokens an expert computes: all, those that chose it (how many is data), or all, of which those that did not
-choose it are masked: they may hold NaN. Compiled code and captured graphs have no shapes that depend on data."""
+Dispatch = Literal["all", "chosen", "masked"]
+"""The tokens that an expert computes: all, those routed to it, or all with the outputs of the others masked (those may
+be NaN). Compiled code and captured graphs need "masked", because they cannot have data-dependent shapes."""
 
-_PACKED = ((".A.weight", ".lora_A.weight"), (".B.weight", ".lora_B.weight"), (".B.bias", ".bias_delta"))
+_LINEAR_FORWARD = nn.Linear.forward  # the value at load time: a later patch of the class has to be called
+
+
+# The structure of a feed-forward network
+
+
+@dataclass(frozen=True)
+class FfnStructure:
+    """Names of the parts in `down(activation(gate(x)) * up(x))`, or in `down(activation(up(x)))` without a gate."""
+
+    up: str
+    down: str
+    activation: str
+    gate: str | None = None
+
+    def linears(self, network: nn.Module) -> list[Any]:
+        """The modules that gate (if there is one), up and down are."""
+        parts: dict[str, Any] = network._modules
+        return [parts[name] for name in (self.gate, self.up, self.down) if name is not None]
+
+
+def read_structure(network: nn.Module) -> FfnStructure | None:
+    """The structure of `network`, read by running its `forward` on symbols; None if it is of another structure."""
+    copied = object.__new__(type(network))
+    copied.__dict__.update(network.__dict__)
+    copied.__dict__["_modules"] = {name: functools.partial(_apply_part, name) for name in network._modules}
+    try:
+        output = type(network).forward(copied, _Symbol("x"))
+    except Exception:  # whatever a forward does with its input that a symbol does not support
+        return None
+    match getattr(output, "terms", None):
+        case (down, ("*", (activation, (gate, "x")), (up, "x"))) | (down, ("*", (up, "x"), (activation, (gate, "x")))):
+            return FfnStructure(up, down, activation, gate)
+        case (down, (activation, (up, "x"))):
+            return FfnStructure(up, down, activation)
+    return None
+
+
+class _Symbol:
+    """A value that is not computed. Its terms: "x", (part, terms of its input) or ("*", factor, factor)."""
+
+    def __init__(self, terms: Any) -> None:
+        self.terms = terms
+
+    def __mul__(self, other: _Symbol) -> _Symbol:
+        return _Symbol(("*", self.terms, other.terms))
+
+
+def _apply_part(name: str, value: _Symbol) -> _Symbol:
+    return _Symbol((name, value.terms))
+
+
+def is_unwrapped(module: nn.Module) -> bool:
+    """Whether calling `module` runs the forward of its class and nothing else: no hooks, no replaced forward."""
+    state = module.__dict__
+    return not (
+        "forward" in state
+        or state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or torch_modules._has_any_global_hook()
+    )
+
+
+def is_plain_linear(layer: nn.Module) -> bool:
+    """Whether `layer` is an `nn.Linear` without hooks: its weight and bias determine what it computes."""
+    return type(layer) is nn.Linear and nn.Linear.forward is _LINEAR_FORWARD and is_unwrapped(layer)
+
+
+# Low-rank experts
 
 
 class Factor(nn.Module):
-    """A thin matrix: what `nn.Linear` computes, [N, in] to [N, out].
-
-    Not one, because whoever looks for those (PEFT's "all-linear", quantisers) means the matrices of networks: a factor
-    is too thin for an adapter of its own or for a quantiser's groups, and small as it is.
-    """
+    """A thin matrix, [N, in] to [N, out]. Not an `nn.Linear`: PEFT's "all-linear" and quantisers look for those, and a
+    factor is too thin for an adapter of its own or for a quantiser's groups."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool, **like: Any) -> None:
         super().__init__()
@@ -54,10 +126,7 @@ class Factor(nn.Module):
 
 
 class LowRankDelta(nn.Module):
-    """The difference from one matrix of the public network: `B(scale * A(x))`, [N, in] to [N, out].
-
-    B has a bias where the matrix has one: the difference of the biases.
-    """
+    """The difference from one matrix of the public network: `B(scale * A(x))`, and a bias if the matrix has one."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, bias: bool, **like: Any) -> None:
         super().__init__()
@@ -66,22 +135,28 @@ class LowRankDelta(nn.Module):
         self.B = Factor(rank, out_features, bias=bias, **like)
         self.reset_parameters()
         for part in (self.A, self.B, *self.parameters()):
-            part.__dict__["_is_hf_initialized"] = True  # they have begun: no family's `_init_weights` is to draw them
+            part.__dict__["_is_hf_initialized"] = True  # no family's `_init_weights` may initialise them again
 
     def reset_parameters(self) -> None:
-        """A at random and B zero: no difference yet."""
+        """A random and B zero: no difference yet."""
         nn.init.kaiming_uniform_(self.A.weight, a=5**0.5)
         for parameter in self.B.parameters():
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The difference that this makes to the matrix's product with `x`."""
-        within = self.A(x)
-        return self.B(within if self.scale == 1 else within * self.scale)
+        """The difference from the matrix's product with `x`."""
+        inner = self.A(x)
+        return self.B(inner if self.scale == 1 else inner * self.scale)
 
 
 class LowRankExpert(nn.Module):
-    """An expert that is its difference from the public network; one `LowRankDelta` under the name of each matrix."""
+    """An expert that is a difference from the public network: one `LowRankDelta` under the name of each matrix.
+
+    Attributes:
+        structure: of the public network; None if unknown, or if a part is no matrix.
+    """
+
+    kind = "low_rank"
 
     def __init__(self, ffn: nn.Module, rank: int, alpha: float | None) -> None:
         """`ffn` is a network like the public one; the scale is `alpha / rank`, and 1 without an `alpha`."""
@@ -95,23 +170,29 @@ class LowRankExpert(nn.Module):
                     parent.add_module(name, nn.Module())
                 parent = parent.get_submodule(name)
             parent.add_module(leaf, _delta(matrix, rank, scale))
-        form = read_form(ffn)
-        known = form is not None and all(
-            isinstance(self._modules.get(name), LowRankDelta) for name in (form.gate or form.up, form.up, form.down)
+        found = read_structure(ffn)
+        has_deltas = found is not None and all(
+            isinstance(self._modules.get(name), LowRankDelta)
+            for name in (found.gate or found.up, found.up, found.down)
         )
-        self.form = form if known else None
+        self.structure = found if has_deltas else None
 
     def delta(self, name: str) -> nn.Module:
         """The difference from the public network's part of this name."""
         return cast(nn.Module, self._modules[name])
 
     def forward(self, x: Tensor, public: nn.Module, *residual: Tensor) -> Tensor:
-        """What the public network says of `x` with this expert's differences; `residual` as the network takes it."""
+        """The output of the public network with this expert's differences; `residual` as that network takes it."""
         _check_readable(public)
-        if self.form is not None and not residual:
+        if self.structure is not None and not residual:
             x_TH = x.reshape(-1, x.shape[-1])
-            return mix_sharing(x_TH, x_TH.new_ones(len(x_TH), 1), [self], public, self.form).view(x.shape)
+            return mix_sharing(x_TH, x_TH.new_ones(len(x_TH), 1), [self], public, self.structure).view(x.shape)
         return _adjusted(public, self)(x, *residual)
+
+
+def is_low_rank(expert: nn.Module) -> bool:
+    """Whether an expert is a `LowRankExpert`, of this module or of its copy in remote code."""
+    return getattr(expert, "kind", None) == LowRankExpert.kind
 
 
 def mix_sharing(
@@ -119,46 +200,45 @@ def mix_sharing(
     weights_TM: Tensor,
     members: Sequence[LowRankExpert | None],
     public: nn.Module,
-    form: FfnForm,
-    spread: Spread = "all",
+    structure: FfnStructure,
+    dispatch: Dispatch = "all",
 ) -> Tensor:
-    """The weighted sum [T, H] of what `members` say: low-rank experts, and None for the public network itself.
+    """The weighted sum [T, H] of the outputs of `members`: low-rank experts, and None for the public network itself.
 
     Args:
-        weights_TM: 0 where a member does not see a token.
-        form: of the public network.
-        spread: which tokens a member sees.
+        weights_TM: 0 where a token is not routed to a member.
+        structure: of the public network.
+        dispatch: the tokens that a member computes.
 
     Raises:
-        ValueError: the public network cannot be read without being called: FSDP2 shards it on its own, or a hook on
-            the whole of it brings its weights.
+        ValueError: the public network cannot be read without calling it: FSDP2 shards it on its own, or a hook on the
+            whole of it loads its weights.
     """
     _check_readable(public)
     parts: dict[str, Any] = public._modules
-    down, joins = parts[form.down], is_plain_linear(parts[form.down])
+    down, is_linear = parts[structure.down], is_plain_linear(parts[structure.down])
     mixed_TH, hidden_TI = torch.zeros_like(x_TH), None
-    with faster_linears(x_TH):
-        products = {name: parts[name](x_TH) for name in (form.gate, form.up) if name is not None}
-        for member, weight_T1 in zip(members, weights_TM.split(1, -1), strict=True):
-            tokens = weight_T1.squeeze(-1).nonzero().squeeze(-1) if spread == "chosen" else None
-            if tokens is not None and not len(tokens):
-                if not is_awaited(public if member is None else member):
-                    continue
-                tokens = tokens.new_zeros(1)  # of weight 0; no rows at all are more than some kernels can take
-            h_NI = _hidden(x_TH, products, member, parts, form, tokens)
-            weight_N1 = _rows(weight_T1, tokens)
-            said_NH = None if member is None else member.delta(form.down)(h_NI)
-            if joins:
-                hidden_TI = torch.zeros_like(products[form.up]) if hidden_TI is None else hidden_TI
-                _add(hidden_TI, h_NI, weight_N1, tokens, spread)
-            else:
-                said_NH = down(h_NI) if said_NH is None else down(h_NI) + said_NH
-            if said_NH is not None:
-                _add(mixed_TH, said_NH, weight_N1, tokens, spread)
-        if hidden_TI is not None:
-            mixed_TH = mixed_TH + F.linear(hidden_TI, down.weight)
-            if down.bias is not None:
-                mixed_TH = mixed_TH + down.bias * weights_TM.sum(-1, keepdim=True)
+    products = {name: parts[name](x_TH) for name in (structure.gate, structure.up) if name is not None}
+    for member, weight_T1 in zip(members, weights_TM.split(1, -1), strict=True):
+        tokens = weight_T1.squeeze(-1).nonzero().squeeze(-1) if dispatch == "chosen" else None
+        if tokens is not None and not len(tokens):
+            if not must_run_on_all_ranks(public if member is None else member):
+                continue
+            tokens = tokens.new_zeros(1)  # of weight 0; some kernels cannot take zero rows
+        h_NI = _hidden(x_TH, products, member, parts, structure, tokens)
+        weight_N1 = _rows(weight_T1, tokens)
+        y_NH = None if member is None else member.delta(structure.down)(h_NI)
+        if is_linear:
+            hidden_TI = torch.zeros_like(products[structure.up]) if hidden_TI is None else hidden_TI
+            _add(hidden_TI, h_NI, weight_N1, tokens, dispatch)
+        else:
+            y_NH = down(h_NI) if y_NH is None else down(h_NI) + y_NH
+        if y_NH is not None:
+            _add(mixed_TH, y_NH, weight_N1, tokens, dispatch)
+    if hidden_TI is not None:
+        mixed_TH = mixed_TH + F.linear(hidden_TI, down.weight)
+        if down.bias is not None:
+            mixed_TH = mixed_TH + down.bias * weights_TM.sum(-1, keepdim=True)
     return mixed_TH
 
 
@@ -167,48 +247,48 @@ def _hidden(
     products: dict[str, Tensor],
     member: LowRankExpert | None,
     parts: dict[str, Any],
-    form: FfnForm,
+    structure: FfnStructure,
     tokens: Tensor | None,
 ) -> Tensor:
-    """What goes into a member's last matrix [N, I], made of the public network's products with all tokens."""
-    made = {name: _rows(product_TI, tokens) for name, product_TI in products.items()}
+    """The input [N, I] of a member's last matrix, from the public network's products with all tokens."""
+    own = {name: _rows(product_TI, tokens) for name, product_TI in products.items()}
     if member is not None:
         x_NH = _rows(x_TH, tokens)
-        made = {name: product_NI + member.delta(name)(x_NH) for name, product_NI in made.items()}
-    activation = parts[form.activation]
-    return activation(made[form.up]) if form.gate is None else activation(made[form.gate]) * made[form.up]
+        own = {name: product_NI + member.delta(name)(x_NH) for name, product_NI in own.items()}
+    activation, up = parts[structure.activation], own[structure.up]
+    return activation(up) if structure.gate is None else activation(own[structure.gate]) * up
 
 
 def _rows(x: Tensor, tokens: Tensor | None) -> Tensor:
     return x if tokens is None else x[tokens]
 
 
-def _add(total: Tensor, said: Tensor, weight_N1: Tensor, tokens: Tensor | None, spread: Spread) -> None:
+def _add(total: Tensor, y: Tensor, weight_N1: Tensor, tokens: Tensor | None, dispatch: Dispatch) -> None:
     """Adds the weighted rows to `total`."""
     if tokens is not None:
-        total.index_add_(0, tokens, (said * weight_N1).to(total.dtype))  # autocast leaves two dtypes
-    elif spread == "masked":
-        total += torch.where(weight_N1 != 0, said, 0.0) * weight_N1
+        total.index_add_(0, tokens, (y * weight_N1).to(total.dtype))  # under autocast the dtypes differ
+    elif dispatch == "masked":
+        total += torch.where(weight_N1 != 0, y, 0.0) * weight_N1
     else:
-        total += said * weight_N1
+        total += y * weight_N1
 
 
 def _check_readable(public: nn.Module) -> None:
-    if has_company() and is_fully_sharded(public):
+    if is_distributed() and is_fully_sharded(public):
         raise ValueError(
-            "A low-rank expert reads the public network, which FSDP2 shards on its own here: give fully_shard the "
-            "decoder layers, not the networks in them."
+            "A low-rank expert reads the public network, which FSDP2 shards on its own here: apply fully_shard to the "
+            "decoder layers, not to the networks in them."
         )
     hook = public.__dict__.get("_hf_hook")  # accelerate's
     if hook is not None and any(getattr(part, "place_submodules", False) for part in getattr(hook, "hooks", (hook,))):
         raise ValueError(
-            "A low-rank expert reads the public network, whose weights a hook on the whole of it brings here: offload "
-            "without preload_module_classes, so that each of its parts has a hook of its own."
+            "A low-rank expert reads the public network, whose weights are loaded by a hook on the whole of it: "
+            "offload without preload_module_classes, so that each of its parts has a hook of its own."
         )
 
 
 class _Adjusted:
-    """A part of the public network whose product has a difference added to it; all else of it shows through."""
+    """A part of the public network with a difference added to its output; other attributes are the part's."""
 
     def __init__(self, part: nn.Module, delta: nn.Module) -> None:
         self._part = part
@@ -222,7 +302,7 @@ class _Adjusted:
 
 
 def _adjusted(public: nn.Module, deltas: nn.Module) -> Callable[..., Tensor]:
-    """The forward of the public network's class, over parts with the differences added: any family's, unread."""
+    """The forward of the public network's class over parts with the differences added; works for any family."""
     shell = object.__new__(type(public))
     shell.__dict__.update(public.__dict__)
     parts: dict[str, Any] = dict(public._modules)
@@ -234,7 +314,7 @@ def _adjusted(public: nn.Module, deltas: nn.Module) -> Callable[..., Tensor]:
 
 
 def matrices(ffn: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The parts of a network that multiply by a matrix (Linear, Conv1D and their kin), by their paths in it.
+    """The parts of an FFN that multiply by a matrix (Linear, Conv1D and the like), with their paths.
 
     Raises:
         ValueError: there is none.
@@ -250,7 +330,7 @@ def matrices(ffn: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def as_out_in(part: nn.Module, weight: Tensor) -> Tensor:
-    """The matrix [out, in] that is stored as the `weight` of such a part, or the other way round."""
+    """The matrix [out, in] that is stored as the `weight` of such a part; applied twice, the stored one again."""
     return weight.T if isinstance(part, Conv1D) else weight
 
 
@@ -263,32 +343,5 @@ def _delta(matrix: nn.Module, rank: int, scale: float) -> LowRankDelta:
 
 
 def low_rank_scale(rank: int, alpha: float | None) -> float:
-    """What a difference of this rank is multiplied by: `alpha / rank`, as LoRA has it, and 1 without an `alpha`."""
+    """The factor of a difference of this rank: `alpha / rank`, as in LoRA, and 1 without an `alpha`."""
     return 1.0 if alpha is None else alpha / rank
-
-
-def packed_name(key: str) -> str:
-    """What an expert package calls the tensor `key` of a low-rank expert: PEFT's words.
-
-    Not the names in the model, because PEFT takes whatever has its words in its name for a part of its own adapters.
-    """
-    return next((key.removesuffix(ours) + theirs for ours, theirs in _PACKED if key.endswith(ours)), key)
-
-
-def unpacked_name(key: str) -> str:
-    """What a low-rank expert calls the tensor that a package has as `key`."""
-    return next((key.removesuffix(theirs) + ours for ours, theirs in _PACKED if key.endswith(theirs)), key)
-
-
-__all__ = [
-    "Factor",
-    "LowRankDelta",
-    "LowRankExpert",
-    "Spread",
-    "as_out_in",
-    "low_rank_scale",
-    "matrices",
-    "mix_sharing",
-    "packed_name",
-    "unpacked_name",
-]

@@ -1,12 +1,12 @@
-"""FlexMoE: a dense anchor of any family, with named experts where its feed-forward networks stood.
+"""FlexMoE: a dense anchor of any family, with named experts in place of its feed-forward networks.
 
-Attention, rotary embeddings, norms, caches and the head stay the anchor's own code. Does not cover adding and removing
-experts (`lifecycle_flexmoe`), the block (`experts_flexmoe`), or where a family keeps its networks (`anchors_flexmoe`).
+Attention, rotary embeddings, norms, caches and the head are the anchor's own code. Does not cover changing experts
+(`lifecycle_flexmoe`), the block (`experts_flexmoe`), or where a family has its FFNs (`anchors_flexmoe`).
 """
 
-import contextlib
+import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
@@ -23,21 +23,25 @@ from transformers.utils.generic import ModelOutput
 
 from .adapters_flexmoe import AdapterWatch, refuse_wrapped
 from .anchors_flexmoe import ANCHOR_PREFIX, NameMap, find_ffn_sites
-from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_top_k
-from .context_flexmoe import checkpoint_with_context, forward_scope, scoped_values
-from .experts_flexmoe import FlexMoeBlock
-from .identity_flexmoe import refresh_fingerprint
-from .implementations_flexmoe import asked_for
-from .lifecycle_flexmoe import ExpertLifecycle
-from .loading_flexmoe import check_everyone_is_there
-from .norms_flexmoe import norm_follows_each_ffn
-from .parallel_flexmoe import PLANS, class_without_fsdp, is_sharded, plan_of_public
-from .pulling_flexmoe import check_whole, load_arguments
-from .quantization_flexmoe import warn_if_nothing_was_quantized
+from .configuration_flexmoe import EXPERTS_FORWARDS, PUBLIC, FlexMoeConfig, check_top_k
+from .distributed_flexmoe import PLANS, class_without_fsdp, is_sharded, plan_of_public
+from .experts_flexmoe import FlexMoeBlock, has_quantized_weights
+from .fingerprint_flexmoe import refresh_fingerprint
+from .lifecycle_flexmoe import ExpertLifecycle, require_flexmoe
+from .masking_flexmoe import (
+    ForwardContext,
+    checkpoint_with_context,
+    forward_scope,
+    scoped_values,
+    select_experts,
+    stamp_cache,
+)
 from .routing_flexmoe import load_balancing_loss, router_z_loss
-from .selection_flexmoe import select_experts, stamp_cache
-from .sharing_flexmoe import ModelSharing
-from .trust_flexmoe import TrustPolicy
+
+logger = logging.getLogger(__name__)
+
+_EXPERT_TENSOR = re.compile(r"\.(?:experts|router)\.(?P<name>[a-z][a-z0-9_-]*)\.")
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
 @dataclass
@@ -47,8 +51,8 @@ class FlexMoeCausalLMOutputWithPast(MoeCausalLMOutputWithPast):
     z_loss: Tensor | None = None
 
 
-class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTrainedModel):
-    """What both models share: the tree, the context of a forward pass, loading and saving."""
+class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
+    """Common to both models: the module tree, the context of a forward pass, loading and saving."""
 
     config: FlexMoeConfig
     base_model_prefix = "anchor"
@@ -64,21 +68,26 @@ class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTra
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """False: the anchor below is the library's own code and wants to be initialised as such."""
+        """False: the anchor's modules are transformers' own code and have to be initialised as such."""
         return False
 
     def __init__(self, config: FlexMoeConfig) -> None:
         super().__init__(config)
-        config.composition = None  # whatever it was loaded from, a model holds its weights
+        config.composition = None  # wherever it was loaded from, a model holds its weights
         self.anchor = AutoModelForCausalLM.from_config(config.anchor_config)
         sites = find_ffn_sites(self.anchor)
         self.anchor_names = NameMap(sites)
-        if config.norm_topk_prob is None:
-            config.norm_topk_prob = not norm_follows_each_ffn(config.anchor_config)
+        if config.norm_topk_prob is None:  # a saved config has it
+            norms = require_flexmoe("norms", "norm_topk_prob=None")
+            config.norm_topk_prob = not norms.norm_follows_each_ffn(config.anchor_config)
+        blocks = {}
         for site in sites:
-            site.put(self.anchor, FlexMoeBlock(site.ffn(self.anchor), config, site.index))
-        self._start_lifecycle()
+            block = blocks[f"{ANCHOR_PREFIX}{site.block}"] = FlexMoeBlock(site.ffn(self.anchor), config, site.index)
+            site.put(self.anchor, block)
+        self._start_lifecycle(blocks)
         self.post_init()
+
+    # Loading and saving
 
     @classmethod
     def from_pretrained(
@@ -89,40 +98,45 @@ class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTra
         output_loading_info: bool = False,
         ignore_mismatched_sizes: bool = False,
         missing_experts: str = "error",
-        policy: str | Path | TrustPolicy | None = None,
+        policy: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers' own, and a composition's anchor and experts are pulled from where it says.
+        """As in transformers; the anchor and experts of a composition are fetched from where it refers to.
 
         An expert without its tensors, or tensors without their expert, is an error.
 
         Args:
-            missing_experts: what to do with experts of a composition that can't be had, because their owners withdrew
-                them or closed the door: "error" names them, "skip" leaves them out with a warning.
-            policy: whose packages a composition may bring: a policy file, by default the one that the environment
+            experts_implementation: "eager", or with the package `flexmoe` "auto" (default), "flexmoe_cpu" or
+                "flexmoe_triton".
+            missing_experts: for experts of a composition whose owners have withdrawn them or restricted access:
+                "error" raises an error that names them, "skip" loads the model without them, with a warning.
+            policy: whose packages a composition may contain: a policy file, by default the one that the environment
                 variable FLEXMOE_POLICY names.
 
-        Raises: as `check_everyone_is_there` and `load_arguments`; ValueError if the folder holds another model, such
-            as a dense anchor, or an expert package.
+        Raises:
+            ValueError: config and tensors disagree about the experts or their shapes; the folder holds another model
+                (a dense anchor, an expert package); or a part of a composition is not the one that was saved.
+            ImportError: it is a composition, and the package `flexmoe` is not installed.
         """
         source = pretrained_model_name_or_path
         options = {"output_loading_info": True, "ignore_mismatched_sizes": True, **kwargs}
-        with load_arguments(
-            cls.config_class, source, config, kwargs, missing_experts=missing_experts, policy=policy
-        ) as pulled:
-            if pulled:
-                model, info = super().from_pretrained(None, *args, **options, **pulled)
-            else:
-                model, info = super().from_pretrained(source, *args, config=config, **options)
-        check_everyone_is_there(model.expert_names, info, ignore_mismatched_sizes)
-        if pulled:
-            check_whole(source, info)
+        if missing_experts not in ("error", "skip"):
+            raise ValueError(f"missing_experts={missing_experts!r}: it must be 'error' or 'skip'.")
+        if _is_composition(cls.config_class, source, config, kwargs):
+            load = require_flexmoe("composition.load", "loading a composition")
+            given = {"missing_experts": missing_experts, "policy": policy}
+            with load.load_arguments(cls.config_class, source, config, kwargs, **given) as resolved:
+                model, info = super().from_pretrained(None, *args, **options, **resolved)
+            load.check_complete(source, info)
             model.name_or_path = model.config.name_or_path = str(source)
-        warn_if_nothing_was_quantized(model)
+        else:
+            model, info = super().from_pretrained(source, *args, config=config, **options)
+        _check_loaded_experts(model.expert_names, info, ignore_mismatched_sizes)
+        _warn_if_nothing_was_quantized(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As transformers' own, tensors called as in the state dict; a modified anchor gets a new fingerprint.
+        """As in transformers, with tensor names as in the state dict; a modified anchor gets a new fingerprint.
 
         Raises:
             ValueError: PEFT has wrapped this model (`get_peft_model`), so its tensors have other names.
@@ -130,7 +144,7 @@ class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTra
         if not self._hf_peft_config_loaded:  # adapters of `add_adapter` are saved alone, without the model
             refuse_wrapped(self, kwargs.get("state_dict"))
             refresh_fingerprint(self, kwargs.get("state_dict"))
-        # some families are stored under older names (GPT-NeoX's head), which streams could not match
+        # some families are stored under older names (GPT-NeoX's head), which streaming readers could not match
         kwargs.setdefault("save_original_format", False)
         is_main_process = kwargs.get("is_main_process", args[0] if args else True)
         if class_without_fsdp(type(self)) is not type(self) and self.should_save_on_this_rank(is_main_process):
@@ -140,25 +154,55 @@ class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTra
 
     @classmethod
     def save_code(cls, folder: str | Path) -> None:
-        """Copies the files that this class is made of into `folder`, for loading with `trust_remote_code=True`."""
+        """Copies the files that this class consists of into `folder`, for loading with `trust_remote_code=True`."""
         custom_object_save(class_without_fsdp(cls), folder)
 
+    @classmethod
+    def is_remote_code(cls) -> bool:
+        """As in transformers; False for the class that FSDP2 derives from a model's, whose file is PyTorch's."""
+        return super().is_remote_code() and class_without_fsdp(cls) is cls
+
+    # The implementation of the experts
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The implementation for `experts_implementation=requested_experts`; None takes the default.
+
+        Raises:
+            ValueError: it is not available; the message lists those that are.
+        """
+        name = EXPERTS_FORWARDS.check(requested_experts)
+        EXPERTS_FORWARDS[name]  # imported here: compiled code cannot import
+        return name
+
+    def get_experts_implementation(self) -> dict[str, str | None]:
+        """The implementation of the experts, in transformers' form: `{"": name}`."""
+        return {"": self.config._experts_implementation}
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        """Chooses how experts run: "eager", or an entry of `EXPERTS_FORWARDS` that the package `flexmoe` adds.
+
+        Raises:
+            ValueError: it is not available; the message lists those that are.
+
+        Example:
+            model.set_experts_implementation("eager")
+        """
+        self.config._experts_implementation = experts_implementation
+        self.get_correct_experts_implementation(self.config._experts_implementation)
+
+    # Several processes
+
     def init_parallel_plans(self) -> None:
-        """Gives every expert the plans of the anchor's network: tensor-parallel, and what else the family brings."""
+        """Extends the anchor's plans for its FFNs (tensor-parallel and others) to every expert."""
         super().init_parallel_plans()
-        public = {f"{name}.experts.{PUBLIC}": block.experts[PUBLIC] for name, block in self._named_blocks().items()}
+        public = {f"{name}.experts.{PUBLIC}": block.experts[PUBLIC] for name, block in self._blocks.items()}
         for kind in PLANS:
             setattr(self, kind, plan_of_public(getattr(self, kind), public, self.anchor_names))
         self._plan_for_experts()
 
     @classmethod
-    def is_remote_code(cls) -> bool:
-        """As transformers' own; False for the class that FSDP2 makes of a model's, whose file is PyTorch's."""
-        return super().is_remote_code() and class_without_fsdp(cls) is cls
-
-    @classmethod
     def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config: Any, mesh: Any) -> Any:
-        """As transformers' own. ValueError: pipelines, whose later stages never see the experts that were chosen."""
+        """As in transformers. ValueError: pipeline stages, which would not receive the selection of experts."""
         if mesh is not None and distributed_config.pp_size > 1:
             raise ValueError(
                 f"pp_size={distributed_config.pp_size}: FlexMoE does not run as a pipeline of stages. Use tp_size or "
@@ -167,7 +211,7 @@ class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTra
         return super().maybe_distribute_model(model, distributed_config, mesh)
 
     def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """As transformers' own, which tells tied tensors by their memory; gathered, each has memory of its own."""
+        """As in transformers, which recognises tied tensors by their memory; gathered tensors share none."""
         state = super().gather_sharded_state_dict_for_save(*args, **kwargs)
         tied = self.all_tied_weights_keys if is_sharded(self) else {}
         return {name: value for name, value in state.items() if name not in tied}
@@ -181,9 +225,11 @@ class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTra
             )
         super()._set_gradient_checkpointing(enable, checkpoint_with_context(gradient_checkpointing_func), **kwargs)
 
+    # The anchor's parts
+
     @property
     def base_model(self) -> PreTrainedModel:
-        """The anchor's decoder without its head; trainers that build their own loss call it."""
+        """The anchor's decoder without its head; called by trainers that compute their own loss."""
         return self.anchor.base_model
 
     def get_input_embeddings(self) -> torch.nn.Module:
@@ -206,52 +252,56 @@ class FlexMoePreTrainedModel(ModelSharing, ExpertLifecycle, AdapterWatch, PreTra
         """The anchor's decoder."""
         return self.anchor.get_decoder()
 
-    @contextlib.contextmanager
-    def _routed(
+    def _run(
         self,
-        inputs: Tensor | None,
-        attention_mask: Tensor | None,
-        cache: Cache | None,
+        module: torch.nn.Module,
+        output_class: type[ModelOutput],
         expert_mask: Tensor | None,
         num_experts_per_tok: int | None,
-        collect: bool,
-    ) -> Iterator[dict[str, Any]]:
-        """Runs one forward pass: who may take part, how many, and what is collected on the way."""
+        output_router_logits: bool | None,
+        **inputs: Any,
+    ) -> tuple[Any, ForwardContext]:
+        """Runs the anchor's `module` with the experts of this call; its output as `output_class`, and the context."""
         k = check_top_k(self.config.num_experts_per_tok if num_experts_per_tok is None else num_experts_per_tok)
+        collect = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
         if not torch.compiler.is_compiling():
             self.check_adapters()
-        batch = None if inputs is None else inputs.shape[0]
-        selection = select_experts(self, batch, expert_mask)
-        stamp = self._stamp(selection)
-        stamp_cache(cache, stamp)
-        values: dict[str, Any] = {
-            "allowed": selection.names,
-            "row_mask": selection.row_mask,
-            "top_k": k,
-            "renormalize": bool(self.config.norm_topk_prob),
-            "implementation": asked_for(self.config),
-        }
-        if collect:
-            values["router_logits"] = []
-        if usage := scoped_values(self, "usage"):
-            values["usage"] = usage
-        if self._prepacked is not None:
-            values["prepacked"] = self._prepacked
-        values["token_mask"] = _token_mask(inputs, attention_mask)
-        values["stamp"] = stamp
-        with forward_scope(values):
-            yield values
+        selection = select_experts(self, None if tokens is None else tokens.shape[0], expert_mask)
+        context = ForwardContext(
+            names=selection.names,
+            row_mask=selection.row_mask,
+            top_k=k,
+            renormalize=bool(self.config.norm_topk_prob),
+            implementation=self.config._experts_implementation or "eager",
+            router_logits=[] if collect else None,
+            usage=scoped_values(self, "usage"),
+            token_mask=_token_mask(tokens, inputs["attention_mask"]),
+            stamp=self._stamp(selection),
+        )
+        stamp_cache(inputs["past_key_values"], context.stamp)
+        with forward_scope(context):
+            out = module(return_dict=True, **inputs)
+        stamp_cache(out.get("past_key_values"), context.stamp)
+        # GPT-2 and others also return `cross_attentions`, which are dropped
+        moe: Any = output_class(**{name: out[name] for name in out if name in output_class.__dataclass_fields__})
+        if context.router_logits:
+            moe.router_logits = tuple(context.router_logits)
+        return moe, context
+
+    def _returned(self, out: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+        return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 
 class FlexMoeModel(FlexMoePreTrainedModel):
     """The decoder: the tree of `FlexMoeForCausalLM` without its head, so that both name every tensor alike."""
 
     def post_init(self) -> None:
-        """Takes the head off, then as transformers' own."""
+        """Removes the head, then as in transformers."""
         head = self.anchor.get_output_embeddings()
         names = {name for name, module in self.named_modules() if module is head}
         self.anchor.set_output_embeddings(None)
-        self.anchor._is_hf_initialized = True  # all that the wrapper itself would initialise is its head
+        self.anchor._is_hf_initialized = True  # the wrapper itself would only initialise its head
         heads = tuple(name.removeprefix(ANCHOR_PREFIX) for name in names)
         ties = self.anchor.all_tied_weights_keys.items()
         self.anchor.all_tied_weights_keys = {name: to for name, to in ties if not name.startswith(heads)}
@@ -276,27 +326,30 @@ class FlexMoeModel(FlexMoePreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast | tuple:
         """As the anchor's decoder; `expert_mask` and `num_experts_per_tok` as in `FlexMoeForCausalLM.forward`."""
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        with self._routed(
-            inputs, attention_mask, past_key_values, expert_mask, num_experts_per_tok, output_router_logits
-        ) as values:
-            out = self.anchor.base_model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                return_dict=True,
-                **kwargs,
-            )
-        return _returned(self, _moe_output(MoeModelOutputWithPast, out, values), return_dict)
+        out, _ = self._run(
+            self.anchor.base_model,
+            MoeModelOutputWithPast,
+            expert_mask,
+            num_experts_per_tok,
+            output_router_logits,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return self._returned(out, return_dict)
 
 
 class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
-    """A causal language model of named experts around a dense anchor. Source: FlexOlmo, arXiv 2507.07024."""
+    """A causal language model with named experts in a dense anchor. Source: FlexOlmo, arXiv 2507.07024.
+
+    Example:
+        model = AutoModelForCausalLM.from_pretrained("path/to/model")
+        logits = model(**inputs, num_experts_per_tok=2).logits
+    """
 
     def forward(
         self,
@@ -318,7 +371,7 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
 
         Args:
             expert_mask: bool [batch, experts], True where a sequence may use an expert; columns in the order of
-                `expert_names`. Holds on top of the active set and of `only_experts`.
+                `expert_names`. Applies within the active set and `only_experts`.
             num_experts_per_tok: k of this call; the config's by default.
             output_router_logits: return `router_logits` (one [tokens, experts] per layer, -inf where not allowed),
                 `aux_loss` (load balancing) and `z_loss`, and add both to `loss` with the config's coefficients.
@@ -328,55 +381,56 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
                 was filled by other experts.
             TypeError: the mask is not of dtype bool.
         """
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        inputs = input_ids if input_ids is not None else inputs_embeds
-        with self._routed(
-            inputs, attention_mask, past_key_values, expert_mask, num_experts_per_tok, output_router_logits
-        ) as values:
-            out = self.anchor(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                return_dict=True,
-                **kwargs,
-            )
-        out = _moe_output(FlexMoeCausalLMOutputWithPast, out, values)
-        self._add_router_losses(out, values)
-        return _returned(self, out, return_dict)
+        out, context = self._run(
+            self.anchor,
+            FlexMoeCausalLMOutputWithPast,
+            expert_mask,
+            num_experts_per_tok,
+            output_router_logits,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+        self._add_router_losses(out, context)
+        return self._returned(out, return_dict)
 
-    def _add_router_losses(self, out: FlexMoeCausalLMOutputWithPast, values: dict[str, Any]) -> None:
+    def _add_router_losses(self, out: FlexMoeCausalLMOutputWithPast, context: ForwardContext) -> None:
         if not out.router_logits:
             return
-        aux_loss = load_balancing_loss(out.router_logits, values["top_k"], values["token_mask"])
-        z_loss = router_z_loss(out.router_logits, values["token_mask"])
+        k = context.top_k or self.config.num_experts_per_tok
+        aux_loss = load_balancing_loss(out.router_logits, k, context.token_mask)
+        z_loss = router_z_loss(out.router_logits, context.token_mask)
         if out.loss is not None:
             weighted = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
             out.loss = out.loss + weighted.to(out.loss.device)
         out.aux_loss, out.z_loss = aux_loss, z_loss
 
     def generate(self, *args: Any, experts: list[str] | list[list[str]] | None = None, **kwargs: Any) -> Any:
-        """As transformers' `generate`; `experts` names those that may take part.
+        """As `generate` in transformers; `experts` names the experts that may take part.
 
         Args:
-            experts: names for all prompts, or one list of names per prompt. Holds on top of the active set; beams and
-                returned sequences inherit their prompt's.
+            experts: names for all prompts, or one list of names per prompt, within the active set. Beams and returned
+                sequences use their prompt's.
 
         Raises:
             ValueError: an unknown name, an empty list, or lists or an `expert_mask` for another number of prompts.
-            TypeError: `experts` is a string, or `expert_mask` no tensor of dtype bool.
-            RuntimeError (in the other thread): experts are changed while this runs.
+            TypeError: `experts` is a string, or `expert_mask` is not a bool tensor.
+            RuntimeError (in the changing thread): experts are changed while this runs.
+
+        Example:
+            model.generate(**inputs, experts=["public", "math"])
         """
         with self._while_generating():
             if (k := kwargs.get("num_experts_per_tok")) is not None:
                 check_top_k(k)
             mask, prompts = kwargs.get("expert_mask"), _prompts(args, kwargs)
-            # refused here, where rows are prompts: in the forward pass they are beams
+            # checked here, where rows are prompts: in the forward pass they are beams
             if mask is not None:
                 select_experts(self, prompts, mask)
             if experts is not None:
@@ -392,7 +446,7 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
         return self.expert_mask([names] * prompts if len(names) == len(experts) else experts)
 
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers' own, but an assistant without experts drafts without a choice of them."""
+        """As in transformers; an assistant model without experts is not passed a selection of them."""
         assistant = kwargs.get("assistant_model")
         if assistant is not None and assistant.config.model_type != self.config.model_type:
             ours = ("expert_mask", "num_experts_per_tok")
@@ -402,39 +456,92 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """The anchor's way, which families override; `generate` looks for `inputs_embeds` in this signature."""
+        """As the anchor's family does it; `generate` looks for `inputs_embeds` in this signature."""
         return self.anchor.prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
 
 
 def _prompts(args: tuple, kwargs: dict[str, Any]) -> int:
-    """Number of prompts in a call of `generate`."""
+    """The number of prompts in a call of `generate`."""
     named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
     prompts = args[0] if args else next((value for value in named if value is not None), None)
     return 1 if prompts is None else len(prompts)
 
 
-def _moe_output(cls: type[ModelOutput], out: ModelOutput, values: dict[str, Any]) -> Any:
-    """The anchor's output as the library's MoE output (GPT-2 and others also return `cross_attentions`: dropped)."""
-    stamp_cache(out.get("past_key_values"), values["stamp"])
-    moe = cls(**{name: out[name] for name in out if name in cls.__dataclass_fields__})
-    if values.get("router_logits"):
-        moe.router_logits = tuple(values["router_logits"])
-    return moe
-
-
-def _returned(model: PreTrainedModel, out: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
-    return out if (model.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
-
-
 def _token_mask(inputs: Tensor | None, attention_mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
-    """bool [tokens] that is False for padding, if the attention mask is the plain [batch, sequence] of this input.
+    """bool [tokens], False for padding, if the attention mask is [batch, sequence] for this input.
 
-    With a static cache it is not: `generate` hands over finished masks, one per kind of layer in families such as
+    With a static cache it is not: `generate` passes 4-dimensional masks, one per kind of layer in families such as
     Gemma-2.
     """
     if inputs is None or not isinstance(attention_mask, Tensor) or attention_mask.shape != inputs.shape[:2]:
         return None
     return attention_mask.reshape(-1).bool()
+
+
+def _is_composition(config_class: type[FlexMoeConfig], source: Any, config: Any, options: Mapping[str, Any]) -> bool:
+    """Whether `from_pretrained(source, config=config, **options)` is asked for a composition."""
+    if source is None or options.get("gguf_file"):
+        return False
+    if isinstance(config, PreTrainedConfig):
+        return getattr(config, "composition", None) is not None
+    hub = {key: value for key, value in options.items() if key in _HUB_OPTIONS}
+    try:
+        values, _ = config_class.get_config_dict(source if config is None else config, **hub)
+    except OSError:  # no config there, as next to an adapter: transformers handles or reports it
+        return False
+    return values.get("composition") is not None
+
+
+def _check_loaded_experts(names: Sequence[str], info: Mapping[str, Any], ignore_mismatched_sizes: bool) -> None:
+    """Checks transformers' loading info: it would fill missing tensors at random and drop unexpected ones."""
+    missing = _owners(info["missing_keys"]) & set(names)
+    unknown = _owners(info["unexpected_keys"]) - set(names)
+    if missing:
+        example = sorted(key for key in info["missing_keys"] if _owners([key]) & missing)[0]
+        raise ValueError(
+            f"The checkpoint lacks tensors of the expert(s) {sorted(missing)}, which its config names: for example "
+            f"{example!r}. It is incomplete, or its config.json belongs to another model."
+        )
+    if unknown:
+        raise ValueError(
+            f"The checkpoint holds tensors of {sorted(unknown)}, which its config does not name: it names "
+            f"{list(names)}. Its config.json belongs to another model, or was edited: remove experts with "
+            "`flexmoe remove`."
+        )
+    mismatched = sorted(info["mismatched_keys"])
+    if of_experts := [entry for entry in mismatched if _owners([entry[0]])]:
+        raise ValueError(
+            f"The checkpoint's {_shapes(of_experts)}. An expert is loaded completely or not at all, also with "
+            "ignore_mismatched_sizes: its config.json belongs to another model."
+        )
+    if mismatched and not ignore_mismatched_sizes:
+        raise RuntimeError(
+            f"The checkpoint's {_shapes(mismatched)}. Its config.json belongs to another model; "
+            "ignore_mismatched_sizes=True initialises these tensors at random."
+        )
+
+
+def _shapes(mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:
+    name, stored, expected = mismatched[0]
+    more = f" (and {len(mismatched) - 1} more)" if len(mismatched) > 1 else ""
+    return f"{name!r} has shape {list(stored)}, the config requires {list(expected)}{more}"
+
+
+def _owners(keys: Iterable[str]) -> set[str]:
+    return {match["name"] for key in keys if (match := _EXPERT_TENSOR.search(key))}
+
+
+def _warn_if_nothing_was_quantized(model: PreTrainedModel) -> None:
+    """Warns if a quantiser found nothing to quantise, as torchao does in GPT-2's Conv1D."""
+    if getattr(model, "hf_quantizer", None) is None or has_quantized_weights(model):
+        return
+    kinds = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "weight")})
+    logger.warning(
+        "quantization_config=%s quantised no weight of this model: it knows Linear layers, and the layers here are of "
+        "the classes %s, or are excluded. The model is as large as without it.",
+        type(model.hf_quantizer.quantization_config).__name__,
+        kinds,
+    )
 
 
 FlexMoeModel.register_for_auto_class("AutoModel")

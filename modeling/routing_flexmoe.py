@@ -1,241 +1,64 @@
-"""Routing: which experts a token goes to, with which weight, and what they then say. The reference in plain PyTorch.
+"""Routing weights from router logits, and the router losses, in plain PyTorch.
 
-It is dull on purpose. On any device it says what is right, and the kernels share nothing with it; on a CPU it is what
-the ops run (`ops_flexmoe`).
+Shapes: T tokens, E experts.
 
-Shapes: T tokens, H hidden, I intermediate (experts may differ in it), E experts, A those that a call allows, in the
-model's order, K active experts: `min(k, E)`.
-
-| case | answer |
+| case | result |
 |---|---|
-| an expert masked with -inf | weight 0, whatever its row holds; the others' bits are as without it (on CPU) |
+| an expert masked with -inf | weight 0; the weights of the others have the same bits as without it |
 | equal logits | the lowest index wins |
-| fewer allowed experts than K | those there are; surplus slots have the id E and weight 0 |
-| nothing allowed in a row | all weights 0, all slots surplus (the model refuses such a row) |
-| NaN or +inf among the allowed logits | the row's weights are all NaN, its slots the first K experts |
-| NaN in an expert that a token does not go to | nothing of it in that token's output |
+| fewer allowed experts than k | those there are |
+| nothing allowed in a row | all weights 0 (the model refuses such a row) |
+| NaN or +inf among the allowed logits | the row's weights are all NaN |
 | no tokens | no rows |
 
-Does not cover fused kernels, or experts that are more than plain matrices (`experts_flexmoe`).
+Does not cover the logits (`FlexMoeRouter`) or fused kernels (`flexmoe.kernels`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 LOWEST = torch.finfo(torch.float32).min
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-"""What an expert's activation may be, by the name that it has in `ExpertTensors`."""
 
-
-class Routing(NamedTuple):
-    """Where each token goes.
-
-    Attributes:
-        logits_TE: float32 [tokens, experts], -inf where an expert is not allowed.
-        weights_TE: float32 [tokens, experts], 0 where a token does not go.
-        top_weights_TK: float32 [tokens, K], the same weights, largest logit first; surplus slots 0.
-        top_ids_TK: int32 [tokens, K], their experts; surplus slots E.
-    """
-
-    logits_TE: Tensor
-    weights_TE: Tensor
-    top_weights_TK: Tensor
-    top_ids_TK: Tensor
-
-
-@dataclass(frozen=True)
-class ExpertTensors:
-    """The matrices of a layer's experts, one of each per expert: `down(activation(gate x) * up x)`.
-
-    Attributes:
-        up: [I, H] each; I may differ from expert to expert.
-        down: [H, I] each.
-        gate: [I, H] each, or none: `down(activation(up x))`.
-        up_bias, gate_bias: [I] each, or none.
-        down_bias: [H] each, or none.
-        activation: a key of `ACTIVATIONS`.
-    """
-
-    up: Sequence[Tensor]
-    down: Sequence[Tensor]
-    gate: Sequence[Tensor] = ()
-    up_bias: Sequence[Tensor] = ()
-    down_bias: Sequence[Tensor] = ()
-    gate_bias: Sequence[Tensor] = ()
-    activation: str = "silu"
-
-
-@dataclass(frozen=True)
-class LowRankTensors:
-    """Experts that are their difference from one public network: `W + scale * B A` for each of its matrices.
-
-    Attributes:
-        public: the matrices of one network.
-        a: up and gate [R, H] and down [R, I] of each expert; the rank R may differ from expert to expert. No biases.
-        b: up and gate [I, R] and down [H, R] of each expert; a bias where the public network has one: its difference.
-        scales: one of each expert.
-        public_column: where the public network itself stands among the experts; None: it is none of them.
-    """
-
-    public: ExpertTensors
-    a: ExpertTensors
-    b: ExpertTensors
-    scales: Sequence[float]
-    public_column: int | None = None
-
-
-def route(
-    x_TH: Tensor, rows: Sequence[Tensor], biases: Sequence[Tensor], offset_TE: Tensor | None, k: int, renormalize: bool
-) -> Routing:
-    """Logits of all experts, softmax over the allowed in float32, then the k largest.
+def route_logits(logits_TE: Tensor, k: int, renormalize: bool) -> Tensor:
+    """Softmax over all experts in float32, then the k largest per token.
 
     Args:
-        x_TH: hidden states [tokens, hidden], any floating dtype.
-        rows: each expert's router row [1, hidden]. A row is multiplied on its own: a logit has the same bits whoever
-            else is there.
-        biases: each expert's bias [1].
-        offset_TE: float32 [tokens, experts], added to the logits: -inf forbids an expert to a token, finite values are
-            evidence from elsewhere. None adds nothing.
-        k: number of experts that a token keeps; more than there are means all.
+        logits_TE: [tokens, experts], -inf where an expert is not allowed.
+        k: experts per token; more than there are means all.
         renormalize: divide the kept weights by their sum.
+
+    Returns:
+        float32 [tokens, experts], 0 for experts that a token is not routed to.
 
     Source: FlexOlmo, arXiv 2507.07024, section 3: softmax over all experts, then top-k.
     """
-    x32_TH = x_TH.float()
-    products = (F.linear(x32_TH, row.float(), bias.float()) for row, bias in zip(rows, biases, strict=True))
-    logits_TE = _with_offset(torch.cat(list(products), -1), offset_TE)
-    weights_TE = route_logits(logits_TE, k, renormalize)
-    # a row with NaN among its logits has no order: its slots are the first
-    order_TK = (
-        torch.where(weights_TE.isnan(), 0.0, logits_TE).sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    )
-    top_weights_TK = weights_TE.gather(1, order_TK)
-    top_ids_TK = torch.where(top_weights_TK == 0, len(rows), order_TK).to(torch.int32)
-    return Routing(logits_TE, weights_TE, top_weights_TK, top_ids_TK)
-
-
-def mix(x_TH: Tensor, weights_TE: Tensor, experts: ExpertTensors) -> Tensor:
-    """The weighted sum [tokens, hidden] of what the experts say, in the dtype of `x_TH`.
-
-    Args:
-        weights_TE: of `Routing`; an expert says nothing of a token where it is 0.
-    """
-    y_TH = torch.zeros_like(x_TH)
-    for e in range(len(experts.up)):
-        tokens = weights_TE[:, e].nonzero().squeeze(-1)
-        said_NH = _said(x_TH[tokens], e, experts)
-        y_TH = y_TH.index_add(0, tokens, said_NH * weights_TE[tokens, e, None].to(said_NH.dtype))
-    return y_TH
-
-
-def _said(x_NH: Tensor, e: int, experts: ExpertTensors) -> Tensor:
-    activation = ACTIVATIONS[experts.activation]
-    up_NI = F.linear(x_NH, experts.up[e], experts.up_bias[e] if experts.up_bias else None)
-    if experts.gate:
-        gate_NI = F.linear(x_NH, experts.gate[e], experts.gate_bias[e] if experts.gate_bias else None)
-        h_NI = activation(gate_NI) * up_NI
-    else:
-        h_NI = activation(up_NI)
-    return F.linear(h_NI, experts.down[e], experts.down_bias[e] if experts.down_bias else None)
-
-
-def mix_low_rank(x_TH: Tensor, weights_TM: Tensor, experts: LowRankTensors) -> Tensor:
-    """`mix` for low-rank experts, and the public network if it is one of them.
-
-    Args:
-        weights_TM: [tokens, experts]; an expert says nothing of a token where it is 0.
-    """
-    y_TH = torch.zeros_like(x_TH)
-    low_rank = iter(range(len(experts.scales)))
-    for m in range(weights_TM.shape[1]):
-        difference = None if m == experts.public_column else next(low_rank)
-        tokens = weights_TM[:, m].nonzero().squeeze(-1)
-        said_NH = _said_with(difference, x_TH[tokens], experts)
-        y_TH = y_TH.index_add(0, tokens, said_NH * weights_TM[tokens, m, None].to(said_NH.dtype))
-    return y_TH
-
-
-def _said_with(difference: int | None, x_NH: Tensor, experts: LowRankTensors) -> Tensor:
-    def through(name: str, v: Tensor) -> Tensor:
-        public_bias, biases = getattr(experts.public, f"{name}_bias"), getattr(experts.b, f"{name}_bias")
-        product = F.linear(v, getattr(experts.public, name)[0], public_bias[0] if public_bias else None)
-        if difference is None:
-            return product
-        within = F.linear(v, getattr(experts.a, name)[difference]) * experts.scales[difference]
-        bias = biases[difference] if biases else None
-        return product + F.linear(within, getattr(experts.b, name)[difference], bias)
-
-    activation = ACTIVATIONS[experts.public.activation]
-    up_NI = through("up", x_NH)
-    h_NI = activation(through("gate", x_NH)) * up_NI if experts.public.gate else activation(up_NI)
-    return through("down", h_NI)
-
-
-def route_logits(logits_TE: Tensor, k: int, renormalize: bool, offset_TE: Tensor | None = None) -> Tensor:
-    """`route` for logits that are there already; arguments as there.
-
-    Returns:
-        weights_TE: float32 [tokens, experts], 0 where a token does not go.
-    """
-    logits_TE = _with_offset(logits_TE.float(), offset_TE)
+    logits_TE = logits_TE.float()
     exp_TE = kept_TE = _exp(logits_TE)
     if k < exp_TE.shape[-1]:
         order_TE = logits_TE.sort(dim=-1, descending=True, stable=True).indices
         kept_TE = exp_TE.scatter(1, order_TE[:, k:], 0.0)
-    return _shares(kept_TE, of_TE=kept_TE if renormalize else exp_TE)
-
-
-def _with_offset(logits_TE: Tensor, offset_TE: Tensor | None) -> Tensor:
-    if offset_TE is None:
-        return logits_TE
-    return (logits_TE + offset_TE).masked_fill(offset_TE == -math.inf, -math.inf)  # also where the row holds NaN
-
-
-def route_one(logits: Sequence[float], k: int, renormalize: bool) -> list[float]:
-    """`route_logits` of one token in Python's numbers: so few are there before a kernel would have started."""
-    largest = max(logits)
-    if largest == math.inf or any(map(math.isnan, logits)):
-        return [math.nan] * len(logits)
-    if largest == -math.inf:
-        return [0.0] * len(logits)
-    exp = [math.exp(logit - largest) for logit in logits]
-    surplus = sorted(range(len(exp)), key=logits.__getitem__, reverse=True)[k:]  # stable: equal ones stay in order
-    total = sum(exp)
-    for i in surplus:
-        exp[i] = 0.0
-    if renormalize:
-        total = sum(exp)
-    return [value / total for value in exp]
+    return _normalize(kept_TE, by_TE=kept_TE if renormalize else exp_TE)
 
 
 def _softmax(logits_TE: Tensor) -> Tensor:
     exp_TE = _exp(logits_TE)
-    return _shares(exp_TE, of_TE=exp_TE)
+    return _normalize(exp_TE, by_TE=exp_TE)
 
 
 def _exp(logits_TE: Tensor) -> Tensor:
-    """The exponentials of logits from which the row's largest is taken, so that its own is 1."""
-    largest_T1 = logits_TE.detach().amax(-1, keepdim=True).clamp_(min=LOWEST)  # -inf - -inf is not a number
+    """Exponentials of the logits minus the row's maximum, whose own exponential is 1."""
+    largest_T1 = logits_TE.detach().amax(-1, keepdim=True).clamp_(min=LOWEST)  # -inf - -inf is NaN
     return (logits_TE - largest_T1).exp_()
 
 
-def _shares(exp_TE: Tensor, of_TE: Tensor) -> Tensor:
-    """Softmax whose bits don't change when columns of -inf come or go, as `torch.softmax` would."""
-    return exp_TE / _ordered_sum(of_TE).clamp(min=1.0)  # the largest adds 1, unless there is none
+def _normalize(exp_TE: Tensor, by_TE: Tensor) -> Tensor:
+    """Divides by row sums whose bits do not depend on columns of -inf, unlike those of `torch.softmax`."""
+    return exp_TE / _ordered_sum(by_TE).clamp(min=1.0)  # the maximum contributes 1, unless nothing is allowed
 
 
 def _ordered_sum(values_TE: Tensor) -> Tensor:
@@ -269,23 +92,9 @@ def router_z_loss(router_logits: Sequence[Tensor], token_mask_T: Tensor | None =
 
 
 def _counted(router_logits: Sequence[Tensor], token_mask_T: Tensor | None) -> Tensor:
+    """The logits of all layers and unpadded tokens, float32 [N, E]."""
     device = router_logits[0].device
     logits_LTE = torch.stack([logits.to(device).float() for logits in router_logits])
     if token_mask_T is not None:
         logits_LTE = logits_LTE[:, token_mask_T.to(device)]
     return logits_LTE.flatten(0, 1)
-
-
-__all__ = [
-    "ACTIVATIONS",
-    "ExpertTensors",
-    "LowRankTensors",
-    "Routing",
-    "load_balancing_loss",
-    "mix",
-    "mix_low_rank",
-    "route",
-    "route_logits",
-    "route_one",
-    "router_z_loss",
-]

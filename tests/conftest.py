@@ -1,4 +1,4 @@
-"""What a test run needs before torch and the Hugging Face libraries are imported: few threads, caches of its own."""
+"""Environment variables that must be set before torch and the Hugging Face libraries are imported, and fixtures."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from tests.processes import Processes
+    from tests.support.processes import Processes
 
-# Read once, when the OpenMP runtime and the Hub client are imported: hence at module level, before any other import.
+# The OpenMP runtime and the Hub client read these when they are imported, so they are set at module level.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 if not os.path.exists("/dev/nvidiactl"):
-    # Kernels run in Triton's interpreter where there is no GPU; read when Triton is imported.
+    # Without a GPU, kernels run in Triton's interpreter; Triton reads this when it is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 if "FLEXMOE_TESTS_HF_HOME" not in os.environ:
-    # A worker of pytest-xdist inherits the folder of the process that started it.
+    # Workers of pytest-xdist inherit the folder of the main process.
     os.environ["FLEXMOE_TESTS_HF_HOME"] = tempfile.mkdtemp(prefix="flexmoe-tests-")
     atexit.register(shutil.rmtree, os.environ["FLEXMOE_TESTS_HF_HOME"], ignore_errors=True)
 os.environ["HF_HOME"] = os.environ["FLEXMOE_TESTS_HF_HOME"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    from tests.old_versions import expect_known_failures
+    from tests.support.old_versions import expect_known_failures
 
     expect_known_failures(items)
 
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
-    """Two processes of one gloo group; see `tests/processes.py`."""
-    from tests.processes import Processes
+    """Two processes of one gloo group; see `tests/support/processes.py`."""
+    from tests.support.processes import Processes
 
     with Processes(2) as group:
         yield group

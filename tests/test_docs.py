@@ -1,4 +1,7 @@
-"""What documents show: docs/peft.md runs on a tiny model; commands and recipe of docs/grafting.md are ones."""
+"""The documents hold: their commands and recipes are valid, docs/peft.md runs, and the API reference is complete.
+
+The README is checked in `test_readme.py`; links and the site in `make docs`.
+"""
 
 import re
 import shlex
@@ -8,27 +11,59 @@ import pytest
 import typer.main
 import yaml
 
+import flexmoe
 from flexmoe.recipes import parse_recipe
 from flexmoe.testing import tiny_flexmoe
 from flexmoe_cli.application import app
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ["ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"]
+DOCUMENTS += [f"docs/{path.relative_to(ROOT / 'docs').as_posix()}" for path in sorted(ROOT.glob("docs/**/*.md"))]
 
 
-def examples(document: str, language: str = "python") -> list[str]:
+def blocks(document: str, language: str = "python") -> list[str]:
     """The fenced blocks of one language in a document."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / document).read_text(), flags=re.M | re.S)
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / document).read_text(), flags=re.M | re.S)
+
+
+def commands(document: str) -> list[list[str]]:
+    """The `flexmoe` command lines of a document, as words."""
+    lines = "\n".join(blocks(document, "bash")).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("flexmoe ")]
+
+
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if commands(document)])
+def test_the_commands_exist(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    group = typer.main.get_command(app)
+    for words in commands(document):
+        for word in words:
+            if Path(word).suffix in (".txt", ".md", ".jsonl"):  # several files follow an option only if they exist
+                Path(word).parent.mkdir(parents=True, exist_ok=True)
+                Path(word).touch()
+        with group.commands[words[1]].make_context(words[1], words[2:]) as context:
+            assert context.params, words
+
+
+def test_most_documents_of_use_have_commands():
+    assert sum(bool(commands(document)) for document in DOCUMENTS) >= 10
+
+
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if blocks(document)])
+def test_the_python_blocks_are_valid(document):
+    for block in blocks(document):
+        compile(block, document, "exec")
 
 
 @pytest.mark.filterwarnings("error:.*owners at once")
 def test_the_examples_of_peft_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny_flexmoe("llama", ["math", "code"]).save_pretrained("model")
-    blocks = examples("peft.md")
-    assert len(blocks) == 4
+    examples = blocks("docs/peft.md")
+    assert len(examples) == 4
     scope: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, "docs/peft.md", "exec"), scope)
+    for example in examples:
+        exec(compile(example, "docs/peft.md", "exec"), scope)
     adapted = scope["adapted"]
     assert adapted.base_model.active_adapters == ["default", "for-two"]
     assert adapted.expert_names == ["public", "math", "math-2"]
@@ -37,15 +72,15 @@ def test_the_examples_of_peft_run(tmp_path, monkeypatch):
     assert saved == {"both", "both/for-two"}
 
 
-def test_the_commands_and_the_recipe_of_grafting_are_ones():
-    lines = "\n".join(examples("grafting.md", "bash")).replace("\\\n", " ").splitlines()
-    commands = [shlex.split(line) for line in lines if line.startswith("flexmoe ")]
-    assert len(commands) == 4
-    graft = typer.main.get_command(app).commands["graft"]
-    for words in commands:
-        with graft.make_context("graft", words[2:]) as context:
-            assert context.params["out"]
-    (recipe,) = examples("grafting.md", "yaml")
+def test_the_recipe_of_grafting_is_valid():
+    (recipe,) = blocks("docs/grafting.md", "yaml")
     read = parse_recipe(yaml.safe_load(recipe))
     assert [expert.name for expert in read.experts] == ["math", "code-tuned"]
     assert read.active_experts == ["math", "code-tuned"]
+
+
+def test_the_api_reference_has_every_exported_name():
+    pages = "\n".join(path.read_text() for path in (ROOT / "docs" / "api").glob("*.md"))
+    assert sorted(re.findall(r"^::: flexmoe\.(\w+)$", pages, flags=re.M)) == sorted(flexmoe.__all__)
+    index = (ROOT / "docs" / "api" / "index.md").read_text()
+    assert [name for name in flexmoe.__all__ if f"`{name}`" not in index] == []

@@ -1,6 +1,6 @@
-"""What measures the kernels on a GPU, as far as a CPU can tell: a tiny run, verdicts, the layout, steps, the README.
+"""The benchmark of the kernels, as far as a CPU can run it: a tiny run, verdicts, the layout, steps, the docs.
 
-Figures themselves come from a GPU: `tests/bench/on_gpu.py`.
+The figures come from a GPU: `benchmarks/on_gpu.py`.
 """
 
 import importlib
@@ -18,20 +18,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module", autouse=True)
 def folder_of_benchmarks():
-    sys.path.insert(0, str(ROOT / "tests" / "bench"))
+    sys.path.insert(0, str(ROOT / "benchmarks"))
     yield
-    sys.path.remove(str(ROOT / "tests" / "bench"))
+    sys.path.remove(str(ROOT / "benchmarks"))
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
-    """Of a run with a small model."""
-    import bench_routing
+    """The result of a run with a small model."""
+    import bench_kernels
 
     out = tmp_path_factory.mktemp("bench") / "new" / "routing.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["bench_routing.py", "--tiny", "--out", str(out)])
-        bench_routing.main()
+        patch.setattr(sys, "argv", ["bench_kernels.py", "--tiny", "--out", str(out)])
+        bench_kernels.main()
     return json.loads(out.read_text())
 
 
@@ -47,49 +47,52 @@ def test_a_tiny_run_has_all_parts(result):
         assert row["errors"] == {}
         assert row["microseconds"] > 0
         assert row["floor_us"] > 0
-        assert {bar["speed_over"] for bar in row["bars"] if "speed_over" in bar} <= set(row["others"])
+        assert {t["speed_over"] for t in row["thresholds"] if "speed_over" in t} <= set(row["others"])
         assert row["path"]
     assert {"grouped_mm", "eager", "batched_mm", "cuBLAS loop"} <= set(result["rows"][3]["others"])
     assert set(result["sweep"]) == {"torch.bfloat16", "torch.float16", "torch.float32"}
     assert all(figures["distance"] < 1e-2 for counts in result["sweep"].values() for figures in counts.values())
+    assert [row["case"] for row in result["rows"][-3:]] == [
+        f"low_rank, {n}" for n in ("1 token", "8 tokens", "64 tokens")
+    ]
     assert len(result["decode"]) == 16
     assert not any("error" in figures for figures in result["decode"].values())
 
 
-def test_a_tiny_run_asserts_nothing_and_says_where_it_writes(result, monkeypatch, capsys):
-    import bench_routing
+def test_a_tiny_run_asserts_nothing_and_needs_an_output_file(result, monkeypatch, capsys):
+    import bench_kernels
 
     if not torch.cuda.is_available():
         assert {row["passed"] for row in result["rows"]} == {None}
-    monkeypatch.setattr(sys, "argv", ["bench_routing.py", "--tiny"])
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--tiny"])
     with pytest.raises(SystemExit):
-        bench_routing.main()
+        bench_kernels.main()
     assert "give --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_compiling_ahead_runs_each_number_of_tokens(dtype, monkeypatch, capsys):
-    import bench_routing
+def test_warm_compiles_for_each_number_of_tokens(dtype, monkeypatch, capsys):
+    import bench_kernels
 
-    monkeypatch.setattr(sys, "argv", ["bench_routing.py", "--tiny", "--warm", dtype])
-    bench_routing.main()
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--tiny", "--warm", dtype])
+    bench_kernels.main()
     lines = capsys.readouterr().err.splitlines()
     assert lines == [f"compiled for {tokens} tokens of torch.{dtype}" for tokens in (1, 2, 3, 65)]
 
 
-@pytest.mark.parametrize("program", ["bench_routing", "on_gpu"])
+@pytest.mark.parametrize("program", ["bench_kernels", "on_gpu"])
 def test_without_a_gpu_nothing_is_written(program, monkeypatch, capsys, tmp_path):
     module = __import__(program)
-    monkeypatch.setattr(module, "on_gpu" if program == "bench_routing" else "has_gpu", lambda: False)
+    monkeypatch.setattr(module, "on_gpu" if program == "bench_kernels" else "has_gpu", lambda: False)
     monkeypatch.setattr(sys, "argv", [program, "--out", str(tmp_path / "out")])
     assert not module.main()
-    said = capsys.readouterr().out
-    assert "needs a GPU" in said
-    assert len(said.splitlines()) == 1
+    output = capsys.readouterr().out
+    assert "needs a GPU" in output
+    assert len(output.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def made_up(case, microseconds, **ratios):
+def row_of(case, microseconds, **ratios):
     return {
         "case": case.name,
         "kind": case.kind,
@@ -116,11 +119,12 @@ VERDICTS = [
 
 @pytest.mark.parametrize(("device", "capability", "microseconds", "grouped", "batched", "eager", "passed"), VERDICTS)
 def test_verdicts(device, capability, microseconds, grouped, batched, eager, passed):
-    from bench_routing import CASES, judged, missed
+    from bench_kernels import CASES
+    from kernel_verdicts import missed, with_verdict
 
     case = next(case for case in CASES if case.name == "block, 1 token")
-    row = made_up(case, microseconds, grouped_mm=grouped, batched_mm=batched, eager=eager)
-    verdict = judged(row, case, device, capability)
+    row = row_of(case, microseconds, grouped_mm=grouped, batched_mm=batched, eager=eager)
+    verdict = with_verdict(row, case, device, capability)
     assert verdict["passed"] is passed
     fine = {"correctness": {"1": {"passed": True}}, "rows": [], "failed": {}}
     assert missed({**fine, "rows": [verdict]}) == (["block, 1 token"] if passed is False else [])
@@ -128,48 +132,55 @@ def test_verdicts(device, capability, microseconds, grouped, batched, eager, pas
     assert missed({**fine, "failed": {"route, 8 tokens": "RuntimeError: no"}}) == ["route, 8 tokens"]
 
 
-def test_a_kernel_that_fails_is_a_miss_and_the_rest_goes_on(tmp_path, monkeypatch):
-    import bench_routing
-    from routing_contenders import TINY
+def test_a_kernel_that_fails_is_reported_and_the_rest_runs(tmp_path, monkeypatch):
+    import bench_kernels
+    import kernel_contenders
+    import kernel_route
+    from kernel_contenders import TINY
 
-    route = bench_routing.ops_flexmoe.route
+    from flexmoe.kernels import layer
+
+    route = kernel_route.op.route
 
     def fails(x_TH, *args):
         if len(x_TH) == 8:
             raise RuntimeError("no such kernel\nand much more")
         return route(x_TH, *args)
 
-    monkeypatch.setattr(bench_routing.ops_flexmoe, "route", fails)
+    for module in (kernel_route.op, kernel_contenders, layer):
+        monkeypatch.setattr(module, "route", fails)
     counts = {"checked": (8, 3), "cases": (8,), "sweep": (1,)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        result = bench_routing.measure(TINY, device, tmp_path / "routing.json", counts)
+        result = bench_kernels.measure(TINY, device, tmp_path / "routing.json", counts)
     assert result["correctness"]["8"] == {"error": "RuntimeError: no such kernel", "passed": False}
     assert result["failed"]["route, 8 tokens"] == "RuntimeError: no such kernel"
-    assert set(bench_routing.missed(result)) >= {"wrong with 8 tokens", "route, 8 tokens", "block, 8 tokens"}
-    assert [row["case"] for row in result["rows"]] == ["route, 1 token", "block, 1 token"]
+    assert set(bench_kernels.missed(result)) >= {"wrong with 8 tokens", "route, 8 tokens", "block, 8 tokens"}
+    assert [row["case"] for row in result["rows"]] == ["route, 1 token", "block, 1 token", "low_rank, 1 token"]
     assert result["complete"]
 
 
-def test_a_contender_without_a_figure_misses_its_bar():
-    from bench_routing import CASES, judged
+def test_a_contender_without_a_figure_misses_its_threshold():
+    from bench_kernels import CASES
+    from kernel_verdicts import with_verdict
 
     case = next(case for case in CASES if case.name == "block, 1 token")
-    assert judged(made_up(case, 1.0, grouped_mm=9.0, eager=9.0), case, "NVIDIA H200", (9, 0))["passed"] is False
+    assert with_verdict(row_of(case, 1.0, grouped_mm=9.0, eager=9.0), case, "NVIDIA H200", (9, 0))["passed"] is False
 
 
 @pytest.mark.parametrize(("grouped", "loop", "passed"), [(1.1, 1.0, True), (0.9, 1.5, False), (1.5, 0.99, False)])
-def test_many_tokens_are_held_against_the_best_and_their_goal_is_not_asserted(grouped, loop, passed):
-    from bench_routing import CASES, judged
+def test_many_tokens_are_compared_with_the_best_and_their_goal_is_not_asserted(grouped, loop, passed):
+    from bench_kernels import CASES
+    from kernel_verdicts import with_verdict
 
-    case = CASES[-1]
-    row = judged(made_up(case, 9000.0, grouped_mm=grouped, **{"cuBLAS loop": loop}), case, "NVIDIA H200", (9, 0))
+    case = next(case for case in CASES if case.name == "block, 4096 tokens")
+    row = with_verdict(row_of(case, 9000.0, grouped_mm=grouped, **{"cuBLAS loop": loop}), case, "NVIDIA H200", (9, 0))
     assert row["passed"] is passed
-    assert [bar["met"] for bar in row["bars"]] == [passed, False]
+    assert [threshold["met"] for threshold in row["thresholds"]] == [passed, False]
 
 
-def test_auto_takes_the_longest_stretch():
-    from bench_routing import entry, ranges
+def test_auto_uses_the_longest_range():
+    from kernel_verdicts import entry, ranges
 
     ratios = {"1": 2.0, "2": 0.9, "4": 0.95, "8": 1.0, "16": 0.94, "32": 3.0}
     sweep = {"torch.bfloat16": {n: {"ratio": r} for n, r in ratios.items()}, "torch.float32": {"1": {"ratio": 0.5}}}
@@ -192,9 +203,9 @@ class Without:
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 """
 IMPORTS = """
-import flexmoe, flexmoe.modeling, flexmoe.testing, flexmoe.graphs
+import flexmoe, flexmoe.modeling, flexmoe.testing, flexmoe.kernels.graphs
 from flexmoe.modeling import FlexMoeForCausalLM
-import tests.kernels.expert_witness, tests.kernels.router_inputs, bench_routing, every_kernel
+import tests.kernels.experts.inputs, tests.kernels.route.inputs, bench_kernels, every_kernel
 print(flexmoe.__file__)
 try:
     import rich
@@ -208,17 +219,17 @@ def test_the_layout_needs_no_install_and_little_else(tmp_path):
 
     environment = {**on_gpu.layout(tmp_path / "package"), "TRITON_INTERPRET": "1"}
     (tmp_path / "package" / "sitecustomize.py").write_text(WITHOUT)
-    environment["PYTHONPATH"] += f":{ROOT / 'tests' / 'bench'}"
+    environment["PYTHONPATH"] += f":{ROOT / 'benchmarks'}"
     command = [sys.executable, "-c", IMPORTS]
     ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [str(tmp_path / "package" / "flexmoe" / "__init__.py"), "0.1.0"]
 
 
-def test_the_steps_are_what_is_there(tmp_path, monkeypatch):
+def test_the_files_of_all_steps_exist(tmp_path, monkeypatch):
     import on_gpu
 
-    monkeypatch.setattr(on_gpu.shutil, "which", lambda name: f"/there/{name}")
+    monkeypatch.setattr(on_gpu.shutil, "which", lambda name: f"/installed/{name}")
     steps = on_gpu.steps(tmp_path, tiny=False)
     for step in steps:
         files = [word for word in map(str, step.command) if word.endswith(".py")]
@@ -237,8 +248,8 @@ def test_the_steps_are_what_is_there(tmp_path, monkeypatch):
     [
         ("print('all is well')", "passed", "all is well"),
         ("print('no'); raise SystemExit(3)", "failed (3)", "no"),
-        ("print('slow', flush=True); import time; time.sleep(60)", "took too long", "slow"),
-        (None, "not there", ""),
+        ("print('slow', flush=True); import time; time.sleep(60)", "timed out", "slow"),
+        (None, "not installed", ""),
     ],
 )
 def test_a_step_ends(code, verdict, last, tmp_path, capsys):
@@ -246,15 +257,16 @@ def test_a_step_ends(code, verdict, last, tmp_path, capsys):
 
     step = on_gpu.Step("a step", code and [sys.executable, "-S", "-c", code])
     start = time.monotonic()
-    ran = on_gpu.run(step, {}, tmp_path / "log", 1.0 if verdict == "took too long" else 30.0)
+    ran = on_gpu.run(step, {}, tmp_path / "log", 1.0 if verdict == "timed out" else 30.0)
     assert (ran.verdict, ran.last_line) == (verdict, last)
     assert time.monotonic() - start < 20
     assert verdict in on_gpu.table([ran])
     assert last in capsys.readouterr().out
 
 
-def test_the_readme_has_a_table_of_a_measured_run_and_nothing_before(tmp_path, result):
-    from bench_routing import CASES, judged
+def test_the_docs_have_a_table_of_a_measured_run_and_nothing_before(tmp_path, result):
+    from bench_kernels import CASES
+    from kernel_verdicts import with_verdict
     from readme_figures import _routing
     from readme_plots import ROUTING_PLOT, plot_routing_speed
 
@@ -262,7 +274,8 @@ def test_the_readme_has_a_table_of_a_measured_run_and_nothing_before(tmp_path, r
     assert _routing(path) == ""
     ratios = {"torch op sequence": 5.0, "grouped_mm": 1.25, "batched_mm": 2.5, "eager": 1.9, "cuBLAS loop": 1.0}
     rows = [
-        judged(made_up(case, 350.0 if case.tokens < 512 else 8700.0, **ratios), case, "H200", (9, 0)) for case in CASES
+        with_verdict(row_of(case, 350.0 if case.tokens < 512 else 8700.0, **ratios), case, "H200", (9, 0))
+        for case in CASES
     ]
     path.write_text(json.dumps({**result, "device": "NVIDIA H200", "rows": rows}))
     text = _routing(path)
@@ -282,45 +295,45 @@ def test_the_readme_has_a_table_of_a_measured_run_and_nothing_before(tmp_path, r
 
 
 LAUNCHES = {
-    ("decode", "gate_up_launch"): (2, 1, True),
-    ("decode", "down_launch"): (2, 1, 4096, 132),
-    ("prefill", "gate_up_launch"): (2, 2925.0, True, 227 << 10),
-    ("prefill", "down_launch"): (2, 2925.0, 227 << 10),
-    ("route", "few_launch"): (7, torch.float32),
-    ("route", "many_launch"): (7, torch.float32, 4096),
+    ("experts.decode_kernel", "gate_up_launch"): (2, 1, True),
+    ("experts.decode_kernel", "down_launch"): (2, 1, 4096, 132),
+    ("experts.prefill_kernel", "gate_up_launch"): (2, 2925.0, True, 227 << 10),
+    ("experts.prefill_kernel", "down_launch"): (2, 2925.0, 227 << 10),
+    ("route.kernel", "few_launch"): (7, torch.float32),
+    ("route.kernel", "many_launch"): (7, torch.float32, 4096),
 }
 
 
-def test_what_is_tuned_are_constants_of_launches():
+def test_tuned_constants_are_constants_of_launches():
     pytest.importorskip("triton")
-    import routing_tuning
+    import kernel_tuning
 
-    assert {(tuned.module, tuned.launch) for tuned in routing_tuning.LAUNCHES} == set(LAUNCHES)
-    for tuned in routing_tuning.LAUNCHES:
-        module = importlib.import_module(f"flexmoe.modeling.kernels_{tuned.module}_flexmoe")
+    assert {(tuned.module, tuned.launch) for tuned in kernel_tuning.LAUNCHES} == set(LAUNCHES)
+    for tuned in kernel_tuning.LAUNCHES:
+        module = importlib.import_module(f"flexmoe.kernels.{tuned.module}")
         arguments = LAUNCHES[tuned.module, tuned.launch]
         own = getattr(module, tuned.launch)(*arguments)
         assert set(tuned.options) <= set(own)
         for variant in tuned.variants():
-            with routing_tuning.changed(tuned, variant):
+            with kernel_tuning.changed(tuned, variant):
                 assert getattr(module, tuned.launch)(*arguments) == {**own, **variant}
         assert getattr(module, tuned.launch)(*arguments) == own
 
 
-def test_tuning_prints_the_best_and_what_was_left_out(monkeypatch, capsys):
-    import routing_tuning
+def test_tuning_prints_the_best_and_the_excluded(monkeypatch, capsys):
+    import kernel_tuning
     from gpu_clock import Timed
 
     pytest.importorskip("triton")
-    tuned = routing_tuning.Tuned("route", "few_launch", (1,), {"num_warps": (4, 8, 16)})
+    tuned = kernel_tuning.Tuned("route.kernel", "few_launch", (1,), {"num_warps": (4, 8, 16)})
     times = iter([3.0, 2.0, 4.0])
-    monkeypatch.setattr(routing_tuning, "by_replay", lambda calls, seconds: Timed(next(times), 0.0, "graph"))
+    monkeypatch.setattr(kernel_tuning, "by_replay", lambda calls, seconds: Timed(next(times), 0.0, "graph"))
     outputs = iter([1.0, 1.0, 1.5, 1.0])
-    routing_tuning.print_best(tuned, 1, lambda: torch.full((2,), next(outputs)))
+    kernel_tuning.print_best(tuned, 1, lambda: torch.full((2,), next(outputs)))
     assert capsys.readouterr().out.splitlines() == [
-        "route.few_launch, 1 tokens: in force 3.00 us",
+        "route.kernel.few_launch, 1 tokens: current 3.00 us",
         "         2.00 us  num_warps 4",
-        "         3.00 us  in force",
+        "         3.00 us  current",
         "         4.00 us  num_warps 16",
-        "    left out: num_warps 8: wrong by 0.5",
+        "    excluded: num_warps 8: wrong by 0.5",
     ]

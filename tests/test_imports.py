@@ -1,6 +1,6 @@
-"""What importing brings in: `import flexmoe` next to nothing, the model only what transformers brings itself.
+"""The modules that `import flexmoe` loads: its configuration only; and those that using a model loads.
 
-The seconds that this saves are measured by `tests/bench/bench_import.py`.
+`benchmarks/bench_import.py` measures the time.
 """
 
 import json
@@ -15,7 +15,7 @@ before = set(sys.modules)
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
-# Of the project's dependencies, what a model needs no part of: data, training, tables, plots, the command line.
+# Dependencies that a model does not need: for data, training, tables, plots and the command line.
 NOT_FOR_A_MODEL = {
     "datasets",
     "evaluate",
@@ -31,23 +31,22 @@ NOT_FOR_A_MODEL = {
 
 
 def added(first: str, then: str) -> list[str]:
-    """The modules that `then` brings in after `first`, in a fresh process."""
+    """The modules that `then` imports after `first`, in a new process."""
     command = [sys.executable, "-c", ADDED.format(first=first, then=then)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def test_import_flexmoe_brings_in_its_configuration_alone():
+def test_import_flexmoe_imports_only_the_configuration():
     assert added("import transformers; from transformers import AutoModelForCausalLM", "import flexmoe") == [
         "flexmoe",
         "flexmoe.modeling",
-        "flexmoe.modeling.cards_flexmoe",  # the standard library only: templates are told of here, and read when used
         "flexmoe.modeling.configuration_flexmoe",
         "flexmoe.registration",
     ]
 
 
-def test_the_model_brings_in_nothing_that_only_training_needs():
-    # the library's own classes first: up to 5.17 they bring in scikit-learn, where it is installed
+def test_model_does_not_import_training_dependencies():
+    # transformers' classes first, because versions up to 5.17 import scikit-learn
     modules = added(
         "from transformers import GenerationMixin, PreTrainedModel", "import flexmoe; flexmoe.FlexMoeForCausalLM"
     )

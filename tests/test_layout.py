@@ -1,9 +1,10 @@
-"""Imports point one way, and each part imports only what it may: read from the syntax tree, so nothing is executed.
+"""Imports point one way, and what travels as remote code is small: read from the syntax tree, nothing is executed.
 
-Two literal tables say what is allowed. A new module takes its place in one of them, or the test names it.
+Two literal tables give the order. A new module takes its place in one of them, or the test names it.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,138 +15,87 @@ from transformers.dynamic_module_utils import get_imports, get_relative_import_f
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What git tracks at the top of the repository (folders), and no more.
-TOP_LEVEL = {".ci", "conversion", "docs", "model_cards", "modeling", "src", "tests"}
-NOT_TRACKED = {"build", "dist", "flexmoe.egg-info", "runs"}
+# Tracked folders at the top of the repository, and no others.
+TOP_LEVEL = {
+    ".ci",
+    ".github",
+    "benchmarks",
+    "conversion",
+    "docs",
+    "examples",
+    "findings",
+    "model_cards",
+    "modeling",
+    "src",
+    "tests",
+}
+NOT_TRACKED = {"build", "dist", "flexmoe.egg-info", "runs", "site"}
 
-# modeling/ bottom-up: a module imports siblings of lower layers, or of its own layer if they stand before it there.
-MODELING_LAYERS = (
-    ("folders", "json", "configuration", "context", "loading", "quantization", "compat", "widths", "manifest_schema"),
-    ("tensors", "finite", "hashing", "tensor_writer"),
-    ("routing", "linear", "forms", "anchors", "parallel", "low_rank", "one_token", "plain", "prepacked"),
-    (
-        "kernels",
-        "kernels_route",
-        "kernels_decode",
-        "kernels_low_rank",
-        "kernels_prefill",
-        "ops",
-        "implementations",
-        "fused",
-    ),
-    ("identity", "selection", "manifest", "dense", "norms"),
-    ("cards",),
-    ("packages",),
-    ("trust",),
-    ("scan", "hub", "publishing"),
-    ("experts", "usage", "adapters", "admission", "fitting"),
-    ("lifecycle", "sources", "composition", "pulling", "referring", "sharing"),
-    ("modeling",),
+# What travels beside each checkpoint is at most this large, so that it can be read before it is trusted.
+MOST_FILES = 12
+MOST_LINES = 3200
+
+# modeling/ bottom-up: a module imports only modules before it.
+MODELING_ORDER = (
+    "configuration",
+    "anchors",
+    "routing",
+    "distributed",
+    "masking",
+    "low_rank",
+    "experts",
+    "fingerprint",
+    "adapters",
+    "lifecycle",
+    "modeling",
 )
 
-# The rest: what of FlexMoE each part may import. "flexmoe.modeling" stands for all of its modules.
-ALLOWED = {
-    "flexmoe.modeling": set(),  # relative imports only: its files also travel to the Hub
-    "flexmoe.data": set(),
-    "flexmoe.model_cards": {"flexmoe.modeling"},  # escaping and licence fields, which travel with the model
-    "flexmoe.metrics": set(),
-    "flexmoe.conversion": {"flexmoe.modeling", "flexmoe.data", "flexmoe.model_cards"},
-    "flexmoe.router_rows": {"flexmoe.modeling", "flexmoe.data"},
-    "flexmoe.hidden_states": {"flexmoe.modeling", "flexmoe.data", "flexmoe.router_rows"},
-    "flexmoe.expert_rows": {
-        "flexmoe.modeling",
-        "flexmoe.data",
-        "flexmoe.conversion",
-        "flexmoe.router_rows",
-        "flexmoe.hidden_states",
-    },
-    "flexmoe.prompt_gates": {"flexmoe.modeling", "flexmoe.hidden_states"},
-    "flexmoe.recipes": {"flexmoe.modeling", "flexmoe.conversion", "flexmoe.prompt_gates"},
-    "flexmoe.grafting": {
-        "flexmoe.modeling",
-        "flexmoe.data",
-        "flexmoe.conversion",
-        "flexmoe.router_rows",
-        "flexmoe.expert_rows",
-        "flexmoe.recipes",
-    },
-    "flexmoe.next_token_loss": set(),
-    "flexmoe.expert_trainer": {"flexmoe.modeling", "flexmoe.data", "flexmoe.next_token_loss"},
-    "flexmoe.evaluation": {"flexmoe.modeling", "flexmoe.data", "flexmoe.metrics"},
-    "flexmoe.inspection": {"flexmoe.modeling"},
-    "flexmoe.gpus": set(),
-    "flexmoe.graphs": {"flexmoe.modeling"},
-    "flexmoe.planning": {"flexmoe.modeling", "flexmoe.gpus"},
-    "flexmoe.testing": {"flexmoe.modeling"},
-    "flexmoe.signing": {"flexmoe.modeling"},
-    "flexmoe.admission": {"flexmoe.modeling", "flexmoe.data", "flexmoe.evaluation"},
-    "flexmoe.cards": {"flexmoe.modeling", "flexmoe.model_cards", "flexmoe.data", "flexmoe.evaluation"},
-    "flexmoe.sharing": {"flexmoe.modeling", "flexmoe.model_cards"},
-    "flexmoe.peft": {"flexmoe.modeling"},
-    "flexmoe.training": {
-        "flexmoe.modeling",
-        "flexmoe.data",
-        "flexmoe.router_rows",
-        "flexmoe.hidden_states",
-        "flexmoe.expert_trainer",
-        "flexmoe.evaluation",
-    },
-    "flexmoe.demo": {
-        "flexmoe",
-        "flexmoe.modeling",
-        "flexmoe.data",
-        "flexmoe.conversion",
-        "flexmoe.router_rows",
-        "flexmoe.hidden_states",
-        "flexmoe.evaluation",
-        "flexmoe.inspection",
-        "flexmoe.next_token_loss",
-        "flexmoe.training",
-    },
-    "flexmoe.registration": {"flexmoe.modeling"},
-    "flexmoe": {
-        "flexmoe.modeling",
-        "flexmoe.registration",
-        "flexmoe.conversion",
-        "flexmoe.grafting",
-        "flexmoe.evaluation",
-        "flexmoe.graphs",
-        "flexmoe.inspection",
-        "flexmoe.peft",
-        "flexmoe.planning",
-        "flexmoe.training",
-        "flexmoe.signing",
-        "flexmoe.admission",
-        "flexmoe.cards",
-        "flexmoe.sharing",
-        "flexmoe.model_cards",
-    },
-    "flexmoe.cli": {"flexmoe_cli"},
-    "flexmoe.__main__": {"flexmoe_cli"},
-    "flexmoe_cli": {
-        "flexmoe.conversion",
-        "flexmoe.grafting",
-        "flexmoe.evaluation",
-        "flexmoe.inspection",
-        "flexmoe.planning",
-        "flexmoe.training",
-        "flexmoe.demo",
-        "flexmoe.signing",
-        "flexmoe.admission",
-        "flexmoe.cards",
-        "flexmoe.sharing",
-    },
-}
+# The package bottom-up: a part imports only parts before it. "flexmoe.modeling" stands for all of its modules.
+PARTS = (
+    "flexmoe.modeling",
+    "flexmoe.registration",
+    "flexmoe.structures",
+    "flexmoe.norms",
+    "flexmoe.cpu",
+    "flexmoe.kernels",
+    "flexmoe.implementations",
+    "flexmoe.usage",
+    "flexmoe.data",
+    "flexmoe.metrics",
+    "flexmoe.io",
+    "flexmoe.model_cards",
+    "flexmoe.cards",
+    "flexmoe.packages",
+    "flexmoe.hub",
+    "flexmoe.evaluation",
+    "flexmoe.admission",
+    "flexmoe.composition",
+    "flexmoe.conversion",
+    "flexmoe.card_files",
+    "flexmoe.routers",
+    "flexmoe.recipes",
+    "flexmoe.grafting",
+    "flexmoe.training",
+    "flexmoe.planning",
+    "flexmoe.inspection",
+    "flexmoe.peft",
+    "flexmoe.testing",
+    "flexmoe.demo",
+    "flexmoe_cli",
+    "flexmoe.cli",
+    "flexmoe.__main__",
+    "flexmoe",
+)
 
-# Programs, not libraries: nobody imports what is in them, so their modules are documented but not each name.
+# Programs: nothing imports from them, so their modules are documented, but not each name.
 PROGRAMS = ("flexmoe.demo.",)
 
-MODELING_PACKAGES = {"torch", "numpy", "transformers", "safetensors", "huggingface_hub"}
+MODELING_PACKAGES = {"torch", "transformers", "safetensors", "huggingface_hub"}
 NETWORK = {"huggingface_hub", "requests", "urllib", "http", "httpx", "aiohttp", "socket", "ftplib"}
-# Check fields of a configuration or of a card; open no connection.
+# These check fields of a configuration or of a card, and open no connection.
 NOT_NETWORK = {"huggingface_hub.dataclasses", "huggingface_hub.repocard_data"}
-# Not every user of a model has them, so modeling/ imports them in a try, and says what to install where it needs one.
-OPTIONAL = {"triton", "jsonschema", "model_signing"}
+# The only module that opens connections.
+CLIENT = ROOT / "src" / "flexmoe" / "hub" / "client.py"
 
 
 @dataclass(frozen=True)
@@ -218,22 +168,22 @@ each_modeling = pytest.mark.parametrize("source", MODELING, ids=lambda source: s
 
 
 def _part(name: str) -> str | None:
-    """The key of `ALLOWED` that a dotted name belongs to: the longest that it equals or lies under."""
-    fits = [key for key in ALLOWED if name == key or (key != "flexmoe" and name.startswith(key + "."))]
+    """The part that a dotted name belongs to: the longest that it equals or lies under."""
+    fits = [part for part in PARTS if name == part or (part != "flexmoe" and name.startswith(part + "."))]
     return max(fits, key=len, default=None)
 
 
-def _place(stem: str) -> tuple[int, int] | None:
-    """Where a file of modeling/ stands in `MODELING_LAYERS`: (layer, position in it)."""
-    for layer, names in enumerate(MODELING_LAYERS):
-        if stem.removesuffix("_flexmoe") in names:
-            return layer, names.index(stem.removesuffix("_flexmoe"))
-    return None
+def _place(stem: str) -> int | None:
+    """The position of a file of modeling/ in `MODELING_ORDER`."""
+    name = stem.removesuffix("_flexmoe")
+    return MODELING_ORDER.index(name) if name in MODELING_ORDER else None
 
 
 def test_top_level_folders_are_those_of_the_design() -> None:
     folders = {
-        path.name for path in ROOT.iterdir() if path.is_dir() and (path.name == ".ci" or path.name[0] not in "._")
+        path.name
+        for path in ROOT.iterdir()
+        if path.is_dir() and (path.name in (".ci", ".github") or path.name[0] not in "._")
     }
     assert folders - NOT_TRACKED <= TOP_LEVEL, "the top level is fixed: put new code into one of its folders"
 
@@ -241,17 +191,25 @@ def test_top_level_folders_are_those_of_the_design() -> None:
 @each_source
 def test_imports_of_the_library_point_one_way(source: Source) -> None:
     part = _part(source.name)
-    assert part, f"{source.name} has no place in ALLOWED: give it one"
+    assert part, f"{source.name} has no place in PARTS: give it one"
     for item in source.imports():
-        if item.module.startswith(".") or item.top not in ("flexmoe", "flexmoe_cli"):
+        if item.module.startswith(".") or item.top not in ("flexmoe", "flexmoe_cli") or item.for_types:
             continue
         # `from flexmoe import data` names the module in what is imported
         targets = [f"flexmoe.{name}" for name in item.names] if item.module == "flexmoe" else [item.module]
         for target in targets:
             target_part = _part(target) or "flexmoe"
-            assert target_part == part or target_part in ALLOWED[part], (
+            assert PARTS.index(target_part) <= PARTS.index(part), (
                 f"{source.path}:{item.line}: {source.name} must not import {target}"
             )
+
+
+def test_remote_code_is_small() -> None:
+    files = sorted(path for path in (ROOT / "modeling").glob("*.py") if path.name != "__init__.py")
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
+    assert len(files) <= MOST_FILES
+    assert lines <= MOST_LINES
+    assert [path.name for path in (ROOT / "modeling").iterdir() if path.is_dir()] in ([], ["__pycache__"])
 
 
 @each_modeling
@@ -262,25 +220,23 @@ def test_modeling_imports_only_what_travels_with_it(source: Source) -> None:
             # transformers copies a remote-code model's files by following exactly this form
             assert item.module.count(".") == 1, f"{where}: write `from .sibling import name`"
             assert len(item.module) > 1, f"{where}: write `from .sibling import name`"
-        elif item.top in OPTIONAL:
-            assert item.in_try, f"{where}: {item.top} is optional, import it in a try"
         else:
             assert item.top in MODELING_PACKAGES | set(sys.stdlib_module_names), f"{where}: not for modeling/"
 
 
 @each_modeling
-def test_modeling_imports_siblings_of_lower_layers(source: Source) -> None:
+def test_modeling_imports_siblings_that_come_before(source: Source) -> None:
     place = _place(source.path.stem)
-    assert place, f"{source.path.name} has no place in MODELING_LAYERS: give it one"
+    assert place is not None, f"{source.path.name} has no place in MODELING_ORDER: give it one"
     for item in source.imports():
         if item.module.startswith(".") and not item.for_types:
             sibling = _place(item.module[1:])
-            assert sibling, f"{source.path}:{item.line}: {item.module} has no place in MODELING_LAYERS"
-            assert sibling < place, f"{source.path}:{item.line}: {item.module} is above {source.path.stem}"
+            assert sibling is not None, f"{source.path}:{item.line}: {item.module} has no place in MODELING_ORDER"
+            assert sibling < place, f"{source.path}:{item.line}: {item.module} comes after {source.path.stem}"
 
 
 def test_transformers_finds_every_file_that_the_model_needs() -> None:
-    """What travels as remote code is what transformers' own walker reaches, by its pattern for a line of text."""
+    """The files that travel are those that transformers' own walker finds, which matches lines of text."""
     start = ROOT / "modeling" / "modeling_flexmoe.py"
     walked = {Path(path).name for path in get_relative_import_files(start)} | {start.name}
     imports = {
@@ -298,11 +254,11 @@ def test_transformers_finds_every_file_that_the_model_needs() -> None:
 
 @each_source
 def test_only_one_module_opens_connections(source: Source) -> None:
-    if source.path == ROOT / "modeling" / "hub_flexmoe.py":
+    if source.path == CLIENT:
         return
     for item in source.imports():
         assert item.top not in NETWORK or item.module in NOT_NETWORK or item.for_types, (
-            f"{source.path}:{item.line}: {item.module} is for modeling/hub_flexmoe.py"
+            f"{source.path}:{item.line}: {item.module} is for {CLIENT.relative_to(ROOT)}"
         )
 
 
@@ -349,5 +305,14 @@ def _public(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.Class
         ("if TYPE_CHECKING:\n    import a", Import("a", (), 2, False, False, True)),
     ],
 )
-def test_the_reader_sees_each_form_of_import(code: str, expected: Import) -> None:
+def test_each_form_of_import_is_found(code: str, expected: Import) -> None:
     assert Source("x", Path("x.py"), ast.parse(code)).imports() == [expected]
+
+
+def test_every_module_is_in_the_wheel() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = set(re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)[1]))
+    found = {
+        source.name if source.path.name == "__init__.py" else source.name.rpartition(".")[0] for source in SOURCES
+    }
+    assert found == declared

@@ -9,30 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from flexmoe.modeling.cards_flexmoe import register_card_renderer
-from flexmoe.modeling.configuration_flexmoe import ExpertPackageConfig, FlexMoeConfig
-from flexmoe.registration import LazyModelClass, full_card
+from flexmoe.modeling.configuration_flexmoe import EXPERTS_FORWARDS, ExpertPackageConfig, FlexMoeConfig
+from flexmoe.registration import LazyModelClass
 
 if TYPE_CHECKING:
-    from flexmoe.admission import Verdict, verify
-    from flexmoe.cards import write_card
-    from flexmoe.conversion.by_reference import compose_by_reference
+    from flexmoe.admission.verification import Verdict, verify
+    from flexmoe.card_files import write_card
+    from flexmoe.composition.edit import compose_by_reference, update_composition
     from flexmoe.conversion.compose import add, compose, remove
     from flexmoe.conversion.export import export
     from flexmoe.conversion.import_flex_olmo import import_flex_olmo
     from flexmoe.conversion.low_rank import compress, densify
-    from flexmoe.conversion.pins import update_composition
     from flexmoe.evaluation import evaluate
     from flexmoe.grafting import graft
-    from flexmoe.graphs import CapturedForward
+    from flexmoe.hub.publish import push
+    from flexmoe.hub.pull import pull
     from flexmoe.inspection import inspect
-    from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, track_usage
-    from flexmoe.modeling.trust_flexmoe import TrustPolicy
+    from flexmoe.kernels.graphs import CapturedForward
+    from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError
+    from flexmoe.packages.package import ExpertPackage
+    from flexmoe.packages.signing import keygen, sign
+    from flexmoe.packages.trust import TrustPolicy
     from flexmoe.peft import expert_lora_config
-    from flexmoe.planning import Plan, plan
-    from flexmoe.sharing import pull, push
-    from flexmoe.signing import keygen, sign
-    from flexmoe.training import TrainingSettings, train_expert
+    from flexmoe.planning.plan import Plan, plan
+    from flexmoe.training.experts import TrainingSettings, train_expert
+    from flexmoe.usage import track_usage
 
 __version__ = "0.1.0"
 
@@ -40,41 +41,44 @@ AutoConfig.register("flexmoe", FlexMoeConfig, exist_ok=True)
 AutoConfig.register("flexmoe_expert", ExpertPackageConfig, exist_ok=True)  # it says what an expert package is for
 AutoModel.register(FlexMoeConfig, LazyModelClass("FlexMoeModel"), exist_ok=True)
 AutoModelForCausalLM.register(FlexMoeConfig, LazyModelClass("FlexMoeForCausalLM"), exist_ok=True)
-register_card_renderer(full_card)
+EXPERTS_FORWARDS.register("auto", "flexmoe.implementations:auto_experts_forward")
+EXPERTS_FORWARDS.register("flexmoe_cpu", "flexmoe.cpu.forward:cpu_experts_forward")
+EXPERTS_FORWARDS.register("flexmoe_triton", "flexmoe.kernels.forward:triton_experts_forward")
+EXPERTS_FORWARDS.default = "auto"
 
 # Imported on first use: a config needs no model, and loading a model neither datasets nor a trainer.
 _LAZY = {
-    "ExpertPackage": "flexmoe.modeling",
+    "ExpertPackage": "flexmoe.packages.package",
     "FlexMoeForCausalLM": "flexmoe.modeling",
     "FlexMoeModel": "flexmoe.modeling",
     "UnsupportedAnchorError": "flexmoe.modeling",
-    "track_usage": "flexmoe.modeling",
-    "TrustPolicy": "flexmoe.modeling.trust_flexmoe",
-    "write_card": "flexmoe.cards",
+    "track_usage": "flexmoe.usage",
+    "TrustPolicy": "flexmoe.packages.trust",
+    "write_card": "flexmoe.card_files",
     "add": "flexmoe.conversion.compose",
     "compose": "flexmoe.conversion.compose",
-    "compose_by_reference": "flexmoe.conversion.by_reference",
+    "compose_by_reference": "flexmoe.composition.edit",
     "remove": "flexmoe.conversion.compose",
-    "update_composition": "flexmoe.conversion.pins",
+    "update_composition": "flexmoe.composition.edit",
     "export": "flexmoe.conversion.export",
     "import_flex_olmo": "flexmoe.conversion.import_flex_olmo",
     "compress": "flexmoe.conversion.low_rank",
     "densify": "flexmoe.conversion.low_rank",
     "evaluate": "flexmoe.evaluation",
     "graft": "flexmoe.grafting",
-    "CapturedForward": "flexmoe.graphs",
+    "CapturedForward": "flexmoe.kernels.graphs",
     "inspect": "flexmoe.inspection",
     "expert_lora_config": "flexmoe.peft",
-    "Plan": "flexmoe.planning",
-    "plan": "flexmoe.planning",
-    "keygen": "flexmoe.signing",
-    "pull": "flexmoe.sharing",
-    "push": "flexmoe.sharing",
-    "sign": "flexmoe.signing",
-    "TrainingSettings": "flexmoe.training",
-    "train_expert": "flexmoe.training",
-    "Verdict": "flexmoe.admission",
-    "verify": "flexmoe.admission",
+    "Plan": "flexmoe.planning.plan",
+    "plan": "flexmoe.planning.plan",
+    "keygen": "flexmoe.packages.signing",
+    "pull": "flexmoe.hub.pull",
+    "push": "flexmoe.hub.publish",
+    "sign": "flexmoe.packages.signing",
+    "TrainingSettings": "flexmoe.training.experts",
+    "train_expert": "flexmoe.training.experts",
+    "Verdict": "flexmoe.admission.verification",
+    "verify": "flexmoe.admission.verification",
 }
 
 

@@ -1,9 +1,9 @@
-"""Text in, token sequences out: reading documents, splitting them, packing them.
+"""Text files to token sequences: reading documents, splitting them into training and validation, packing them.
 
 Shapes: N sequences, L tokens of each.
 
-The text stays where it is: files are streamed through `datasets`, so no copy lands in a cache folder, and nothing here
-opens a connection. What this module does NOT cover: which text a run mixes (`flexmoe.training`), text on the Hub, and
+Files are streamed through `datasets`, so no copy of the text is left in a cache folder, and nothing here opens a
+network connection. Does not cover the mix of texts in training (`flexmoe.training.experts`), text on the Hub, or
 corpora larger than memory.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LONGEST_SEQUENCE = 1024
-"""Tokens per sequence unless somebody says otherwise or the model takes fewer."""
+"""Default number of tokens per sequence, unless the model's limit is lower."""
 
 END_OF_DOCUMENT = "<|endofdocument|>"
 TEXT_SUFFIXES = (".txt", ".md")
@@ -32,26 +32,28 @@ TABLE_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # f
 
 
 def read_documents(files: Sequence[str | Path], *, column: str = "text") -> list[str]:
-    """All documents of some files, in the order given; documents of white space only are left out, nulls an error.
+    """All documents of some files, in order; documents of whitespace only are left out.
 
-    `.txt` and `.md`: the whole file is one document, unless lines that hold only `<|endofdocument|>` separate several.
-    `.jsonl`, `.json`, `.parquet`: one document per row, taken from `column`.
+    `.txt` and `.md`: a file is one document, unless lines that contain only `<|endofdocument|>` separate several.
+    `.jsonl`, `.json`, `.parquet`: one document per row, in `column`.
 
-    Raises: FileNotFoundError; TypeError (a value of `column` is no string); ValueError (no file given, a kind of file
-    that is not known, one that can't be parsed, a missing column, a row without a value in it, no document in all of
-    the files).
+    Raises:
+        FileNotFoundError: a file is missing.
+        TypeError: `files` is one path instead of a list, or a value of `column` is not a string.
+        ValueError: no files, an unknown file type, a file that cannot be parsed, a missing column, a row without text,
+            or no document in all of the files.
     """
     paths = data_paths(files)
     documents = [document for path in paths for document in _documents_of(path, column) if document.strip()]
     if not documents:
-        raise ValueError(f"{_listed(paths)}: no text in there. An empty data set can't be used; give files with text.")
+        raise ValueError(f"{_listed(paths)}: no text found. An empty data set cannot be used; give files with text.")
     return documents
 
 
 def data_paths(files: Sequence[str | Path]) -> list[Path]:
-    """The paths in a list of data files. Raises: TypeError (one path in place of a list), ValueError (none)."""
+    """The paths in a list of data files. TypeError: one path instead of a list; ValueError: an empty list."""
     if isinstance(files, str | Path):
-        raise TypeError(f"files: one path ({str(files)!r}), want a list of them. Write [{str(files)!r}].")
+        raise TypeError(f"files: one path ({str(files)!r}), expected a list of them. Write [{str(files)!r}].")
     paths = [Path(file) for file in files]
     if not paths:
         raise ValueError("No data files. Give at least one .txt, .md, .jsonl, .json or .parquet file.")
@@ -59,15 +61,22 @@ def data_paths(files: Sequence[str | Path]) -> list[Path]:
 
 
 def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> list[str]:
-    """The public text that a graft keeps beside its model. `record` is the config's `public_sample`.
+    """The documents of the public sample that a graft stores with its model; the parsed bytes are those hashed.
 
-    The bytes that are hashed are the bytes that are parsed. Raises: ValueError (the model has no sample, the record
-    names a file elsewhere, or the file is not the one that was grafted), FileNotFoundError.
+    Args:
+        folder: the model's.
+        record: the config's `public_sample`.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the model has no sample, the record names a file elsewhere, or the file has changed.
     """
     if not record:
-        raise ValueError(f"{folder} keeps no public sample. Graft it with --public-data, or give --public-data here.")
+        raise ValueError(
+            f"No public sample is stored with {folder}. Graft it with --public-data, or give --public-data here."
+        )
     name = record["file"]
-    # the record may be a stranger's: it must not choose which file of this machine is read
+    # the record is untrusted: it must not choose which file of this machine is read
     if not isinstance(name, str) or name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
         raise ValueError(f"{folder}: the config's public_sample names {name!r}, which is not a plain file name.")
     path = Path(folder) / name
@@ -78,36 +87,41 @@ def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> 
     if found != record["sha256"]:
         raise ValueError(
             f"{path} has sha256 {found}, but the model was grafted with {record['sha256']}: the file was changed. "
-            "Restore it, or give --public-data to say which public text you want."
+            "Restore it, or choose other public text with --public-data."
         )
     return [json.loads(line)["text"] for line in content.split(b"\n") if line]
 
 
 def split_documents(documents: Sequence[str], validation_fraction: float, seed: int) -> tuple[list[str], list[str]]:
-    """(training, validation) documents; every copy of a document goes to the same side.
+    """(training, validation) documents; all copies of a document are on the same side.
 
-    The side depends on the seed and on the set of texts, not on their order. A fraction f of n distinct documents puts
-    ceil(f n) into validation, and always leaves one for training. Raises: ValueError.
+    The split depends on the seed and on the set of texts, not on their order. Of n distinct documents, ceil(f n) are
+    for validation at a fraction f, but at least one remains for training.
+
+    Raises:
+        ValueError: the fraction is out of range, or there are fewer than two distinct documents to split.
     """
     if not 0 <= validation_fraction < 1:
-        raise ValueError(f"validation_fraction={validation_fraction}: must be at least 0 and less than 1.")
+        raise ValueError(f"validation_fraction={validation_fraction}: must be at least 0 and below 1.")
     distinct = sorted(set(documents), key=lambda document: _order(document, seed))
     if validation_fraction > 0 and len(distinct) < 2:
         raise ValueError(
-            f"{len(distinct)} distinct document(s): can't hold one back for validation. Give more files, separate the "
-            f"documents of a text file by lines of {END_OF_DOCUMENT!r}, or set validation_fraction=0."
+            f"{len(distinct)} distinct document(s): too few to hold one out for validation. Give more files, separate "
+            f"the documents of a text file by lines of {END_OF_DOCUMENT!r}, or set validation_fraction=0."
         )
-    held = set(distinct[: min(ceil(validation_fraction * len(distinct)), len(distinct) - 1)])
-    training = [document for document in documents if document not in held]
-    validation = [document for document in documents if document in held]
+    held_out = set(distinct[: min(ceil(validation_fraction * len(distinct)), len(distinct) - 1)])
+    training = [document for document in documents if document not in held_out]
+    validation = [document for document in documents if document in held_out]
     return training, validation
 
 
 def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> torch.Tensor:
-    """Tokens of all documents in a row, an end-of-sequence token after each, cut into int64 [N, L].
+    """The tokens of all documents, each followed by an end-of-sequence token, as sequences int64 [N, L].
 
-    A remainder shorter than L is dropped. Raises: ValueError (the tokenizer has no `eos_token`; less text than one
-    sequence).
+    A remainder shorter than L is dropped.
+
+    Raises:
+        ValueError: the tokenizer has no `eos_token`, or there is less text than one sequence.
     """
     if sequence_length < 2:
         raise ValueError(f"sequence_length={sequence_length}: must be at least 2 (a token and the next one).")
@@ -115,7 +129,7 @@ def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequence_
         raise ValueError("The tokenizer has no eos_token to put between documents. Set tokenizer.eos_token.")
     tokens = array("q")
     for batch in _batches(documents, 1000):
-        # verbose=False: "longer than the maximum" is no concern here, the stream is cut afterwards
+        # verbose=False: no warning about long documents, which are split afterwards
         for ids in tokenizer(batch, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]:
             tokens.extend(ids)
             tokens.append(tokenizer.eos_token_id)
@@ -155,36 +169,36 @@ def _text_documents(path: Path) -> Iterator[str]:
 
 
 def _table_documents(path: Path, column: str) -> Iterator[str]:
-    if path.stat().st_size == 0:  # `datasets` would say that it found no schema
+    if path.stat().st_size == 0:  # `datasets` would complain about a missing schema
         return
     row = 0
     for batch in _table_batches(path):
         if column not in batch:
             raise ValueError(
-                f"{path}: no column {column!r}. Its columns: {', '.join(batch)}. Say which with text_column."
+                f"{path}: no column {column!r}. Its columns: {', '.join(batch)}. Choose one with text_column."
             )
         for value in batch[column]:
             row += 1
             if value is None:
                 raise ValueError(
-                    f"{path}: row {row} has no text in column {column!r}. Give it some, or leave the row out."
+                    f"{path}: row {row} has no text in column {column!r}. Add text, or leave the row out."
                 )
             if not isinstance(value, str):
-                raise TypeError(f"{path}: column {column!r} holds {type(value).__name__} values, want text.")
+                raise TypeError(f"{path}: column {column!r} holds {type(value).__name__} values, expected text.")
             yield value
 
 
 def _table_batches(path: Path) -> Iterator[dict[str, list[Any]]]:
     """Rows, up to 1000 at a time, as {column: values}."""
-    from datasets import load_dataset  # seconds to import; --help must not pay for it
+    from datasets import load_dataset  # seconds to import; must not slow down --help
 
     try:
-        # streaming: otherwise `datasets` copies the owner's text into its cache folder and leaves it there
-        files = glob.escape(str(path))  # `datasets` takes patterns
+        # streaming: otherwise `datasets` would leave a copy of the owner's text in its cache folder
+        files = glob.escape(str(path))  # `datasets` expands patterns
         rows = load_dataset(TABLE_BUILDERS[path.suffix], data_files=files, split="train", streaming=True)
         yield from rows.iter(batch_size=1000)
-    except Exception as error:  # each builder raises its parser's own kinds
-        raise ValueError(f"{path}: can't be read as {path.suffix[1:]} ({error}).") from error
+    except Exception as error:  # each builder raises its parser's own exceptions
+        raise ValueError(f"{path}: cannot be read as {path.suffix[1:]} ({error}).") from error
 
 
 def _order(document: str, seed: int) -> bytes:

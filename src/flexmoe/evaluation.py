@@ -1,9 +1,9 @@
-"""How well a model predicts text: token-level loss and perplexity, per domain.
+"""Evaluation of language models on text: loss per token and perplexity, per domain.
 
 Shapes: N sequences, L tokens of each, V vocabulary.
 
-Works for a FlexMoE model and for a plain dense one, so that an anchor can be scored beside what was built on it. Does
-NOT cover tasks with answers (use lm-evaluation-harness), nor which expert a token went to (`flexmoe.track_usage`).
+Works for FlexMoE and dense models, so an anchor can be compared with models built on it. Does not cover tasks with
+answers (use lm-evaluation-harness), or expert usage (`flexmoe.track_usage`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TOKEN_LOSS = Path(__file__).parent / "metrics" / "token_loss.py"
-"""The `evaluate` module that sums up; loaded by path, so that scoring needs no network."""
+"""The `evaluate` module that aggregates losses; loaded by path, so no network is needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainScore:
-    """A domain's score: `loss` in nats per token, `perplexity` = e ** loss, and how much text it covers."""
+    """The score on a domain: `loss` in nats per token, `perplexity` = e ** loss, and the amount of text."""
 
     loss: float
     perplexity: float
@@ -53,23 +53,34 @@ def evaluate(
 ) -> dict[str, DomainScore]:
     """Scores a model on the text of each domain.
 
-    Every token of a domain is predicted exactly once, but for the very first: documents are joined by the tokenizer's
-    end-of-sequence token and cut into sequences that overlap by the one token that the next begins from.
+    Every token of a domain but the very first is predicted exactly once: documents are joined by the tokenizer's
+    end-of-sequence token and split into sequences that overlap by one token.
 
     Args:
-        model: a folder, a Hub id, or a loaded model, which stays on its device; others go to a GPU if there is one.
+        model: a folder, a Hub id, or a loaded model, which stays on its device; others use a GPU if there is one.
         data: files per domain: .txt, .md, .jsonl, .json, .parquet.
-        tokenizer: needed with a loaded model that has none beside its weights.
-        experts: only these take part, "public" among them if wanted; None is the model's active set.
-        num_experts_per_tok: k of the top-k; None is the model's own.
-        sequence_length: tokens seen at once; None is `LONGEST_SEQUENCE`, or the model's limit if that is less.
+        tokenizer: needed for a loaded model without a tokenizer in its folder.
+        experts: the only active experts, including "public" if wanted; None: the model's active experts.
+        num_experts_per_tok: k of the top-k; None: the model's.
+        sequence_length: tokens per sequence; None: `LONGEST_SEQUENCE`, or the model's limit if that is less.
+        batch_size: sequences per forward pass.
+        text_column: column of tabular data.
 
     Raises:
-        ValueError: no domain, no text in one, nothing to predict, a loss that is not a number, `experts` or
-            `num_experts_per_tok` for a dense model, an argument out of range. FileNotFoundError: a missing file.
+        FileNotFoundError: a file is missing.
+        ValueError: no domain, no text in one, nothing to predict, a loss that is NaN, `experts` or
+            `num_experts_per_tok` for a dense model, or an argument out of range.
+
+    Example:
+        ```pycon
+        >>> import flexmoe
+        >>> scores = flexmoe.evaluate("model", {"math": ["problems.txt"]}, experts=["public", "math"])
+        >>> sorted(scores["math"].to_dict())
+        ['documents', 'loss', 'perplexity', 'tokens']
+        ```
     """
     if not data:
-        raise ValueError("No domain to evaluate. Give at least one name with its files.")
+        raise ValueError("No domain to evaluate: give at least one name with its files.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1.")
     documents = {name: read_documents(files, column=text_column) for name, files in data.items()}
@@ -91,10 +102,10 @@ def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: in
     """The loss of each token but the first of each sequence.
 
     Args:
-        model: any causal language model; it is scored in evaluation mode and left in the mode it was in.
+        model: any causal language model; it is evaluated in eval mode, which is then restored.
         input_ids: int64 [N, L], L at least 2, without padding.
         batch_size: sequences per forward pass.
-        forward: more arguments of the model's forward, the same for each pass (`num_experts_per_tok=2`).
+        forward: further arguments of the model's forward (`num_experts_per_tok=2`).
 
     Returns:
         float32 [N, L - 1] on the CPU, in nats; column i belongs to token i + 1.
@@ -115,7 +126,7 @@ def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: in
 
 def _batch_losses(model: PreTrainedModel, ids_NL: torch.Tensor, forward: dict[str, Any]) -> torch.Tensor:
     logits_NLV = model(input_ids=ids_NL, use_cache=False, **forward).logits
-    # One sequence at a time: in float32 the logits of a whole batch would take more memory than the model's pass did.
+    # One sequence at a time: the float32 logits of a batch would need more memory than the forward pass.
     rows = [
         F.cross_entropy(logits_LV[:-1].float(), ids_L[1:], reduction="none")
         for logits_LV, ids_L in zip(logits_NLV, ids_NL, strict=True)
@@ -140,8 +151,8 @@ def _score(
             losses = token_losses(model, ids, batch_size, **forward)
             if not losses.isfinite().all():
                 raise ValueError(
-                    f"The model's loss on {name!r} is not finite: its weights, or the dtype it runs in, "
-                    "can't be trusted. `flexmoe inspect` shows row norms; leaving experts out finds the one at fault."
+                    f"The model's loss on {name!r} is not finite: its weights or its dtype are at fault. `flexmoe "
+                    "inspect` shows row norms; evaluating with --expert finds the expert that causes it."
                 )
             metric.add_batch(predictions=list((-losses).numpy()))
     result = metric.compute()
@@ -149,15 +160,15 @@ def _score(
 
 
 def _stream(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    # In pairs, so that nothing but perhaps the last end-of-sequence token is cut off.
+    # In pairs, so at most the last end-of-sequence token is dropped.
     return pack(documents, tokenizer, 2).flatten()
 
 
 def _windows(stream: torch.Tensor, length: int) -> list[torch.Tensor]:
-    """The stream as sequences that overlap by one token: [N, length], then the rest as [1, shorter]."""
-    whole = (len(stream) - 1) // (length - 1)
-    windows = [stream.unfold(0, length, length - 1)] if whole else []
-    rest = stream[whole * (length - 1) :]
+    """The stream as sequences that overlap by one token: [N, length], and the remainder as [1, shorter]."""
+    complete = (len(stream) - 1) // (length - 1)
+    windows = [stream.unfold(0, length, length - 1)] if complete else []
+    rest = stream[complete * (length - 1) :]
     return [*windows, rest[None]] if len(rest) > 1 else windows
 
 
@@ -166,7 +177,7 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from flexmoe.modeling.hub_flexmoe import resolve_folder
+    from flexmoe.hub.client import resolve_folder
 
     folder = resolve_folder(source).path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
@@ -182,13 +193,13 @@ def _tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model.name_or_path)
 
 
-def _sequence_length(model: PreTrainedModel, asked: int | None) -> int:
+def _sequence_length(model: PreTrainedModel, given: int | None) -> int:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # None: ALiBi, state space ...
-    if asked is None:
+    if given is None:
         return min(LONGEST_SEQUENCE, limit or LONGEST_SEQUENCE)
-    if asked < 2 or (limit is not None and asked > limit):
-        raise ValueError(f"sequence_length={asked}: this model takes from 2 to {limit or 'any number of'} tokens.")
-    return asked
+    if given < 2 or (limit is not None and given > limit):
+        raise ValueError(f"sequence_length={given}: this model takes from 2 to {limit or 'any number of'} tokens.")
+    return given
 
 
 def _forward_arguments(
@@ -196,7 +207,7 @@ def _forward_arguments(
 ) -> dict[str, Any]:
     if model.config.model_type != "flexmoe" and not (experts is None and num_experts_per_tok is None):
         raise ValueError(
-            f"This is a dense {model.config.model_type} model: it has no experts to choose from. "
+            f"This is a dense {model.config.model_type} model without experts. "
             "Leave out experts and num_experts_per_tok, or give a FlexMoE model."
         )
     return {} if num_experts_per_tok is None else {"num_experts_per_tok": num_experts_per_tok}

@@ -1,9 +1,10 @@
-"""`flexmoe.graft`: a dense model becomes a FlexMoE, with fine-tunes as experts and rows made of text or of prompts.
+"""`flexmoe.graft`: a dense model becomes a FlexMoE model, with fine-tunes as experts and rows from text or prompts.
 
-Rows are made of data (`expert_rows`) or as a recipe of mergekit-moe says (`recipes`), once everything else has been
-checked and before anything is written. Without either no model is loaded.
+Rows are fitted on text (`flexmoe.routers.text_rows`) or made from the prompts of a mergekit-moe recipe
+(`flexmoe.recipes`), after all other checks and before anything is written. Without either, no model is loaded.
 
-Not here: the streaming of the weights (`flexmoe.conversion.graft`), what rows are.
+Does not cover the streaming of the weights (`flexmoe.conversion.graft`) or the methods for rows
+(`flexmoe.routers.rows`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from flexmoe.conversion.fine_tunes import Shared
 from flexmoe.conversion.graft import graft as graft_files
 from flexmoe.conversion.router_tensors import RowMaker
 from flexmoe.data import data_paths, read_documents
-from flexmoe.expert_rows import TextRows
-from flexmoe.modeling.folders_flexmoe import check_apart, check_new_folder
-from flexmoe.modeling.hub_flexmoe import ResolvedFolder, resolve_folder
-from flexmoe.modeling.tensor_writer_flexmoe import MAX_SHARD_SIZE
+from flexmoe.hub.client import ResolvedFolder, resolve_folder
+from flexmoe.io.folders import check_apart, check_new_folder
+from flexmoe.io.writer import MAX_SHARD_SIZE
 from flexmoe.recipes import Recipe, RecipeRows, read_recipe
-from flexmoe.router_rows import row_method
+from flexmoe.routers.rows import row_method
+from flexmoe.routers.text_rows import TextRows
 
-ROUTER, ROUTER_TOKENS = "log_odds", 40_000  # how rows are made of router data unless somebody says otherwise
+ROUTER, ROUTER_TOKENS = "log_odds", 40_000  # defaults for rows fitted on router data
 
 
 def graft(
@@ -52,44 +53,54 @@ def graft(
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Path:
-    """Writes the dense causal LM `anchor` as a FlexMoE: its feed-forward networks are the expert "public".
+    """Writes the dense causal LM `anchor` as a FlexMoE model whose expert "public" is the anchor's own FFNs.
 
-    Without `experts` the result computes exactly what the anchor computes. It appears whole or not at all. Returns its
-    folder.
+    Without `experts`, the result computes exactly what the anchor computes. The output folder appears only once it is
+    complete. Returns it.
 
     Args:
-        anchor: a folder with a safetensors checkpoint, or a Hub id; None with a recipe, whose base_model it is.
-        experts: dense fine-tunes of the anchor, {name: folder or Hub id}, whose networks become experts of these
-            names. Those without router data have rows of zero, by which they weigh as much as public.
-        recipe: a YAML file of mergekit-moe (see `flexmoe.recipes`). It says what the anchor, the experts, their rows
-            and k are; the k weights are divided by their sum, and what is shared is the anchor's. What of it does not
-            matter here is named in a warning.
-        router_data: {expert: files} of prompts or documents (see `read_documents`) that should reach it. Its rows are
-            fitted to tell their hidden states in the frozen anchor from those of the public sample.
-        router: how, a name in `ROUTER_ROWS`. All but "random" need `public_data`.
-        router_bias: fit a bias too.
-        router_tokens: of each side that are looked at, at most.
+        anchor: a folder with a safetensors checkpoint, or a Hub id; None with a recipe, which names it as base_model.
+        out: the folder to write.
+        experts: {name: folder or Hub id} of dense fine-tunes or LoRA adapters of the anchor that become experts.
+            Experts without router data have rows of zero, so their weight equals public's.
+        recipe: a YAML file of mergekit-moe (see `flexmoe.recipes`), which defines the anchor, the experts, their rows
+            and k. Weights are normalised, and shared tensors are the anchor's. Entries without effect are warned of.
+        router_data: {expert: files} of prompts or documents (see `read_documents`) that should be routed to it. Its
+            rows are fitted to separate their hidden states in the frozen anchor from those of the public sample.
+        router: the method, a name in `ROUTER_ROWS`. All but "random" need `public_data`.
+        router_bias: fit a bias, too.
+        router_tokens: the maximum number of tokens of each side.
         embedder: a sentence-transformers model, for router="embedding".
-        shared: what is taken where fine-tunes differ from the anchor outside of their networks: "anchor", its own;
-            "average", the mean of the anchor and all fine-tunes. None: they must not differ. Rows are fitted on the
-            anchor as it is stored.
+        shared: which tensors are used if fine-tunes differ from the anchor outside of their FFNs: "anchor" (its own)
+            or "average" (the mean of the anchor and all fine-tunes). None: they must not differ. Rows are fitted on
+            the anchor as it is stored.
         revision, token: of the Hub repository.
-        public_data: files of public text; a sample of whole documents, at most `public_sample_bytes` in all, is kept
-            beside the model (`public_sample.jsonl`), as what every owner means by "not mine".
+        public_data: files of public text. A sample of complete documents, at most `public_sample_bytes` in all, is
+            stored with the model (`public_sample.jsonl`): every owner's rows are fitted against it.
         text_column: column of tabular data, public and the experts'.
-        seed: which documents the sample holds; what is drawn for rows.
-        norm_topk_prob: divide the chosen experts' weights by their sum; None lets the anchor's block decide.
-        num_experts_per_tok: k of the top-k; None is the configuration's default.
+        seed: of the choice of the sample and of random choices for rows.
+        norm_topk_prob: divide the chosen experts' weights by their sum; None: decided by the anchor's block.
+        num_experts_per_tok: k of the top-k; None: the default of the configuration.
         fingerprint: hash the anchor's tensors on the way. Without it, packages cannot be checked against this anchor.
         max_shard_size: bytes per weight file.
+        overwrite: replace an existing `out`.
         progress: called with the number of bytes just written.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: no such model (see `resolve_folder`) or file.
-        TypeError, ValueError: the recipe cannot be made (see `read_recipe`) or is given beside what it says; router
-            data for what is not grafted, or without public text; ways to make rows, but no router data; whatever
-            `flexmoe.conversion.graft` refuses.
+        TypeError, ValueError: the recipe is invalid (see `read_recipe`) or given together with arguments that it
+            defines; router data for an expert that is not grafted, or without public text; options for rows without
+            router data; or as `flexmoe.conversion.graft.graft`.
+
+    Example:
+        ```pycon
+        >>> import flexmoe
+        >>> folder = flexmoe.graft("anchor", "new-graft", public_data=["public.txt"])
+        >>> folder = flexmoe.graft("anchor", "moe", experts={"math": "math-tuned"})  # a dense fine-tune as an expert
+        >>> [expert["name"] for expert in flexmoe.inspect(folder)["experts"]]
+        ['public', 'math']
+        ```
     """
     target = check_new_folder(out, overwrite)
     options: dict[str, Any] = {
@@ -99,7 +110,7 @@ def graft(
         "num_experts_per_tok": num_experts_per_tok,
     }
     if recipe is not None:
-        _check_only_the_recipe(anchor=anchor, experts=experts, router_data=router_data, **options)
+        _check_no_conflict(anchor=anchor, experts=experts, router_data=router_data, **options)
         check_apart(target, recipe)
     given: Mapping[str, str | Path | ResolvedFolder] = experts or {}
     make_rows: RowMaker | None = _text_rows(
@@ -119,9 +130,9 @@ def graft(
         for note in read.notes:
             warnings.warn(note, stacklevel=2)
         anchor, given, make_rows = read.base.path, _resolved(read, token), RecipeRows(read, seed)
-        options = _as_the_recipe_says(read)
+        options = _recipe_options(read)
     if anchor is None:
-        raise ValueError("Neither an anchor nor a recipe: give a dense model, or --recipe FILE (recipe=...).")
+        raise ValueError("Neither an anchor nor a recipe is given: give a dense model, or --recipe FILE (recipe=...).")
     return graft_files(
         anchor,
         target,
@@ -140,11 +151,11 @@ def graft(
     )
 
 
-def _check_only_the_recipe(**asked: Any) -> None:
-    if others := [name for name, value in asked.items() if value is not None and value != {}]:
+def _check_no_conflict(**given: Any) -> None:
+    if others := [name for name, value in given.items() if value is not None and value != {}]:
         raise ValueError(
-            f"A recipe says what is grafted and how, and {', '.join(others)} would say it too: leave one of them out, "
-            "or write it into the recipe."
+            f"A recipe defines what is grafted and how, so it conflicts with {', '.join(others)}: leave one of them "
+            "out, or write it into the recipe."
         )
 
 
@@ -155,7 +166,7 @@ def _resolved(recipe: Recipe, token: str | bool | None) -> dict[str, ResolvedFol
     }
 
 
-def _as_the_recipe_says(recipe: Recipe) -> dict[str, Any]:
+def _recipe_options(recipe: Recipe) -> dict[str, Any]:
     return {
         "revision": recipe.base.revision,
         "shared": "anchor",
@@ -178,26 +189,26 @@ def _text_rows(
     embedder: str | None,
     seed: int,
 ) -> TextRows | None:
-    """What makes rows of the experts' text; None if there is none. ValueError: what is asked for makes no sense."""
+    """The row maker for the experts' text; None if there is none. ValueError: the arguments are inconsistent."""
     if not router_data:
         if (router, bias, tokens, embedder) != (ROUTER, False, ROUTER_TOKENS, None):
             raise ValueError(
-                "--router, --router-bias, --router-tokens and --embedder say how rows are made of router data, and "
-                "there is none: give --router-data NAME=FILE (router_data=...), or leave them out."
+                "--router, --router-bias, --router-tokens and --embedder apply to router data, but there is none: "
+                "give --router-data NAME=FILE (router_data=...), or leave them out."
             )
         return None
     method = row_method(router)
-    if strangers := [name for name in router_data if name not in experts]:
-        there = f"the experts are {', '.join(experts)}" if experts else "no expert is given"
+    if unknown := [name for name in router_data if name not in experts]:
+        known = f"the experts are {', '.join(experts)}" if experts else "no expert is given"
         raise ValueError(
-            f"Router data for {', '.join(strangers)}, which is not grafted; {there}. Graft it: --expert NAME=FOLDER."
+            f"Router data for {', '.join(unknown)}, which is not grafted; {known}. Graft it: --expert NAME=FOLDER."
         )
     if tokens < 1:
-        raise ValueError(f"router_tokens={tokens}: must be more than 0.")
+        raise ValueError(f"router_tokens={tokens}: must be above 0.")
     if method.needs != "nothing" and not has_public:
         raise ValueError(
-            f"router={router!r} sets each expert's text against public text, and there is none: give --public-data "
-            "FILES (public_data=...), of which a sample is kept beside the model, too."
+            f"router={router!r} needs public text to compare each expert's text with, and there is none: give "
+            "--public-data FILES (public_data=...); a sample of it is also stored with the model."
         )
     for files in router_data.values():
         check_apart(target, *data_paths(files))

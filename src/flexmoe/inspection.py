@@ -1,8 +1,8 @@
-"""What is in a FlexMoE model or expert package folder, without loading it.
+"""Inspection of a folder with a FlexMoE model, a composition or an expert package, without loading the weights.
 
 Reads the configuration, the headers of the weight files and the router rows: kilobytes, whatever the model's size.
-Does NOT verify anything (a package's hashes are checked when it is added, by `flexmoe.modeling.packages_flexmoe`), and
-does not look on the Hub.
+Does not verify hashes (a package is verified when it is added, by `flexmoe.packages.package`), and does not access the
+Hub.
 """
 
 from __future__ import annotations
@@ -15,41 +15,50 @@ from typing import Any
 
 import torch
 
-from flexmoe.modeling.composition_flexmoe import Composition
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
-from flexmoe.modeling.implementations_flexmoe import MODULES, OPERATORS, LayerPath
-from flexmoe.modeling.json_flexmoe import read_json_object
-from flexmoe.modeling.manifest_flexmoe import MANIFEST_FILE
-from flexmoe.modeling.packages_flexmoe import ExpertPackage
-from flexmoe.modeling.tensors_flexmoe import CheckpointFolder, TensorInfo
+from flexmoe.composition.format import Composition
+from flexmoe.io.strict_json import read_json_object
+from flexmoe.io.tensors import CheckpointFolder, TensorInfo
+from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.packages.manifest import MANIFEST_FILE
+from flexmoe.packages.package import ExpertPackage
 
 MODEL_FILE = "config.json"
 
-# A model's tensors name their expert, "anchor.model.layers.3.mlp.router.math.weight"; a package has but one, and its
-# tensors don't: "layers.3.router.weight". Names hold no dot.
+# A model's tensors name their expert, "anchor.model.layers.3.mlp.router.math.weight"; those of a package, which has
+# one expert, do not: "layers.3.router.weight". Expert names contain no dot.
 _EXPERT_TENSOR = re.compile(r"(?P<block>.+)\.(?:experts|router)\.(?P<expert>[a-z][a-z0-9_-]*)\..+")
 _ROW_TENSOR = re.compile(r"(?P<block>.+)\.router\.(?:(?P<expert>[a-z][a-z0-9_-]*)\.)?(?P<part>weight|bias)")
 
 
-def inspect(path: str | Path, device: str | None = None) -> dict[str, Any]:
-    """What is in the folder.
+def inspect(path: str | Path, device: str | None = None, experts_implementation: str | None = None) -> dict[str, Any]:
+    """Describes the contents of a folder.
 
     Args:
         path: the folder.
-        device: "cpu" or "cuda", to be told which way inference takes through each layer there; None does not ask.
+        device: "cpu" or "cuda", to include the implementation of each layer on that device; None leaves it out.
+        experts_implementation: as in `from_pretrained`; None: the default, "auto".
 
     Returns:
-        `kind` ("model", "composition" or "package"), `path`, `anchor` (its record), `layers` (how many have experts),
-        `parameters`, `bytes`, and `experts`, a list in the model's order (one entry for a package) with `name`,
-        `kind`, `active`, `parameters`, `bytes`, `row_norms` and `biases` (one per layer), `rank`, `alpha`, `version`,
-        `license`, `data_statement`, `training`, `source`; None where nothing is recorded. A model has also
-        `model_type`, `num_experts_per_tok`, `norm_topk_prob`, `public_prior` (None where layers differ),
+        A dictionary with `kind` ("model", "composition" or "package"), `path`, `anchor` (its record), `layers` (the
+        number with experts), `parameters`, `bytes`, and `experts`, a list in the model's order (one entry for a
+        package) with `name`, `kind`, `active`, `parameters`, `bytes`, `row_norms` and `biases` (one per layer),
+        `rank`, `alpha`, `version`, `license`, `data_statement`, `training`, `source`; None if nothing is recorded. A
+        model also has `model_type`, `num_experts_per_tok`, `norm_topk_prob`, `public_prior` (None if layers differ),
         `public_sample`, and with a `device`, `paths`: for each layer `layer`, `implementation` ("torch", "triton") and
-        `reason`. A composition holds no weights, so their figures are None; `source` says where a part is.
+        `reason`. For a composition, which holds no weights, figures of weights are None, and `source` is the reference
+        to a part.
 
     Raises:
         FileNotFoundError: no such folder, or neither a model nor a package in it.
         ValueError: a dense model, or files that contradict each other.
+
+    Example:
+        ```pycon
+        >>> import flexmoe
+        >>> found = flexmoe.inspect("math-expert")
+        >>> found["kind"], found["experts"][0]["license"]
+        ('package', 'cc-by-4.0')
+        ```
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
@@ -58,9 +67,9 @@ def inspect(path: str | Path, device: str | None = None) -> dict[str, Any]:
         return _inspect_package(folder)
     if (folder / MODEL_FILE).is_file():
         found = _inspect_model(folder)
-        return found if device is None else {**found, "paths": _paths(folder, device)}
+        return found if device is None else {**found, "paths": _paths(folder, device, experts_implementation)}
     raise FileNotFoundError(
-        f"{folder} holds neither {MODEL_FILE} (a model) nor {MANIFEST_FILE} (an expert package). Give one that does."
+        f"{folder} contains neither {MODEL_FILE} (a model) nor {MANIFEST_FILE} (an expert package)."
     )
 
 
@@ -68,7 +77,7 @@ def _inspect_model(folder: Path) -> dict[str, Any]:
     model_type = read_json_object(folder / MODEL_FILE).get("model_type")
     if model_type != FlexMoeConfig.model_type:
         raise ValueError(
-            f"{folder} is a {model_type} model, not a FlexMoE one. Make it one: flexmoe graft {folder} --out FOLDER"
+            f"{folder} is a {model_type} model, not a FlexMoE model. Graft it: flexmoe graft {folder} --out FOLDER"
         )
     config = FlexMoeConfig.from_pretrained(folder)
     if config.composition is not None:
@@ -99,22 +108,23 @@ def _inspect_model(folder: Path) -> dict[str, Any]:
     }
 
 
-def _paths(folder: Path, device: str) -> list[dict[str, Any]]:
-    """The way of a model like this one, which is built without weights."""
+def _paths(folder: Path, device: str, experts_implementation: str | None) -> list[dict[str, Any]]:
+    """The implementation of each layer, found with a model on the meta device."""
     from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 
     config: Any = FlexMoeConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = FlexMoeForCausalLM(config).eval().to(config.dtype or torch.get_default_dtype())
+    if experts_implementation is not None:
+        model.set_experts_implementation(experts_implementation)
     capability = torch.cuda.get_device_capability() if device == "cuda" and torch.cuda.is_available() else None
-    paths = model.implementation_paths(device, capability=capability)
-    if getattr(config, "quantization_config", None):
-        paths = [LayerPath("the model is quantised")] * len(paths)
+    paths = model.implementation_paths(device=device, capability=capability)
+    quantized = bool(getattr(config, "quantization_config", None))  # the model on the meta device is not
     return [
         {
             "layer": block.layer_index,
-            "implementation": OPERATORS if path.fuses_experts else MODULES,
-            "reason": path.reason,
+            "implementation": "triton" if path.fuses_experts and not quantized else "torch",
+            "reason": "the model is quantised" if quantized else path.reason,
         }
         for block, path in zip(model.flexmoe_blocks(), paths, strict=True)
     ]
@@ -124,7 +134,7 @@ def _inspect_composition(folder: Path, config: FlexMoeConfig) -> dict[str, Any]:
     composition = Composition.from_config(config)
     anchor_config: Any = config.anchor_config
     active = set(config.expert_names if config.active_experts is None else config.active_experts)
-    references = {PUBLIC: composition.anchor, **composition.experts}
+    references = composition.references
     experts = [
         _expert(record, [], {}) | {"parameters": None, "bytes": None, "active": record["name"] in active}
         for record in config.expert_records
@@ -181,7 +191,7 @@ def _totals(tensors: Iterable[TensorInfo]) -> dict[str, int]:
 
 
 def _by_expert(tensors: Iterable[TensorInfo]) -> dict[str, list[TensorInfo]]:
-    """A model's tensors by the expert they belong to; the anchor's shared ones are left out."""
+    """A model's tensors by expert; shared tensors of the anchor are left out."""
     found: dict[str, list[TensorInfo]] = {}
     for info in tensors:
         if match := _EXPERT_TENSOR.fullmatch(info.name):
@@ -190,7 +200,7 @@ def _by_expert(tensors: Iterable[TensorInfo]) -> dict[str, list[TensorInfo]]:
 
 
 def _rows(tensors: Mapping[str, torch.Tensor]) -> dict[str | None, dict[str, list[float]]]:
-    """Row norms and biases, layer by layer: {expert: {"weight": [...], "bias": [...]}}; a package's expert is None."""
+    """Row norms and biases by layer: {expert: {"weight": [...], "bias": [...]}}; the expert of a package is None."""
     found: dict[str | None, dict[str, list[float]]] = {}
     for name in sorted(tensors, key=_natural):
         if match := _ROW_TENSOR.fullmatch(name):
@@ -200,7 +210,7 @@ def _rows(tensors: Mapping[str, torch.Tensor]) -> dict[str | None, dict[str, lis
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts "layers.10" after "layers.9"."""
+    """A sort key that puts "layers.10" after "layers.9"."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 

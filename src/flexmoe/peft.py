@@ -1,7 +1,8 @@
-"""Adapters for one expert: a `peft.LoraConfig` that takes the expert's own matrices and nobody else's.
+"""LoRA adapters for single experts: a `peft.LoraConfig` that targets an expert's own matrices only.
 
-PEFT does the rest: `get_peft_model`, training, saving, `merge_and_unload`. Does not cover what is said when an adapter
-takes more than one owner (`flexmoe.modeling`), or training a whole expert (`flexmoe.training`).
+PEFT does the rest: `get_peft_model`, training, saving, `merge_and_unload`. Does not cover warnings about adapters that
+span several owners (`flexmoe.modeling.adapters_flexmoe`), or training an expert's own weights
+(`flexmoe.training.experts`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from flexmoe.modeling import PUBLIC, FlexMoePreTrainedModel
 from flexmoe.modeling.adapters_flexmoe import beneath_adapter, row_suffix, target_pattern
-from flexmoe.modeling.low_rank_flexmoe import LowRankExpert
-from flexmoe.modeling.selection_flexmoe import check_names
+from flexmoe.modeling.low_rank_flexmoe import is_low_rank
+from flexmoe.modeling.masking_flexmoe import check_names
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -29,35 +30,44 @@ def expert_lora_config(
     bias: Literal["none", "lora_only"] = "none",
     **lora: Any,
 ) -> LoraConfig:
-    """A LoRA adapter on every matrix of one expert, or of several.
+    """The config of a LoRA adapter on every matrix of one expert, or of several.
 
-    It names the expert and no layer, so a saved adapter fits any composition that has the expert under this name. Give
-    the adapter another name than the expert's (PEFT's own "default" will do).
+    It names the expert but no layers, so a saved adapter fits every composition that has an expert of this name. The
+    adapter's name must differ from the expert's (PEFT's "default" does).
 
     Args:
-        model: the FlexMoE, or a PeftModel around it.
+        model: the FlexMoE model, or a PeftModel around it.
         expert: an expert's name, or a list of names for one adapter on several experts.
-        router_row: train the expert's router rows and biases along, whole (PEFT's `modules_to_save`).
-        bias: "lora_only" trains the biases of the expert's matrices along, where the family has them.
-        lora: anything else that `peft.LoraConfig` takes: `r`, `lora_alpha`, `lora_dropout`, `use_dora` ...
+        router_row: also train the expert's router rows and biases in full (PEFT's `modules_to_save`).
+        bias: "lora_only" also trains the biases of the expert's matrices, if the family has them.
+        lora: further arguments of `peft.LoraConfig`: `r`, `lora_alpha`, `lora_dropout`, `use_dora` ...
 
     Raises:
         ImportError: PEFT is not installed.
         ValueError: an unknown name, a low-rank expert, router rows of "public" (they are part of the anchor),
-            `bias="all"`, which in PEFT is the biases of all experts, or `target_modules`, which is what this function
-            finds.
+            `bias="all"` (in PEFT, the biases of all experts), or `target_modules`, which this function determines.
 
     Source: LoRA, arXiv 2106.09685.
+
+    Example:
+        ```pycon
+        >>> import flexmoe, peft
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("model")
+        >>> adapted = peft.get_peft_model(model, flexmoe.expert_lora_config(model, "math", r=4))
+        >>> all(".math." in name for name, p in adapted.named_parameters() if p.requires_grad)
+        True
+        ```
     """
     names = check_names([expert] if isinstance(expert, str) else expert, model.expert_names, "expert_lora_config")
     if bias == "all":
         raise ValueError(
-            'bias="all" is the biases of all experts and of the anchor; "lora_only" is those of this one.'
+            'bias="all" trains the biases of all experts and of the anchor; "lora_only" trains those of this expert.'
         )
     if router_row and PUBLIC in names:
-        raise ValueError(f"The router rows of {PUBLIC!r} are zero in every model of this anchor, and stay so.")
+        raise ValueError(f"The router rows of {PUBLIC!r} are part of the anchor and cannot be trained.")
     if "target_modules" in lora:
-        raise ValueError("target_modules is what expert_lora_config finds: leave it out, or use peft.LoraConfig.")
+        raise ValueError("expert_lora_config determines target_modules: leave it out, or use peft.LoraConfig.")
     rows = [row_suffix(name) for name in names] if router_row else []
     to_save = [*rows, *(lora.pop("modules_to_save", None) or ())]
     _refuse_low_rank(model, names)
@@ -85,20 +95,20 @@ def _lora_config_class() -> type[LoraConfig]:
 
 def _refuse_low_rank(model: FlexMoePreTrainedModel, names: Sequence[str]) -> None:
     blocks = model.flexmoe_blocks()
-    if low_rank := [name for name in names if any(isinstance(block.experts[name], LowRankExpert) for block in blocks)]:
+    if low_rank := [name for name in names if any(is_low_rank(block.experts[name]) for block in blocks)]:
         raise ValueError(
-            f"{', '.join(low_rank)}: low-rank experts, which are adapters of the public network already. Train their "
-            f"own factors, model.freeze_except({low_rank[0]!r}), or make full experts of them (flexmoe densify)."
+            f"{', '.join(low_rank)}: low-rank experts are adapters of the public network already. Train their own "
+            f"factors, model.freeze_except({low_rank[0]!r}), or convert them to full experts (flexmoe densify)."
         )
 
 
 def _matrices(model: FlexMoePreTrainedModel, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The Linear-like modules of these experts, by their name within the network."""
+    """The Linear and Conv1D modules of these experts, by their names within the FFN."""
     networks = [block.experts[name] for block in model.flexmoe_blocks() for name in names]
     found = {path: module for network in networks for path, module in _linears(network)}
     if not found:
         kinds = sorted({type(module).__name__ for module in model.flexmoe_blocks()[0].experts[names[0]].modules()})
-        raise ValueError(f"No matrix of {list(names)} is a Linear or Conv1D, which LoRA needs: they hold {kinds}.")
+        raise ValueError(f"No matrix of {list(names)} is a Linear or Conv1D, as LoRA needs; modules are {kinds}.")
     return found
 
 

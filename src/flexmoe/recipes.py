@@ -1,23 +1,24 @@
-"""Recipes of mergekit-moe: which dense models become experts, and by which prompts each is chosen.
+"""Recipes of mergekit-moe: which dense models become experts, and by which prompts their router rows are made.
 
     base_model: owner/base            # the anchor
-    gate_mode: hidden                 # see flexmoe.prompt_gates; hidden if left out
-    dtype: bfloat16                   # must be the one that the base model is stored in
-    experts_per_token: 2              # 2 if left out
+    gate_mode: hidden                 # see flexmoe.routers.prompt_gates; default: hidden
+    dtype: bfloat16                   # must be the stored dtype of the base model
+    experts_per_token: 2              # default: 2
     experts:
-      - source_model: owner/math      # a folder (from the working directory) or a Hub id, @revision if wanted
-        name: math                    # FlexMoE's own key; else the last part of source_model
+      - source_model: owner/math      # a folder (relative to the working directory) or a Hub id, optional @revision
+        name: math                    # FlexMoE's own key; default: the last part of source_model
         positive_prompts: [...]
         negative_prompts: [...]
 
-The base model is the anchor, so its own network is "public", listed or not. An entry whose source is the base model is
-public's: its gate is subtracted from the others', because public's row is zero in every graft, and softmax does not
-see what all experts have in common. Where no entry is, public is there and takes no part.
+The base model is the anchor, so its own FFNs are "public", listed or not. An entry whose source is the base model
+defines public's gate, which is subtracted from the others': public's row is zero in every graft, and softmax is
+invariant to a common shift. Without such an entry, public is inactive.
 
-What a recipe asks for and a FlexMoE cannot do is an error that names the key.
+Keys that a FlexMoE model cannot satisfy are errors that name the key.
 
-Source: mergekit 0.1.5, https://github.com/arcee-ai/mergekit, docs/moe.md; its keys and defaults, and its checks.
-NOT covered: what the modes compute (`flexmoe.prompt_gates`), adapters (`model+lora`), the merge itself (`graft`).
+Does not cover what the modes compute (`flexmoe.routers.prompt_gates`), adapters (`model+lora`) or the graft itself.
+
+Source: mergekit 0.1.5, https://github.com/arcee-ai/mergekit, docs/moe.md: keys, defaults and checks.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ import torch
 import yaml
 
 from flexmoe.conversion.router_tensors import StackedRows
+from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.modeling import PUBLIC
 from flexmoe.modeling.configuration_flexmoe import check_expert_name, check_top_k
-from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
-from flexmoe.prompt_gates import GATE_MODES, GateMode, Prompts, make_gates
+from flexmoe.routers.prompt_gates import GATE_MODES, GateMode, Prompts, make_gates
 
 DEFAULT_GATE_MODE = "hidden"
 DEFAULT_EXPERTS_PER_TOKEN = 2
@@ -44,21 +45,21 @@ RECIPE_KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token
 EXPERT_KEYS = ("source_model", "name", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 SOURCE_KEYS = ("model", "lora", "override_architecture")
 
-# What the recipe may want to write. Each divides the k weights by their sum, as a FlexMoE of a recipe does.
+# Accepted values of `architecture`. All of them normalise the k weights, as a grafted recipe does.
 ARCHITECTURES = ("mixtral", "deepseek moe", "qwen moe", "qwen3 moe")
 
-NAME_LENGTH = 56  # of 64: room for what tells two of a name apart
+NAME_LENGTH = 56  # of 64: leaves room for a suffix that makes names unique
 
 
 @dataclass(frozen=True)
 class Source:
-    """A dense model: a folder or a Hub id, and a revision there."""
+    """A dense model: a folder or a Hub id, and a revision on the Hub."""
 
     path: str
     revision: str | None = None
 
     def same_as(self, other: Source) -> bool:
-        """Whether both name one model; folders may be written in several ways."""
+        """Whether both are the same model; a folder may be written in several ways."""
         return self.revision == other.revision and (
             self.path == other.path or Path(self.path).resolve() == Path(other.path).resolve()
         )
@@ -69,7 +70,7 @@ class Source:
 
 @dataclass(frozen=True)
 class RecipeExpert:
-    """An entry of a recipe: the name of the expert that it becomes, the model, the prompts."""
+    """An entry of a recipe: the name of its expert, the model, the prompts."""
 
     name: str
     source: Source
@@ -78,7 +79,7 @@ class RecipeExpert:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A recipe that can be made. `notes`: what in it does not matter here, a sentence each."""
+    """A valid recipe. `notes`: entries without effect, one sentence each."""
 
     base: Source
     experts: list[RecipeExpert]
@@ -89,24 +90,24 @@ class Recipe:
 
     @property
     def grafted(self) -> dict[str, Source]:
-        """The models whose networks are added to public's, by name."""
+        """The models that become experts besides public, by name."""
         return {expert.name: expert.source for expert in self.experts if expert.name != PUBLIC}
 
     @property
     def active_experts(self) -> list[str] | None:
-        """Who takes part: None (all) where an entry is the base model, else all but public."""
+        """Names of the active experts: None (all) if an entry is the base model, else all but public."""
         return None if len(self.grafted) < len(self.experts) else list(self.grafted)
 
 
 @dataclass(frozen=True)
 class RecipeRows:
-    """Makes the rows of a graft (a `RowMaker`) as a recipe says: the experts' gates, less public's if it has one."""
+    """Makes the rows of a graft (a `RowMaker`) from a recipe: the experts' gates minus public's, if it has one."""
 
     recipe: Recipe
     seed: int
 
     def __call__(self, anchor: DenseCheckpoint, public: Sequence[str] | None) -> dict[str, StackedRows]:
-        """The rows. ValueError: the recipe's dtype is not the stored one (see also `make_gates`)."""
+        """The rows. ValueError: the recipe's dtype is not the stored one; or as `make_gates`."""
         if self.recipe.dtype not in (None, anchor.dtype):
             raise ValueError(
                 f"dtype: {self.recipe.dtype}, but {anchor.folder} is stored in {anchor.dtype}, and a graft keeps its "
@@ -125,8 +126,8 @@ def read_recipe(file: str | Path) -> Recipe:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError, TypeError: it is no YAML mapping, a key is missing, unknown or asks for what cannot be done, or
-            the entries do not make a mixture; names the key and the way out.
+        ValueError, TypeError: it is not a YAML mapping, a key is missing, unknown or unsupported, or the entries do
+            not define a mixture; names the key and the alternative.
     """
     file = Path(file).expanduser()
     if not file.is_file():
@@ -142,12 +143,11 @@ def read_recipe(file: str | Path) -> Recipe:
 
 
 def parse_recipe(values: Any) -> Recipe:
-    """The recipe that a YAML mapping says. Raises: as `read_recipe`."""
+    """The recipe in a parsed YAML mapping. Raises: as `read_recipe`."""
     _check_keys(values, RECIPE_KEYS, "a recipe")
     if values.get("shared_experts"):
         raise ValueError(
-            "shared_experts: a FlexMoE has no experts that every token goes through. List them under experts, or "
-            "leave them out."
+            "shared_experts: a FlexMoE model has no shared experts. List them under experts, or leave them out."
         )
     base = _source(_required(values, "base_model", "the recipe"), "base_model")
     entries = _required(values, "experts", "the recipe")
@@ -165,17 +165,15 @@ def parse_recipe(values: Any) -> Recipe:
         notes=notes,
     )
     if not recipe.grafted:
-        raise ValueError(
-            "experts: the only one is base_model itself, and `flexmoe graft` makes that without a recipe."
-        )
+        raise ValueError("experts: the only one is base_model itself; `flexmoe graft` does that without a recipe.")
     _check_prompts(recipe)
     return recipe
 
 
 def expert_name(source: str) -> str:
-    """A name for the expert made of `source`: its last part in lower case, other characters as dashes.
+    """A name for the expert made of `source`: its last part in lower case, with dashes for other characters.
 
-    What could not be a name (it begins with a digit, it is reserved) gets `expert-` before it.
+    An invalid name (it begins with a digit, is reserved) gets the prefix `expert-`.
     """
     name = re.sub(r"[^a-z0-9]+", "-", Path(source).name.lower()).strip("-")[:NAME_LENGTH].strip("-")
     try:
@@ -197,7 +195,7 @@ def _experts(entries: Sequence[Any], base: Source, notes: list[str]) -> list[Rec
         given, taken = entry.get("name"), {expert.name for expert in experts}
         if source.same_as(base) and PUBLIC not in taken:
             if given not in (None, PUBLIC):
-                notes.append(f"{where}.name: {given} is the base model, which is called {PUBLIC} in every FlexMoE.")
+                notes.append(f"{where}.name: {given} is the base model, which is named {PUBLIC} in FlexMoE models.")
             name = PUBLIC
         elif given is None:
             name = _free(expert_name(source.path), taken)
@@ -208,7 +206,7 @@ def _experts(entries: Sequence[Any], base: Source, notes: list[str]) -> list[Rec
 
 
 def _free(name: str, taken: Iterable[str]) -> str:
-    """`name`, or the first of `name-2`, `name-3` ... that is not taken."""
+    """`name`, or the first of `name-2`, `name-3` ... that is free."""
     number = 1
     free = name
     while free in taken:
@@ -223,9 +221,9 @@ def _given_name(name: Any, taken: Iterable[str], where: str) -> str:
     except ValueError as error:
         raise ValueError(f"{where}.name: {error}") from error
     if name == PUBLIC:
-        raise ValueError(f"{where}.name: {PUBLIC!r} is the base model's own network; call this one otherwise.")
+        raise ValueError(f"{where}.name: {PUBLIC!r} is the base model's own network; choose another name.")
     if name in taken:
-        raise ValueError(f"{where}.name: {name!r} is taken by an entry before it; give each its own.")
+        raise ValueError(f"{where}.name: {name!r} is taken by an earlier entry; names must be unique.")
     return str(name)
 
 
@@ -233,7 +231,7 @@ def _check_keys(values: Any, known: Sequence[str], what: str) -> None:
     if not isinstance(values, Mapping):
         raise TypeError(f"{what} is a mapping with the keys {', '.join(known)}; got {type(values).__name__}.")
     if unknown := [str(key) for key in values if key not in known]:
-        raise ValueError(f"{what} has unknown keys: {', '.join(unknown)}. There are {', '.join(known)}.")
+        raise ValueError(f"{what} has unknown keys: {', '.join(unknown)}. Known keys: {', '.join(known)}.")
 
 
 def _required(values: Mapping[str, Any], key: str, what: str) -> Any:
@@ -243,23 +241,23 @@ def _required(values: Mapping[str, Any], key: str, what: str) -> Any:
 
 
 def _check_unchanged(entry: Mapping[str, Any], where: str) -> None:
-    """Weights are copied byte for byte."""
+    """ValueError: the entry asks for changed weights, which a graft copies byte for byte."""
     for key, neutral in (("noise_scale", 0), ("residual_scale", 1)):
         value = entry.get(key)
         if value is not None and value != neutral:
             raise ValueError(
-                f"{where}.{key}: {value!r}; weights are copied as they are. Leave the key out, or save a changed copy "
+                f"{where}.{key}: {value!r}; weights are copied unchanged. Leave the key out, or save a changed copy "
                 "of the model and name that."
             )
 
 
 def _source(value: Any, where: str) -> Source:
-    """`path`, `path@revision`, or the same as mergekit's mapping with the key `model`."""
+    """The model of `path`, `path@revision`, or of mergekit's mapping with the key `model`."""
     if isinstance(value, Mapping):
         _check_keys(value, SOURCE_KEYS, where)
         if value.get("override_architecture") is not None:
             raise ValueError(
-                f"{where}.override_architecture: a model is read as its config.json says. Change it there."
+                f"{where}.override_architecture: the architecture is read from config.json. Change it there."
             )
         lora, value = value.get("lora"), _required(value, "model", where)
     else:
@@ -274,7 +272,7 @@ def _source(value: Any, where: str) -> Source:
         revision = value.get("revision")
         return Source(str(_required(value, "path", where)), None if revision is None else str(revision))
     if not isinstance(value, str) or value.count("@") > 1:
-        raise ValueError(f"{where}: {value!r} is no model; write a folder or a Hub id, or HUB_ID@REVISION.")
+        raise ValueError(f"{where}: {value!r} is not a model; write a folder, a Hub id, or HUB_ID@REVISION.")
     path, _, revision = value.partition("@")
     return Source(path, revision or None)
 
@@ -290,14 +288,14 @@ def _texts(value: Any, where: str) -> list[str]:
 def _gate_mode(value: Any) -> GateMode:
     name = DEFAULT_GATE_MODE if value is None else value
     if name not in GATE_MODES:
-        raise ValueError(f"gate_mode: {name!r} is none; there are {', '.join(GATE_MODES)}.")
+        raise ValueError(f"gate_mode: {name!r} is unknown; available are {', '.join(GATE_MODES)}.")
     return GATE_MODES[name]
 
 
 def _dtype(value: Any) -> str | None:
     name = None if value is None else str(value).removeprefix("torch.")
     if name is not None and not isinstance(getattr(torch, name, None), torch.dtype):
-        raise ValueError(f"dtype: {value!r} is none of torch's, such as bfloat16, float16 or float32.")
+        raise ValueError(f"dtype: {value!r} is not a torch dtype, such as bfloat16, float16 or float32.")
     return name
 
 
@@ -306,11 +304,10 @@ def _architecture_notes(value: Any) -> list[str]:
         return []
     if not any(name.startswith(str(value).lower()) for name in ARCHITECTURES):
         raise ValueError(
-            f"architecture: {value!r} is none of {', '.join(ARCHITECTURES)}. Leave it out: a FlexMoE is written."
+            f"architecture: {value!r} is not one of {', '.join(ARCHITECTURES)}. Leave it out: a FlexMoE model is "
+            "written."
         )
-    return [
-        f"architecture: {value} says nothing here. What is written is a FlexMoE; flexmoe export makes others of it."
-    ]
+    return [f"architecture: {value} has no effect. A FlexMoE model is written; flexmoe export converts it to others."]
 
 
 def _checked_k(value: Any, count: int) -> int:
@@ -325,7 +322,7 @@ def _checked_k(value: Any, count: int) -> int:
 
 
 def _check_prompts(recipe: Recipe) -> None:
-    """Gates that differ need prompts that differ."""
+    """ValueError: prompts are missing, or the same for all experts."""
     if recipe.gate_mode.needs == "nothing":
         return
     for number, expert in enumerate(recipe.experts):
@@ -337,6 +334,6 @@ def _check_prompts(recipe: Recipe) -> None:
     first, *others = (expert.prompts for expert in recipe.experts)
     if others and all(prompts == first for prompts in others):
         raise ValueError(
-            "experts: the prompts are the same for all, so no token could tell them apart. Write prompts that belong "
-            "to one expert each."
+            "experts: the prompts are the same for all, so all router rows would be equal. Write prompts that are "
+            "specific to each expert."
         )

@@ -1,12 +1,11 @@
-"""How the Auto classes know FlexMoE before its code is imported, and cards their templates.
+"""Registration with the Auto classes without importing the model.
 
-The library's modelling code takes seconds to import, and `from transformers import AutoModelForCausalLM` leaves it for
-later; so does `import flexmoe`. Does not cover which classes there are (`flexmoe/__init__.py`).
+The modeling code takes seconds to import, so `import flexmoe` defers it, as `import transformers` does. Does not cover
+which classes are registered (`flexmoe/__init__.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -14,7 +13,7 @@ from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 
 
 class LazyModelClass:
-    """Stands in an Auto class's mapping for the model class called `name`, which is imported when it is used."""
+    """A proxy of the model class called `name` in the mapping of an Auto class; imports the class on first use."""
 
     config_class = FlexMoeConfig
 
@@ -22,7 +21,7 @@ class LazyModelClass:
         self.__name__ = name
 
     def __reduce__(self) -> tuple:
-        return LazyModelClass, (self.__name__,)  # the mappings can be pickled
+        return LazyModelClass, (self.__name__,)  # the mappings must be picklable
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._model_class()(*args, **kwargs)
@@ -31,7 +30,7 @@ class LazyModelClass:
         return getattr(self._model_class(), attribute)
 
     def __mro_entries__(self, bases: tuple) -> tuple[type]:
-        return (self._model_class(),)  # what derives from this derives from the class
+        return (self._model_class(),)  # subclasses of the proxy derive from the class
 
     def __instancecheck__(self, instance: Any) -> bool:
         return isinstance(instance, self._model_class())
@@ -49,9 +48,4 @@ class LazyModelClass:
         return getattr(import_module("flexmoe.modeling"), self.__name__)
 
 
-def full_card(kind: str, facts: Mapping[str, Any]) -> str:
-    """The card by its template; jinja2 is imported when the first one is written."""
-    return import_module("flexmoe.model_cards.rendering").render(kind, facts)
-
-
-__all__ = ["LazyModelClass", "full_card"]
+__all__ = ["LazyModelClass"]

@@ -1,6 +1,6 @@
-"""Tiny random anchors and the table of tolerances that every numerical test uses.
+"""Tiny random models, and the tolerances of all numerical tests.
 
-Does not cover trained models: what these say is noise, which is enough to tell equal from unequal.
+The outputs of these models are meaningless, but they show whether two models are equal. Does not cover trained models.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ from transformers import (
 )
 
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM
-from flexmoe.modeling.compat_flexmoe import enable_activation_checkpointing
 from flexmoe.modeling.low_rank_flexmoe import LowRankExpert
 
 VOCABULARY = 99
 
 TOLERANCES: dict[torch.dtype, dict[str, float]] = {
-    # a sum of some dozen products in another order moves the last of 24 bits by a few places
+    # 24 bits: another order of a sum of some dozen products changes the last few
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
-    # 8 bits: two roundings in another order are two units in the last place
+    # 8 bits: two roundings in another order change two units in the last place
     torch.bfloat16: {"rtol": 1.6e-2, "atol": 1e-2},
     torch.float16: {"rtol": 2e-3, "atol": 2e-3},
-    # used for references only
+    # of references
     torch.float64: {"rtol": 1e-12, "atol": 1e-12},
 }
 
@@ -63,11 +62,11 @@ ANCHOR_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "phi3": lambda: Phi3Config(**_GROUPED),
     "gpt_neox": lambda: GPTNeoXConfig(**_COMMON),
 }
-"""Families that the tests grow tiny anchors of."""
+"""Tiny configurations of the anchors in tests, by family."""
 
 
 def tiny_anchor(family: str, seed: int = 0) -> PreTrainedModel:
-    """A random dense model of `family` (see `ANCHOR_CONFIGS`), in eval mode."""
+    """A random dense model of `family` (a key of `ANCHOR_CONFIGS`), in eval mode."""
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(ANCHOR_CONFIGS[family]()).eval()
 
@@ -75,17 +74,17 @@ def tiny_anchor(family: str, seed: int = 0) -> PreTrainedModel:
 def tiny_flexmoe(
     family: str, experts: Sequence[str | dict[str, Any]] = (), seed: int = 0, **config: object
 ) -> FlexMoeForCausalLM:
-    """`tiny_anchor(family, seed)` as a FlexMoE whose `experts` differ from the anchor's network and from each other.
+    """A FlexMoE on `tiny_anchor(family, seed)` whose `experts` differ from public and from each other.
 
-    An expert (a name, or a record) has weights that depend on its name and `seed` alone, not on who else is there.
+    The weights of an expert (a name, or a record) depend on its name and `seed` only, not on the other experts.
     """
-    return grown_flexmoe(tiny_anchor(family, seed), experts, seed, **config)
+    return flexmoe_from_anchor(tiny_anchor(family, seed), experts, seed, **config)
 
 
-def grown_flexmoe(
+def flexmoe_from_anchor(
     anchor: PreTrainedModel, /, experts: Sequence[str | dict[str, Any]] = (), seed: int = 0, **config: object
 ) -> FlexMoeForCausalLM:
-    """`anchor` as a FlexMoE, with `experts` as in `tiny_flexmoe`."""
+    """A FlexMoE with the weights of `anchor`, and `experts` as in `tiny_flexmoe`."""
     model = FlexMoeForCausalLM(FlexMoeConfig(anchor_config=anchor.config, experts=[PUBLIC, *experts], **config)).eval()
     names = model.anchor_names
     state = {names.to_flexmoe(name): tensor for name, tensor in anchor.state_dict().items()}
@@ -97,7 +96,10 @@ def grown_flexmoe(
 
 @torch.no_grad()
 def perturb_expert(model: FlexMoeForCausalLM, name: str, seed: int = 0) -> None:
-    """Gives the expert `name` weights near public's and a random router row and bias, a function of name and seed."""
+    """Sets the weights of an expert to those of public plus noise, and its router row and bias to noise.
+
+    The noise depends on `name` and `seed` only.
+    """
     generator = torch.Generator().manual_seed(seed + sum(ord(letter) << (8 * i % 56) for i, letter in enumerate(name)))
 
     def noise(like: torch.Tensor) -> torch.Tensor:
@@ -105,7 +107,7 @@ def perturb_expert(model: FlexMoeForCausalLM, name: str, seed: int = 0) -> None:
 
     for block in model.flexmoe_blocks():
         expert = block.experts[name]
-        is_low_rank = isinstance(expert, LowRankExpert)  # then its weights are the difference from public's
+        is_low_rank = isinstance(expert, LowRankExpert)  # its weights are a difference from public
         start = expert.state_dict() if is_low_rank else block.experts[PUBLIC].state_dict()
         expert.load_state_dict({key: value * (not is_low_rank) + 0.3 * noise(value) for key, value in start.items()})
         row = block.router[name].state_dict()
@@ -113,16 +115,18 @@ def perturb_expert(model: FlexMoeForCausalLM, name: str, seed: int = 0) -> None:
 
 
 def enable_checkpointing(model: PreTrainedModel, **kwargs: Any) -> None:
-    """Turns activation checkpointing on, and trains."""
+    """Enables gradient checkpointing and training mode."""
+    from flexmoe.training.trainer import enable_activation_checkpointing  # importing Trainer is slow
+
     enable_activation_checkpointing(model, **kwargs)
     model.train()
 
 
 def realigned(model: PreTrainedModel) -> PreTrainedModel:
-    """The model itself, its tensors copied to memory of their own.
+    """Copies the tensors of a model to aligned memory, in place; returns the model.
 
-    A mapped file puts tensors at odd addresses, and a BLAS may sum in another order there: logits then differ in the
-    last bit between models whose weights are equal.
+    Tensors of a memory-mapped file may be unaligned, and a BLAS library may sum in another order there. The logits of
+    models with equal weights then differ in the last bit.
     """
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         tensor.data = tensor.data.clone()
@@ -130,7 +134,7 @@ def realigned(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def random_tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
-    """Token ids [batch, length] without the special ones."""
+    """Random token ids [batch, length] without special tokens."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
@@ -139,7 +143,7 @@ __all__ = [
     "TOLERANCES",
     "VOCABULARY",
     "enable_checkpointing",
-    "grown_flexmoe",
+    "flexmoe_from_anchor",
     "perturb_expert",
     "random_tokens",
     "realigned",

@@ -1,6 +1,6 @@
-"""The command that judges a contributed expert before anybody lets it in: verify.
+"""The command that checks an expert package before it is added to a model: verify.
 
-Not here: the checks and their bars (`flexmoe.admission`, `flexmoe.modeling.admission_flexmoe`).
+Does not cover the checks and their thresholds (`flexmoe.admission`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from flexmoe_cli.arguments import Debug, Json, Policy, TextColumn, given
 from flexmoe_cli.output import large_import, library_call, print_json, print_line, print_table
 
 if TYPE_CHECKING:
-    from flexmoe.admission import Finding, Verdict
+    from flexmoe.admission.findings import Finding
+    from flexmoe.admission.verification import Verdict
 
 REFUSED = 3
-"""Exit code: the command has done its work, and the answer is no."""
+"""Exit code: the command succeeded, and the expert is refused."""
 
 
 def verify(
@@ -26,38 +27,38 @@ def verify(
     model: Annotated[
         str,
         typer.Option(
-            help="Model or composition that it would join, as `flexmoe graft` or `compose` wrote it: a folder or a "
-            "Hub id. It stays as it is."
+            help="Model or composition to check it for, from `flexmoe graft` or `compose`: a folder or a Hub id. It "
+            "is not changed."
         ),
     ],
     data: Annotated[
         list[Path] | None,
-        typer.Option(help="Public text, best such that nobody has seen: what the newcomer takes of it is measured."),
+        typer.Option(help="Public text, preferably unpublished, to measure the effect of the expert on it."),
     ] = None,
     public_sample: Annotated[
-        bool, typer.Option("--public-sample", help="Take the public text that the model keeps since its graft.")
+        bool, typer.Option("--public-sample", help="Use the public text stored with the model at its graft.")
     ] = False,
     name: Annotated[
-        str | None, typer.Option(help="What the expert would be called. By default the package's own name.")
+        str | None, typer.Option(help="Name of the expert in the model. By default the package's own name.")
     ] = None,
     policy: Policy = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the package on the Hub.")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of public text to look at, at most. By default 32768.")
+        int | None, typer.Option(help="Maximum number of tokens of public text. By default 32768.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     text_column: TextColumn = "text",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Judge an expert before it is let in: files, fit, router rows, weights; with public text, what it does to that.
+    """Check an expert before adding it: files, shapes, router rows, weights; with public text, the effect on it.
 
     Example: flexmoe verify ./math-package --model ./composed --data public.txt
 
-    Exit code 0: accepted. 3: refused. 1: it could not be judged (no such model, say).
+    Exit code 0: accepted. 3: refused. 1: an error, such as a missing model.
     """
     with large_import():
-        from flexmoe.admission import verify as library_verify
+        from flexmoe.admission.verification import verify as library_verify
 
     with library_call(as_json):
         verdict = library_verify(
@@ -77,34 +78,36 @@ def verify(
 
 
 def show_verdict(verdict: Verdict) -> None:
-    """The findings as a table, and the answer as a sentence."""
-    called = str(verdict.package.get("name", verdict.package["source"]))
+    """Prints the findings as a table, and the verdict."""
+    name = str(verdict.package.get("name", verdict.package["source"]))
     print_table(
-        f"{called} for {verdict.model}", ("check", "figure", "bar", "verdict", "found"), map(_row, verdict.findings)
+        f"{name} for {verdict.model}",
+        ("check", "value", "threshold", "verdict", "details"),
+        map(_row, verdict.findings),
     )
     if verdict.replaces:
         print_line(
-            f"The model has an expert {escape(verdict.replaces)}: the newcomer was judged in its place. "
-            "--name judges it beside that one."
+            f"The model has an expert {escape(verdict.replaces)}: the package was checked as its replacement. Pass "
+            "--name to check it as an additional expert."
         )
     if verdict.accepted:
-        unjudged = sum(finding.verdict == "not judged" for finding in verdict.findings)
-        but = f" {unjudged} of {len(verdict.findings)} checks could not be made." if unjudged else ""
-        print_line(f"[bold green]Accepted:[/] no check refuses {escape(called)}.{but}")
+        skipped = sum(finding.verdict == "not checked" for finding in verdict.findings)
+        note = f" {skipped} of {len(verdict.findings)} checks could not be made." if skipped else ""
+        print_line(f"[bold green]Accepted:[/] no check refuses {escape(name)}.{note}")
     else:
         checks = ", ".join(finding.check for finding in verdict.refusals)
-        print_line(f"[bold red]Refused:[/] {escape(called)} fails {escape(checks)}.")
+        print_line(f"[bold red]Refused:[/] {escape(name)} fails {escape(checks)}.")
 
 
 def _row(finding: Finding) -> list[str]:
     def shown(value: float | None, sign: str = "") -> str:
         return "" if value is None else f"{sign}{value:.4g}"
 
-    least = finding.check.startswith("empty")  # the one figure that must not be too small
+    is_minimum = finding.check.startswith("empty")  # the only threshold from below
     return [
         finding.check,
-        shown(finding.figure),
-        shown(finding.bar, "≥ " if least else "≤ "),
+        shown(finding.value),
+        shown(finding.threshold, "≥ " if is_minimum else "≤ "),
         finding.verdict,
-        finding.sentence,
+        finding.message,
     ]

@@ -1,8 +1,8 @@
-"""The application: its commands, its version, and what happens when one of them fails.
+"""The application: its commands, its version, and error handling.
 
-Exit codes: 0 done, 1 the command failed (one paragraph on stderr says why), 2 the command line is not a valid one,
-3 `verify` has done its work and refuses the expert, 130 interrupted. Not here: what the commands do (`admission`,
-`cards`, `commands`, `composing`, `low_rank`, `planning`, `sharing`, `training`, `trust`, `demo`).
+Exit codes: 0 success; 1 the command failed, with one paragraph on stderr; 2 invalid command line; 3 `verify` refuses
+the expert; 130 interrupted. Does not cover the commands (`admission`, `cards`, `commands`, `composing`, `low_rank`,
+`planning`, `sharing`, `training`, `trust`, `demo`).
 """
 
 import sys
@@ -20,20 +20,20 @@ from flexmoe_cli.output import quiet_libraries, report_error, show_warning
 app = typer.Typer(
     name="flexmoe",
     help="Mixture-of-experts language models whose training data stays with its owners: graft a dense model, train "
-    "each owner's expert where its data is, compose them, and take one out exactly.",
+    "each owner's expert where its data is, compose them, and remove any of them exactly.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 COMMANDS = {
-    "Make a model": (planning.plan, commands.graft, training.train, composing.compose, composing.add, commands.remove),
-    "Look at it": (commands.inspect, commands.evaluate),
+    "Build models": (planning.plan, commands.graft, training.train, composing.compose, composing.add, commands.remove),
+    "Inspect": (commands.inspect, commands.evaluate),
     "Share experts": (cards.card, trust.keygen, trust.sign, sharing.push, sharing.pull, admission.verify),
-    "Into other forms": (commands.export, commands.import_, low_rank.compress, low_rank.densify),
-    "See all of it work": (demo.demo,),
+    "Convert": (commands.export, commands.import_, low_rank.compress, low_rank.densify),
+    "Demo": (demo.demo,),
 }
-"""By what they are for, in the order of the work."""
+"""Commands by help panel."""
 NAMED_FILES = (commands.graft, commands.evaluate, commands.export, cards.card)
 
 for panel, functions in COMMANDS.items():
@@ -42,9 +42,9 @@ for panel, functions in COMMANDS.items():
         app.command(function.__name__.removesuffix("_"), cls=kind, rich_help_panel=panel)(function)
 
 
-def print_version(asked: bool) -> None:
-    """Prints the version and leaves, as `--version` does."""
-    if asked:
+def print_version(requested: bool) -> None:
+    """Prints the version and exits, for `--version`."""
+    if requested:
         typer.echo(f"flexmoe {version('flexmoe')}")
         raise typer.Exit
 
@@ -55,21 +55,21 @@ def common(
         bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Holds the options that belong to no command."""
+    """Holds the options of the application itself."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code.
+    """Runs the command line and returns the exit code.
 
     Args:
-        arguments: what follows the program's name; None takes them from `sys.argv`.
+        arguments: the arguments after the program's name; None: those of `sys.argv`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     warnings.showwarning = show_warning
     quiet_libraries()
     try:
         app(given, prog_name="flexmoe")
-    except SystemExit as done:  # typer has its own way to end, for success and usage errors alike
+    except SystemExit as done:  # typer exits for success and usage errors alike
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except Exception as error:
         if "--debug" in given:

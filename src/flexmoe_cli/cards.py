@@ -1,6 +1,6 @@
-"""The command on model cards: card.
+"""The command for model cards: card.
 
-Not here: what a card says (`flexmoe.model_cards`), and how it gets into its folder (`flexmoe.cards`).
+Does not cover the text of a card (`flexmoe.cards`) or its file (`flexmoe.card_files`).
 """
 
 from pathlib import Path
@@ -18,42 +18,42 @@ def card(
         Path, typer.Argument(help="Folder of an expert package, a composition or a model.", show_default=False)
     ],
     evaluation: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Scores to show: what `flexmoe evaluate --json` printed.")
+        Path | None, typer.Option(metavar="FILE", help="Scores: the output of `flexmoe evaluate --json`.")
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="NAME=FILE", help="Instead: text to score the model on now, and to count its experts' use on."
-        ),
+        typer.Option(metavar="NAME=FILE", help="Instead of --evaluation: text to measure scores and expert usage on."),
     ] = None,
     license: Annotated[
         str | None,
         typer.Option(
-            "--license", metavar="ID", help="Licence, as apache-2.0: of the whole, or of the expert (in its manifest)."
+            "--license",
+            metavar="ID",
+            help="Licence, such as apache-2.0: of the model, or of the expert (in its manifest).",
         ),
     ] = None,
     expert_version: Annotated[
-        str | None, typer.Option("--expert-version", help="Of a package: its version from now on, in its manifest.")
+        str | None, typer.Option("--expert-version", help="Of a package: its new version, in its manifest.")
     ] = None,
     data_statement: Annotated[
-        str | None, typer.Option(help="Of a package: what it was trained on, in words, in its manifest.")
+        str | None, typer.Option(help="Of a package: a description of its training data, in its manifest.")
     ] = None,
     anchor_license: Annotated[
-        str | None, typer.Option(metavar="ID", help="Licence of the anchor, which a model's files do not tell.")
+        str | None, typer.Option(metavar="ID", help="Licence of the anchor, which is not recorded in a model's files.")
     ] = None,
     text_column: TextColumn = "text",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write the README.md anew: who is in it, licences that don't go together, scores, how experts are used.
+    """Write the README.md again: experts, conflicts between licences, scores, expert usage.
 
     Examples: flexmoe card model --data prose=held-out.txt --license apache-2.0;
     flexmoe card math-expert --license cc-by-4.0 --expert-version 1.1.0
     """
     if evaluation is not None and data:
-        raise ValueError("--evaluation and --data: scores come from a file or are measured now. Give one of them.")
+        raise ValueError("--evaluation and --data: scores come from a file or are measured now. Pass one of them.")
     domains = parse_domains(data or [])
-    from flexmoe.cards import license_conflicts, measure, write_card
+    from flexmoe.card_files import license_conflicts, measure, write_card
 
     with library_call(as_json):
         scores, usages = measure(folder, domains, text_column=text_column) if domains else (evaluation, None)
@@ -70,6 +70,6 @@ def card(
     if as_json:
         print_json({"path": str(folder), "card": str(path), "license_conflicts": conflicts})
         return
-    print_line(f"[bold]{escape(str(path))}[/] is the card.")
+    print_line(f"Wrote [bold]{escape(str(path))}[/].")
     for conflict in conflicts:
         show_warning(conflict, UserWarning, "", 0)

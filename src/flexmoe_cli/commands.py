@@ -1,7 +1,7 @@
 """The commands on models and packages: graft, remove, inspect, evaluate, export, import.
 
-The library is imported inside the functions: `--help` and a mistyped option should not wait for torch.
-Not here: putting parts together (`composing`), planning, training, the demo, and all that contributors need.
+The library is imported inside the functions, so `--help` and usage errors do not wait for torch. Does not cover
+`compose` and `add` (`composing`), planning, training, the demo, or tools for contributors.
 """
 
 from collections.abc import Sequence
@@ -37,20 +37,20 @@ def graft(
     out: Out,
     anchor: Annotated[
         str | None,
-        typer.Argument(help="Dense model: a folder or a Hub id. With --recipe, none.", show_default=False),
+        typer.Argument(help="Dense model: a folder or a Hub id. Not with --recipe.", show_default=False),
     ] = None,
     expert: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=FOLDER",
-            help="An expert to be: a dense fine-tune of the anchor, or a LoRA adapter on its networks. Repeat it.",
+            help="Add an expert: a dense fine-tune of the anchor, or a LoRA adapter on its FFNs. Repeatable.",
         ),
     ] = None,
     router_data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=FILE",
-            help="Prompts or documents that should reach an expert: its row is fitted on them, against public text.",
+            help="Prompts or documents to route to an expert: its row is fitted on them against public text.",
             rich_help_panel=ROUTER,
         ),
     ] = None,
@@ -60,42 +60,42 @@ def graft(
     embedder: Embedder = None,
     recipe: Annotated[
         Path | None,
-        typer.Option(help="A YAML file of mergekit-moe: it names the anchor, the experts and their prompts."),
+        typer.Option(help="A YAML file of mergekit-moe with the anchor, the experts and their prompts."),
     ] = None,
     shared: Annotated[
         str | None,
         typer.Option(
             metavar="anchor|average",
-            help="What is taken where fine-tunes differ outside of their feed-forward networks. By default they must "
-            "not.",
+            help="Which tensors to use if fine-tunes differ outside of their feed-forward networks. By default they "
+            "must not.",
         ),
     ] = None,
     public_data: Annotated[
         list[Path] | None,
-        typer.Option(help="Public text to keep a sample of beside the model: what every owner calls 'not mine'."),
+        typer.Option(help="Public text; a sample is stored with the model, and all owners fit their rows against it."),
     ] = None,
     public_sample_bytes: Annotated[int, typer.Option(help="Size of that sample.")] = 2_000_000,
     text_column: TextColumn = "text",
-    seed: Annotated[int, typer.Option(help="Seed of the sample, and of what is drawn for rows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sample and of random choices for rows.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     num_experts_per_tok: Annotated[int | None, typer.Option(help="Experts per token (k).")] = None,
     norm_topk_prob: Annotated[
         bool | None,
         typer.Option(
             "--norm-topk-prob/--no-norm-topk-prob",
-            help="Divide the k weights by their sum. By default the anchor's block decides.",
+            help="Normalise the k weights to a sum of 1. Default: as fits the anchor's architecture.",
             show_default=False,
         ),
     ] = None,
     fingerprint: Annotated[
-        bool, typer.Option(help="Hash the anchor, so that experts for another are refused.")
+        bool, typer.Option(help="Hash the anchor, so experts for other anchors are refused.")
     ] = True,
     max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make a FlexMoE model of a dense one: the same weights, ready for experts; dense fine-tunes of it are some."""
+    """Convert a dense model to a FlexMoE model with the same weights; dense fine-tunes can become experts."""
     experts, texts = parse_experts(expert or []), parse_domains(router_data or [], "--router-data")
     with large_import():
         from flexmoe.grafting import graft as library_graft
@@ -105,7 +105,7 @@ def graft(
             anchor,
             out,
             experts,
-            shared=shared,  # type: ignore[arg-type] # the library says what is allowed
+            shared=shared,  # type: ignore[arg-type] # the library checks it
             **given(
                 recipe=recipe,
                 router_data=texts or None,
@@ -128,32 +128,32 @@ def graft(
         )
     hint: str | None = f"Next, at each owner: flexmoe train {folder} --name NAME --data FILES --out PACKAGE"
     if experts:
-        hint = _about_zero_rows(list(experts), list(texts))
+        hint = _zero_rows_hint(list(experts), list(texts))
     elif recipe:
         hint = None
     show_result(folder, as_json, hint)
 
 
-def _about_zero_rows(experts: Sequence[str], routed: Sequence[str]) -> str | None:
-    """What to know about experts that were grafted without router data; None if all had some."""
+def _zero_rows_hint(experts: Sequence[str], routed: Sequence[str]) -> str | None:
+    """A hint about experts that were grafted without router data; None if all had some."""
     if not routed:
         return (
-            "All router rows are zero: every token weighs all experts alike until rows are trained. Make rows of text "
-            "with --router-data NAME=FILE."
+            "All router rows are zero: all experts have equal weight for every token. Fit rows on text with "
+            "--router-data NAME=FILE."
         )
     without = [name for name in experts if name not in routed]
-    return f"Without router data, so its row is zero as public's is: {', '.join(without)}." if without else None
+    return f"Experts without router data, whose rows are zero: {', '.join(without)}." if without else None
 
 
 def remove(
     model: Model,
-    name: Annotated[str, typer.Argument(help="The expert to take out.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="The expert to remove.", show_default=False)],
     out: Out,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Take one expert out, exactly: what is left is the model that never had it."""
+    """Remove an expert exactly: the result is byte for byte the model that never had it."""
     from flexmoe.conversion.compose import remove as library_remove
 
     with library_call(as_json):
@@ -165,12 +165,12 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="Folder of a model or of an expert package.", show_default=False)],
     device: Annotated[
         Device | None,
-        typer.Option(help="Where inference would run. Default: on a GPU, if there is one.", show_default=False),
+        typer.Option(help="Where inference would run. Default: cuda if available.", show_default=False),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what is in a model or a package: experts, sizes, licences, rows, what runs its layers. Loads no weights."""
+    """Show the contents of a model or package: experts, sizes, licences, rows, implementations. Loads no weights."""
     from torch import cuda
 
     from flexmoe.inspection import inspect as library_inspect
@@ -183,15 +183,15 @@ def inspect(
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model: a folder or a Hub id; dense ones too.", show_default=False)],
+    model: Annotated[str, typer.Argument(help="FlexMoE or dense model: a folder or a Hub id.", show_default=False)],
     data: Annotated[
-        list[str], typer.Option(metavar="NAME=FILE", help="Text of a domain: one name, then its files; several times.")
+        list[str], typer.Option(metavar="NAME=FILE", help="Text of a domain: its name, then its files. Repeatable.")
     ],
     experts: Annotated[
-        list[str] | None, typer.Option("--expert", metavar="NAME", help="Only these experts take part; repeat it.")
+        list[str] | None, typer.Option("--expert", metavar="NAME", help="Use only this expert. Repeatable.")
     ] = None,
     num_experts_per_tok: Annotated[int | None, typer.Option(help="Experts per token (k).")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens seen at once. By default at most 1024.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence. Default: at most 1024.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     text_column: TextColumn = "text",
     as_json: Json = False,
@@ -221,22 +221,21 @@ def export(
     model: Model,
     to: Annotated[
         str,
-        typer.Option(metavar="FORMAT", help="dense, flex_olmo, mixtral or qwen3_moe; the anchor decides which fit."),
+        typer.Option(metavar="FORMAT", help="dense, flex_olmo, mixtral or qwen3_moe; depends on the anchor."),
     ],
     out: Out,
     expert: Annotated[
-        str | None, typer.Option(metavar="NAME", help="For dense: whose network; 'public' is the anchor itself.")
+        str | None, typer.Option(metavar="NAME", help="For dense: the expert to write; 'public' is the anchor.")
     ] = None,
     drop_bias: Annotated[
         bool, typer.Option("--drop-bias", help="Leave out router biases and the public prior. Changes the model.")
     ] = False,
-    densify: Annotated[
-        bool, typer.Option("--densify", help="Write low-rank experts as the full ones that they amount to.")
-    ] = False,
+    densify: Annotated[bool, typer.Option("--densify", help="Merge low-rank experts into full ones.")] = False,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=FILE", help="Text that model and export are scored on: what --drop-bias costs, by domain."
+            metavar="NAME=FILE",
+            help="Text on which model and export are compared, by domain: the cost of --drop-bias.",
         ),
     ] = None,
     text_column: TextColumn = "text",
@@ -245,7 +244,7 @@ def export(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Write a model for stock transformers, and for engines that read its formats: equal logits, no FlexMoE needed."""
+    """Export a model to a transformers architecture, which also inference engines load; logits are equal."""
     domains = parse_domains(data or [])
     with large_import():
         from flexmoe.conversion.export import export as library_export
@@ -276,7 +275,7 @@ def import_(
     checkpoint: Annotated[str, typer.Argument(help="FlexOlmo model: a folder or a Hub id.", show_default=False)],
     names: Annotated[
         str,
-        typer.Option(metavar="public,NAME,...", help="What its experts are called, in its order; 'public' first."),
+        typer.Option(metavar="public,NAME,...", help="Names for its experts, in order; 'public' first."),
     ],
     out: Out,
     max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
@@ -284,7 +283,7 @@ def import_(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Split a FlexOlmo model into a grafted anchor, OUT/model, and a package per expert, OUT/NAME."""
+    """Split a FlexOlmo model into a grafted anchor, OUT/model, and one package per expert, OUT/NAME."""
     owners = parse_names(names)
     with large_import():
         from flexmoe.conversion.import_flex_olmo import import_flex_olmo

@@ -1,6 +1,6 @@
-"""The commands that put parts together: compose, add.
+"""The commands that combine models and packages: compose, add.
 
-Not here: what comes of it (`flexmoe.conversion`), and taking an expert out (`commands`).
+Does not cover the work itself (`flexmoe.conversion`, `flexmoe.composition`), or removing experts (`commands`).
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ NoVerify = Annotated[
     bool,
     typer.Option(
         "--no-verify",
-        help="Let experts in whose row or bias would take over the model; files and hashes are checked all the same.",
+        help="Accept experts whose row or bias would dominate the routing; files and hashes are always checked.",
     ),
 ]
 
@@ -27,31 +27,33 @@ NoVerify = Annotated[
 def compose(
     base: Annotated[
         str,
-        typer.Argument(help="What `flexmoe graft` wrote, or a composition: folder or Hub id.", show_default=False),
+        typer.Argument(
+            help="A model written by `flexmoe graft`, or a composition: folder or Hub id.", show_default=False
+        ),
     ],
     out: Out,
     packages: Annotated[
         list[str] | None,
-        typer.Argument(help="Expert packages in the order wanted: folders or Hub ids.", show_default=False),
+        typer.Argument(help="Expert packages, in this order: folders or Hub ids.", show_default=False),
     ] = None,
     name: Annotated[
         list[str] | None,
-        typer.Option(metavar="PACKAGE=NAME", help="Call an expert otherwise; PACKAGE as given, or its own name."),
+        typer.Option(metavar="PACKAGE=NAME", help="Rename an expert; PACKAGE as given, or its own name."),
     ] = None,
     public_prior: Annotated[
         float | None,
         typer.Option(
-            help="Log prior odds of public. By default 0 for experts without a bias, 0.5 for those with one."
+            help="Log prior odds of public. Default: 0 for experts without biases, 0.5 for experts with biases."
         ),
     ] = None,
     num_experts_per_tok: Annotated[
-        int | None, typer.Option(help="Experts per token (k). By default the graft's.")
+        int | None, typer.Option(help="Experts per token (k). Default: the base model's.")
     ] = None,
     by_reference: Annotated[
         bool,
         typer.Option(
             "--by-reference",
-            help="Name the parts instead of copying weights. PACKAGES may then be compositions, too, if BASE is one.",
+            help="Reference the parts instead of copying weights. If BASE is a composition, PACKAGES may be, too.",
             rich_help_panel=REFERENCE,
         ),
     ] = False,
@@ -62,13 +64,13 @@ def compose(
     update: Annotated[
         bool,
         typer.Option(
-            "--update", help="Move BASE's pins to what its repositories hold now.", rich_help_panel=REFERENCE
+            "--update", help="Move BASE's pins to the current versions of its experts.", rich_help_panel=REFERENCE
         ),
     ] = False,
     expert: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME[=REVISION]", help="With --update: only this one; repeat it.", rich_help_panel=REFERENCE
+            metavar="NAME[=REVISION]", help="With --update: only this expert. Repeatable.", rich_help_panel=REFERENCE
         ),
     ] = None,
     no_verify: NoVerify = False,
@@ -78,7 +80,7 @@ def compose(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Put a grafted model and experts trained apart together, without any training.
+    """Combine a grafted model with independently trained experts, without any training.
 
     Examples: flexmoe compose grafted math-package org/code-expert --out model;
     flexmoe compose grafted org/math-expert --by-reference --out composition;
@@ -95,12 +97,12 @@ def compose(
         _update(base, out, expert or [], not no_verify, policy, overwrite, as_json)
         return
     if expert:
-        raise ValueError("--expert goes with --update; packages are given by their folders or Hub ids.")
+        raise ValueError("--expert requires --update; give packages as arguments, by folder or Hub id.")
     if anchor is not None and not by_reference:
-        raise ValueError("--anchor goes with --by-reference; with weights, BASE holds those of the anchor.")
+        raise ValueError("--anchor requires --by-reference; without it, BASE holds the anchor's weights.")
     names = parse_renames(name or [])
     with large_import():
-        from flexmoe.conversion.by_reference import compose_by_reference
+        from flexmoe.composition.edit import compose_by_reference
         from flexmoe.conversion.compose import compose as library_compose
 
     shared: dict[str, Any] = {"names": names, "public_prior": public_prior, "num_experts_per_tok": num_experts_per_tok}
@@ -118,11 +120,13 @@ def compose(
 
 def _refuse_beside_update(packages: list[str] | None, options: list[str]) -> None:
     if packages:
-        raise ValueError("--update moves the pins of one composition: give no packages. Add them in a second step.")
+        raise ValueError(
+            "--update moves the pins of one composition: give no packages, and add them in a second step."
+        )
     if options:
         raise ValueError(
-            f"{', '.join(options)} would have no effect: --update moves the pins of a composition and changes nothing "
-            "else. Compose anew for that."
+            f"{', '.join(options)} would have no effect: --update only moves the pins of a composition. Compose anew "
+            "to change the rest."
         )
 
 
@@ -135,7 +139,7 @@ def _update(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    from flexmoe.conversion.pins import update_composition
+    from flexmoe.composition.edit import update_composition
 
     with library_call(as_json):
         moves = update_composition(
@@ -166,14 +170,14 @@ def add(
     model: Model,
     package: Annotated[str, typer.Argument(help="Expert package: a folder or a Hub id.", show_default=False)],
     out: Out,
-    name: Annotated[str | None, typer.Option(help="Call the expert so. By default the package's own name.")] = None,
+    name: Annotated[str | None, typer.Option(help="The expert's name in the model. Default: the package's.")] = None,
     no_verify: NoVerify = False,
     policy: Policy = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Add one expert to a model.
+    """Add an expert to a model.
 
     Example: flexmoe add model org/law-expert --out model-with-law
     """

@@ -1,6 +1,6 @@
-"""The commands on the rank of an expert: compress, densify.
+"""The commands that change the rank of an expert: compress, densify.
 
-Not here: training at low rank (`training`), and what the numbers mean (`flexmoe.conversion.low_rank`).
+Does not cover training at low rank (`training`), or the conversions themselves (`flexmoe.conversion.low_rank`).
 """
 
 from typing import Annotated
@@ -15,7 +15,7 @@ Package = Annotated[str, typer.Argument(help="Expert package: a folder or a Hub 
 Anchor = Annotated[
     str | None,
     typer.Option(
-        help="The dense model or a FlexMoE of it: folder or Hub id. By default what the package names.",
+        help="The dense model, or a FlexMoE model of it: folder or Hub id. Default: as the package records.",
         show_default=False,
     ),
 ]
@@ -26,18 +26,18 @@ def compress(
     out: Out,
     rank: Annotated[
         str | None,
-        typer.Option(metavar="R[,R...]", help="Singular values to keep of each matrix, or layer by layer."),
+        typer.Option(metavar="R[,R...]", help="Singular values to keep, one number or one per layer."),
     ] = None,
     energy: Annotated[
-        float | None, typer.Option(help="Instead: the share of the squared singular values to keep, as 0.95.")
+        float | None, typer.Option(help="Instead: the share of the squared singular values to keep, such as 0.95.")
     ] = None,
     anchor: Anchor = None,
-    device: Annotated[str, typer.Option(help="Where singular values are computed.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device for the singular values.")] = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make a low-rank expert of a full one: its difference from public, cut to the largest singular values."""
+    """Compress a full expert to a low-rank one: a truncated SVD of its difference from public."""
     from flexmoe.conversion.low_rank import compress as library_compress
 
     ranks = None if rank is None else parse_ranks(rank)
@@ -63,7 +63,7 @@ def densify(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make a full expert of a low-rank one: public's networks with its differences added."""
+    """Convert a low-rank expert to a full one: public's networks with its differences added."""
     from flexmoe.conversion.low_rank import densify as library_densify
 
     with library_call(as_json), byte_progress("Writing", package) as progress:

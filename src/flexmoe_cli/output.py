@@ -1,8 +1,8 @@
-"""What the commands show: tables and JSON on stdout; progress, warnings and errors on stderr.
+"""Output of the commands: tables and JSON on stdout; progress, warnings and errors on stderr.
 
-Colours follow the terminal and NO_COLOR (rich does). With `--json`, stdout carries the JSON and nothing else.
-Manifests and configs are strangers': what in their text would steer a terminal is shown as an escape, `\\x1b`.
-Not here: which facts are shown (`tables`).
+Colours follow the terminal and NO_COLOR (by rich). With `--json`, stdout holds only the JSON. Manifests and configs
+are untrusted: control characters in their text are shown as escapes, `\\x1b`. Does not cover which facts are shown
+(`tables`).
 """
 
 import gc
@@ -21,31 +21,31 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 from rich.table import Table
 
-# Controls (of which ESC begins what moves the cursor or sets a title), what turns the direction of text or has no
-# width, and halves of characters, which cannot be written. Not the two joiners, which letters and emoji need.
-_STEERING = re.compile(
+# Control characters (ESC starts sequences that move the cursor or set a title), characters that change the direction
+# of text or have no width, and surrogates, which cannot be written. Not the two joiners, which letters and emoji need.
+_CONTROL = re.compile(
     "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]"
 )
 
 
 def print_json(value: Any) -> None:
-    """Prints `value` as JSON: standard JSON, so NaN and infinities become null."""
-    lines = json.dumps(_standard(value), indent=2, ensure_ascii=False).split("\n")  # json escapes those in strings
-    sys.stdout.write("\n".join(_STEERING.sub(_json_escape, line) for line in lines) + "\n")
+    """Prints `value` as standard JSON; NaN and infinities become null."""
+    lines = json.dumps(_standard(value), indent=2, ensure_ascii=False).split("\n")  # newlines in strings are escaped
+    sys.stdout.write("\n".join(_CONTROL.sub(_json_escape, line) for line in lines) + "\n")
 
 
 def print_line(text: str) -> None:
-    """Prints a line of rich markup on stdout, never broken in the middle of a path."""
-    Console().print(_shown(text), soft_wrap=True, highlight=False)
+    """Prints a line of rich markup on stdout, without breaking paths."""
+    Console().print(_escaped(text), soft_wrap=True, highlight=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints a table: numbers to the right, text to the left, empty columns not at all. Cells are plain text."""
+    """Prints a table of plain text: numbers right-aligned, text left-aligned, empty columns left out."""
     table = Table(
-        title=escape(_shown(title)), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD
+        title=escape(_escaped(title)), title_justify="left", title_style="bold", header_style="bold", box=SIMPLE_HEAD
     )
-    cells = [[_shown(cell) for cell in row] for row in rows]
+    cells = [[_escaped(cell) for cell in row] for row in rows]
     shown = [index for index in range(len(columns)) if index == 0 or any(row[index] for row in cells)]
     for index in shown:
         numeric = index > 0 and all(_is_number(row[index]) for row in cells)
@@ -56,15 +56,15 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
 
 
 def quiet_libraries() -> None:
-    """Keeps other libraries' progress bars out of log files. To be called before they are imported: they look then."""
+    """Keeps other libraries' progress bars out of log files. To be called before they are imported."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers follows it too
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also for transformers
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 @contextmanager
 def large_import() -> Iterator[None]:
-    """Around imports of the model: their million objects all stay, so no time is spent on looking for garbage."""
+    """Disables garbage collection around imports of the model, which create many long-lived objects."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -76,16 +76,16 @@ def large_import() -> Iterator[None]:
 
 @contextmanager
 def library_call(as_json: bool) -> Iterator[None]:
-    """Around a call of the library: with `as_json`, whatever it prints goes to stderr."""
+    """Redirects the library's prints to stderr if `as_json`."""
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         yield
 
 
 @contextmanager
 def byte_progress(what: str, source: str | Path | None = None) -> Iterator[Callable[[int], None]]:
-    """Shows bytes as they are written; yields the function that is told of each further number of bytes.
+    """Shows a progress bar of written bytes; yields the function to call with each number of bytes.
 
-    `source`, if it is a folder, tells how many there will be: about as many as its weight files hold.
+    If `source` is a folder, the size of its weight files is the estimated total.
     """
     columns = (
         TextColumn("{task.description}"),
@@ -102,7 +102,7 @@ def byte_progress(what: str, source: str | Path | None = None) -> Iterator[Calla
 
 @contextmanager
 def step_progress(what: str) -> Iterator[Callable[[], None]]:
-    """Counts steps whose number nobody knows beforehand; yields the function that is called after each."""
+    """Counts steps of an unknown number; yields the function to call after each step."""
     columns = (TextColumn("{task.description}"), TextColumn("{task.completed} layers"), TimeElapsedColumn())
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -111,12 +111,12 @@ def step_progress(what: str) -> Iterator[Callable[[], None]]:
 
 
 def report_error(error: Exception) -> None:
-    """Prints what went wrong as one paragraph on stderr."""
-    # A KeyError's text is its key between quotes, whatever the message is.
+    """Prints an error as one paragraph on stderr."""
+    # str() of a KeyError is the repr of its message
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     text = " ".join(text.split()) or type(error).__name__
     if not isinstance(error, ValueError | TypeError | LookupError | OSError | ImportError):
-        text = f"{type(error).__name__}: {text} (This was not foreseen: --debug shows where it happened.)"
+        text = f"{type(error).__name__}: {text} (Unexpected error: --debug shows the traceback.)"
     _print_message("Error", "bold red", text)
 
 
@@ -128,7 +128,7 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Prints a warning for the person at the terminal: its words, without the line of code that said them."""
+    """Prints a warning without the line of code that raised it; the signature is that of `warnings.showwarning`."""
     if issubclass(category, UserWarning):
         _print_message("Warning", "bold yellow", " ".join(str(message).split()))
 
@@ -139,7 +139,7 @@ def human_bytes(count: int) -> str:
 
 
 def human_count(count: int, digits: int = 3) -> str:
-    """`1234567` as `1.23 M`, to so many digits."""
+    """`1234567` as `1.23 M`, with `digits` significant digits."""
     return _human(count, ("", "K", "M", "B", "T"), digits)
 
 
@@ -152,12 +152,12 @@ def _human(count: float, units: Sequence[str], digits: int = 3) -> str:
 
 
 def _print_message(label: str, style: str, text: str) -> None:
-    Console(stderr=True).print(f"[{style}]{label}:[/] {escape(_shown(text))}", soft_wrap=True, highlight=False)
+    Console(stderr=True).print(f"[{style}]{label}:[/] {escape(_escaped(text))}", soft_wrap=True, highlight=False)
 
 
-def _shown(text: str) -> str:
-    """The text with what would steer a terminal as an escape, as Python writes it."""
-    return _STEERING.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
+def _escaped(text: str) -> str:
+    """The text with control characters as Python escapes."""
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def _json_escape(match: re.Match[str]) -> str:

@@ -1,6 +1,6 @@
-"""The command that says what a model will cost before anything is trained: plan.
+"""The command that estimates the costs of a model before training: plan.
 
-Not here: the formulas (`flexmoe.planning`) and the figures of GPUs (`flexmoe.gpus`).
+Does not cover the formulas (`flexmoe.planning.plan`) or the figures of GPUs (`flexmoe.planning.gpus`).
 """
 
 from typing import Annotated
@@ -15,27 +15,27 @@ from flexmoe_cli.tables import show_plan
 def plan(
     anchor: Annotated[str, typer.Argument(help="Dense or FlexMoE model: a folder or a Hub id.", show_default=False)],
     experts: Annotated[
-        int | None, typer.Option(help="All experts, public included. By default a FlexMoE's own, else 7.")
+        int | None, typer.Option(help="Number of experts, including public. Default: the FlexMoE model's, else 7.")
     ] = None,
     k: Annotated[
-        int | None, typer.Option("--k", help="Experts per token. By default a FlexMoE's own, else 5.")
+        int | None, typer.Option("--k", help="Experts per token. Default: the FlexMoE model's, else 5.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of low-rank experts. By default experts are full.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of low-rank experts. Default: full experts.")] = None,
     tokens_per_expert: Annotated[
         float | None,
         typer.Option(
-            metavar="TOKENS", help="Tokens of each owner, as in 50e9. By default the compute-optimal number."
+            metavar="TOKENS", help="Training tokens of each owner, such as 50e9. Default: the compute-optimal number."
         ),
     ] = None,
     gpu: Annotated[
         str | None,
-        typer.Option(help="h200 (the default), b200, h100, a100 ...; or any name, with the three figures below."),
+        typer.Option(help="h200 (default), b200, h100, a100 ...; or any other name with the three figures below."),
     ] = None,
-    gpu_tflops: Annotated[float | None, typer.Option(help="Its peak of dense bfloat16, TFLOP/s.")] = None,
+    gpu_tflops: Annotated[float | None, typer.Option(help="Its peak in dense bfloat16, TFLOP/s.")] = None,
     gpu_memory_gb: Annotated[float | None, typer.Option(help="Its memory, GB.")] = None,
-    gpu_bandwidth_tb: Annotated[float | None, typer.Option(help="Its memory's bandwidth, TB/s.")] = None,
+    gpu_bandwidth_tb: Annotated[float | None, typer.Option(help="Its memory bandwidth, TB/s.")] = None,
     mfu: Annotated[
-        float | None, typer.Option(help="Part of the GPU's peak that training is assumed to reach. By default 0.4.")
+        float | None, typer.Option(help="Assumed model FLOPs utilisation in training. Default: 0.4.")
     ] = None,
     dtype: Annotated[
         str | None,
@@ -45,8 +45,8 @@ def plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Say what a model will cost: parameters, memory, training, decoding. Reads the configuration, no weights."""
-    from flexmoe.planning import plan as library_plan
+    """Estimate the costs of a model: parameters, memory, training, decoding. Reads only the configuration."""
+    from flexmoe.planning.plan import plan as library_plan
 
     with library_call(as_json):
         planned = library_plan(

@@ -1,6 +1,6 @@
-"""The commands on the Hub: push, pull.
+"""The commands for the Hub: push, pull.
 
-Not here: what goes and what is checked (`flexmoe.sharing`), and logging in (`hf auth login`).
+Does not cover the selection and checks of files (`flexmoe.hub.publish`), or logging in (`hf auth login`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flexmoe_cli.output import byte_progress, human_bytes, library_call, print_j
 from flexmoe_cli.tables import show_result
 
 if TYPE_CHECKING:
-    from flexmoe.sharing import Upload
+    from flexmoe.hub.publish import Upload
 
 CODE = "_flexmoe.py"
 
@@ -25,29 +25,29 @@ def push(
     folder: Annotated[
         Path, typer.Argument(help="Folder of an expert package, a composition or a model.", show_default=False)
     ],
-    repo: Annotated[str, typer.Argument(help="Hub id to push to; made if it is not there.", show_default=False)],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would go, and send nothing.")] = False,
+    repo: Annotated[str, typer.Argument(help="Hub id to push to; created if necessary.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files, and send nothing.")] = False,
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a new repository. Default: as your account has it.")
+        bool | None, typer.Option("--private/--public", help="Of a new repository. Default: that of your account.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch to push to, made if it is not there.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; created if necessary.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     allow_private_text: Annotated[
         bool,
         typer.Option(
-            "--allow-private-text", help="Push although a card, manifest or licence holds an address, token or path."
+            "--allow-private-text", help="Push even if a card, manifest or licence holds an address, token or path."
         ),
     ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Push an expert package, a composition or a model to the Hub. Log in before: hf auth login
+    """Push an expert package, a composition or a model to the Hub. Log in first: hf auth login
 
     Example: flexmoe push math-package my-organisation/math-expert --dry-run
     """
-    from flexmoe.sharing import plan_upload
-    from flexmoe.sharing import push as library_push
+    from flexmoe.hub.publish import plan_upload
+    from flexmoe.hub.publish import push as library_push
 
     if dry_run:
         with library_call(as_json):
@@ -55,9 +55,9 @@ def push(
         if as_json:
             print_json({**plan.to_dict(), "repo": repo})
         else:
-            show_plan_of(plan, repo)
+            show_plan(plan, repo)
         if plan.discoveries and not allow_private_text:
-            raise typer.Exit(1)  # as the push would end
+            raise typer.Exit(1)  # like the push
         return
     with library_call(as_json):
         pushed = library_push(
@@ -72,22 +72,22 @@ def push(
     if as_json:
         print_json(vars(pushed))
         return
-    print_line(f"[bold]{escape(pushed.pull_request or pushed.url)}[/] has it, commit {pushed.revision}.")
+    print_line(f"Pushed to [bold]{escape(pushed.pull_request or pushed.url)}[/], commit {pushed.revision}.")
 
 
-def show_plan_of(plan: Upload, repo: str) -> None:
-    """What would go, in a table; the model's code, three dozen files, in one line of it."""
+def show_plan(plan: Upload, repo: str) -> None:
+    """Prints the files to upload as a table, with one line for the files of the model's code."""
     code = [file for file in plan.files if file.name.endswith(CODE)]
     rows = [[file.name, human_bytes(file.nbytes), f"{file.sha256[:16]}…"] for file in plan.files if file not in code]
     if code:
         rows.append([f"{len(code)} files *{CODE}", human_bytes(sum(file.nbytes for file in code)), ""])
-    print_table(f"Would go to {repo}, as a {plan.kind}", ("file", "size", "SHA-256"), rows)
+    print_table(f"To be pushed to {repo}, as a {plan.kind}", ("file", "size", "SHA-256"), rows)
     if plan.left_out:
-        print_line(escape(f"Stays here: {', '.join(plan.left_out)}"))
+        print_line(escape(f"Not pushed: {', '.join(plan.left_out)}"))
     for found in plan.discoveries:
         print_line(f"[bold yellow]Looks private:[/] {escape(str(found))}")
     if plan.discoveries:
-        print_line("A push is refused, unless with --allow-private-text.")
+        print_line("A push is refused, except with --allow-private-text.")
 
 
 def pull(
@@ -99,11 +99,11 @@ def pull(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Pull an expert package, a composition or a model from the Hub into a folder, checked on the way.
+    """Pull an expert package, a composition or a model from the Hub into a folder, and verify it.
 
     Example: flexmoe pull my-organisation/math-expert --out math-package
     """
-    from flexmoe.sharing import pull as library_pull
+    from flexmoe.hub.pull import pull as library_pull
 
     with library_call(as_json), byte_progress("Copying") as progress:
         folder = library_pull(repo, out, revision=revision, policy=policy, overwrite=overwrite, progress=progress)

@@ -1,6 +1,6 @@
-"""How results look to a person: what is in a folder, what was made, how a model scored, what a plan says.
+"""Human-readable results: contents of folders, written files, scores, plans.
 
-Not here: the demo's tables (`flexmoe.demo.report`), colours and JSON (`output`).
+Does not cover the demo's tables (`flexmoe.demo.report`), or colours and JSON (`output`).
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from flexmoe_cli.output import human_bytes, human_count, print_json, print_line,
 if TYPE_CHECKING:
     from flexmoe.conversion.low_rank import CompressedLayer
     from flexmoe.evaluation import DomainScore
-    from flexmoe.planning import Plan, Training
+    from flexmoe.planning.plan import Plan, Training
 
 
-_WAYS = {"torch": "PyTorch's modules", "triton": "fused kernels"}
-_HOLDS = {
+_IMPLEMENTATIONS = {"torch": "PyTorch modules", "triton": "fused kernels"}
+_CONTENTS = {
     "package": "holds the expert",
     "model": "holds a model with the experts",
-    "composition": "names the parts of a model with the experts",
+    "composition": "references the parts of a model with the experts",
 }
 
 
 def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
-    """What a command has written: one line and what to do next, or with `as_json` all that `inspect` finds in it."""
+    """Shows what a command has written: one line and a hint, or with `as_json` the output of `inspect`."""
     from flexmoe.inspection import inspect
 
     found = inspect(folder)
@@ -40,19 +40,19 @@ def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
         return
     names = ", ".join(expert["name"] for expert in found["experts"])
     size = "" if found["bytes"] is None else f" ({human_bytes(found['bytes'])})"
-    print_line(f"[bold]{escape(str(folder))}[/] {_HOLDS[found['kind']]} {names}{size}.")
+    print_line(f"[bold]{escape(str(folder))}[/] {_CONTENTS[found['kind']]} {names}{size}.")
     if inactive := [expert["name"] for expert in found["experts"] if not expert["active"]]:
         print_line(
-            f"Note: {', '.join(inactive)} will take no part: the model has a choice of active experts, made with "
-            "set_active_experts. Load it, call set_active_experts(None) for all of them, and save it."
+            f"Note: {', '.join(inactive)} will be inactive: the model has a choice of active experts, made with "
+            "set_active_experts. To activate all experts, load it, call set_active_experts(None), and save it."
         )
     if hint:
         print_line(escape(hint))
 
 
 def show_composed(folder: Path, as_json: bool, hint: str | None = None) -> None:
-    """As `show_result`, of parts that were put together; on stderr, licences of theirs that do not go together."""
-    from flexmoe.cards import license_conflicts
+    """As `show_result`, with warnings on stderr about licences that conflict."""
+    from flexmoe.card_files import license_conflicts
 
     show_result(folder, as_json, hint)
     for conflict in license_conflicts(folder):
@@ -60,7 +60,7 @@ def show_composed(folder: Path, as_json: bool, hint: str | None = None) -> None:
 
 
 def show_export(folder: Path, as_json: bool, losses: Mapping[str, tuple[float, float]] | None = None) -> None:
-    """What an export has written, and how it is loaded; `losses` by domain: of the model, of the export."""
+    """Shows what an export has written and how to load it; `losses` by domain: of the model, of the export."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     found: dict[str, Any] = {
         "path": str(folder),
@@ -82,7 +82,7 @@ def show_export(folder: Path, as_json: bool, losses: Mapping[str, tuple[float, f
 
 
 def show_import(folder: Path, names: Sequence[str], as_json: bool) -> None:
-    """What an import has written, model first, and how its parts are put together."""
+    """Shows what an import has written, the model first, and how to compose the parts."""
     from flexmoe.conversion.import_flex_olmo import MODEL_FOLDER
     from flexmoe.inspection import inspect
 
@@ -94,23 +94,23 @@ def show_import(folder: Path, names: Sequence[str], as_json: bool) -> None:
     for part in parts:
         show_result(part, as_json=False)
     if len(parts) > 1:
-        print_line(escape(f"Put together again with: flexmoe compose {' '.join(map(str, parts))} --out FOLDER"))
+        print_line(escape(f"Compose them again with: flexmoe compose {' '.join(map(str, parts))} --out FOLDER"))
 
 
 def show_compression(folder: Path, layers: Sequence[CompressedLayer], as_json: bool) -> None:
-    """A compressed expert: what each layer kept and lost, and how large the package is."""
+    """Shows a compressed expert: rank and error of each layer, and the size of the package."""
     if as_json:
         from flexmoe.inspection import inspect
 
         print_json({**inspect(folder), "layers_kept": [asdict(layer) for layer in layers]})
         return
     rows = [[str(layer.layer), str(layer.rank), f"{layer.error:.3g}"] for layer in layers]
-    print_table("Compressed", ("layer", "rank", "lost of the difference"), rows)
+    print_table("Compressed", ("layer", "rank", "relative error"), rows)
     show_result(folder, as_json=False)
 
 
 def show_inspection(found: Mapping[str, Any]) -> None:
-    """What `flexmoe.inspection.inspect` found, as a few lines and a table of the experts."""
+    """Shows the output of `flexmoe.inspection.inspect`: a few lines and a table of the experts."""
     for label, value in _facts(found).items():
         if value is not None:
             print_line(f"[bold]{label:<18}[/] {escape(str(value))}")
@@ -131,7 +131,7 @@ def show_inspection(found: Mapping[str, Any]) -> None:
 
 
 def show_scores(model: str, scores: Mapping[str, DomainScore]) -> None:
-    """A table of the domains, with the mean of their losses (each domain weighs the same) where there are several."""
+    """Shows a table of the domains, with the unweighted mean of their losses if there are several."""
     rows = [
         [name, f"{score.loss:.4f}", f"{score.perplexity:.2f}", str(score.tokens), str(score.documents)]
         for name, score in scores.items()
@@ -142,7 +142,7 @@ def show_scores(model: str, scores: Mapping[str, DomainScore]) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """What a FlexMoE will cost: three tables, for the model, one owner and those who serve it."""
+    """Shows the costs of a FlexMoE model: tables for the model, one owner, and serving."""
     kind = "full experts" if plan.rank is None else f"low-rank experts of rank {plan.rank}"
     gpu = plan.gpu
     facts = {
@@ -154,10 +154,10 @@ def show_plan(plan: Plan) -> None:
         print_line(f"[bold]{label:<18}[/] {escape(value)}")
     parameters = plan.parameters
     counted = (
-        ("anchor", parameters.anchor, "the dense model, which holds public's networks"),
-        ("one expert", parameters.per_expert, "its networks, router rows and biases in every layer"),
+        ("anchor", parameters.anchor, "the dense model, including public's FFNs"),
+        ("one expert", parameters.per_expert, "FFNs, router rows and biases in every layer"),
         ("total", parameters.total, "the anchor, public's rows and the owners' experts"),
-        ("active per token", parameters.active, "all that is shared, embeddings and head included, and k experts"),
+        ("active per token", parameters.active, "shared parameters, embeddings and head included, and k experts"),
     )
     print_table(
         "Parameters", ("", "parameters", "what"), [(name, human_count(n, 4), what) for name, n, what in counted]
@@ -174,12 +174,12 @@ def show_plan(plan: Plan) -> None:
         )
         for dtype, cost in plan.serving.items()
     ]
-    columns = ("dtype", "weights", "GPUs", "read per token", "decode floor", "tokens/s at most")
-    print_table("Serving, one sequence at a time", columns, serving)
+    columns = ("dtype", "weights", "GPUs", "read per token", "minimum latency", "maximum tokens/s")
+    print_table("Serving at batch size 1", columns, serving)
 
 
 def _owner_rows(plan: Plan, training: Training) -> list[tuple[str, str, str]]:
-    from flexmoe.planning import USABLE_MEMORY
+    from flexmoe.planning.plan import USABLE_MEMORY
 
     parts = (training.forward_flops, training.activation_gradient_flops, training.weight_gradient_flops)
     forward, activations, weights = (f"{flops / 1e9:.3g}" for flops in parts)
@@ -191,9 +191,9 @@ def _owner_rows(plan: Plan, training: Training) -> list[tuple[str, str, str]]:
         ("package", human_bytes(plan.package_bytes), f"{plan.dtype}; router rows float32"),
         ("tokens", human_count(training.tokens), tokens),
         ("per token", f"{sum(parts) / 1e9:.3g} GFLOP", f"forward {forward}, backward {activations} + {weights}"),
-        ("training", f"{training.flops:.3g} FLOP", "tokens times that"),
-        ("GPU hours", f"{training.gpu_hours:.4g} h", f"at {training.mfu:.0%} of the peak, an assumption"),
-        ("memory", human_bytes(training.memory_bytes), f"frozen {frozen}, trained {trained}; activations on top"),
+        ("training", f"{training.flops:.3g} FLOP", "for all tokens"),
+        ("GPU hours", f"{training.gpu_hours:.4g} h", f"at {training.mfu:.0%} of the peak (assumed)"),
+        ("memory", human_bytes(training.memory_bytes), f"frozen {frozen}, trained {trained}; without activations"),
         ("GPUs for that", str(training.gpus), f"with {USABLE_MEMORY:.0%} of each one's memory"),
     ]
 
@@ -213,34 +213,34 @@ def _facts(found: Mapping[str, Any]) -> dict[str, Any]:
             "experts per token": found["num_experts_per_tok"],
             "weights sum to one": "yes" if found["norm_topk_prob"] else "no",
             "public prior": found["public_prior"],
-            "inference": "\n".join(_ways(found["paths"])) if "paths" in found else None,
+            "inference": "\n".join(_implementations(found["paths"])) if "paths" in found else None,
         }
     else:
         facts["data"] = found["experts"][0]["data_statement"]
     return facts
 
 
-def _ways(paths: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What runs the layers and why: one line for neighbours that take the same way."""
-    said = []
+def _implementations(paths: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The implementations of layers and the reasons, one line for consecutive layers with the same one."""
+    lines = []
     for (implementation, reason), group in itertools.groupby(
         paths, key=lambda path: (path["implementation"], path["reason"])
     ):
         layers = [path["layer"] for path in group]
         which = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
-        said.append(f"{which}: {_WAYS[implementation]} ({reason})")
-    return said
+        lines.append(f"{which}: {_IMPLEMENTATIONS[implementation]} ({reason})")
+    return lines
 
 
 def _expert_row(expert: Mapping[str, Any], kind: str) -> list[str]:
     source = (expert["source"] or {}) if kind == "composition" else {}
     return [
         expert["name"],
-        f"low-rank {_spread(expert['rank'])}" if expert["rank"] else expert["kind"],
+        f"low-rank {_value_range(expert['rank'])}" if expert["rank"] else expert["kind"],
         "" if expert["parameters"] is None else human_count(expert["parameters"]),
         "" if expert["bytes"] is None else human_bytes(expert["bytes"]),
-        _spread(expert["row_norms"]),
-        _spread(expert["biases"]),
+        _value_range(expert["row_norms"]),
+        _value_range(expert["biases"]),
         source.get("repo") or source.get("folder") or "",
         (source.get("revision") or "")[:12],
         expert["license"] or "",
@@ -249,8 +249,8 @@ def _expert_row(expert: Mapping[str, Any], kind: str) -> list[str]:
     ]
 
 
-def _spread(values: Sequence[float]) -> str:
-    """Least and greatest of the layers' values, once where they read the same."""
+def _value_range(values: Sequence[float]) -> str:
+    """The smallest and the largest of the layers' values, or one number if they are equal as shown."""
     if not values:
         return ""
     least, greatest = f"{min(values):.3g}", f"{max(values):.3g}"

@@ -1,6 +1,7 @@
-"""The command that an owner runs, where its data is: train.
+"""The command that an owner runs where its data is: train.
 
-Not here: the defaults, which are those of `flexmoe.training.TrainingSettings`; the help repeats them, a test compares.
+Does not cover the defaults, which are those of `flexmoe.training.experts.TrainingSettings`; a test compares them with
+the help texts.
 """
 
 import sys
@@ -9,34 +10,24 @@ from typing import Annotated
 
 import typer
 
-from flexmoe_cli.arguments import (
-    Debug,
-    Embedder,
-    Json,
-    Out,
-    Overwrite,
-    RouterBias,
-    RouterMethod,
-    RouterTokens,
-    given,
-)
+from flexmoe_cli.arguments import Debug, Embedder, Json, Out, Overwrite, RouterBias, RouterMethod, RouterTokens, given
 from flexmoe_cli.output import library_call
 from flexmoe_cli.tables import show_result
 
 EXPERT, LOOP, LOSS = "The expert", "The training loop", "The loss"
-PAPERS = "The package's papers"
+METADATA = "Package metadata"
 
 
-# Long, but a table: typer reads the options off this signature, and the body is one call.
+# typer derives the options from this signature; the body is one call.
 def train(
     grafted: Annotated[
-        str, typer.Argument(help="What `flexmoe graft` wrote: a folder or a Hub id.", show_default=False)
+        str, typer.Argument(help="A model written by `flexmoe graft`: a folder or a Hub id.", show_default=False)
     ],
     name: Annotated[str, typer.Option(help="The expert's name, in lower case: math, code-2.")],
     data: Annotated[list[Path], typer.Option(help="The owner's text: .txt, .md, .jsonl, .json, .parquet.")],
     out: Out,
     public_data: Annotated[
-        list[Path] | None, typer.Option(help="Public text to use instead of the sample kept with the model.")
+        list[Path] | None, typer.Option(help="Public text to use instead of the sample stored with the model.")
     ] = None,
     public_ratio: Annotated[
         float | None, typer.Option(help="Share of public text in each batch. Default: 0.4.")
@@ -45,24 +36,26 @@ def train(
         str | None, typer.Option(help="Column of table files that holds the text. Default: text.")
     ] = None,
     validation_fraction: Annotated[
-        float | None, typer.Option(help="Documents held out, as a share. Default: 0.05.")
+        float | None, typer.Option(help="Share of documents held out for validation. Default: 0.05.")
     ] = None,
-    validation_tokens: Annotated[int | None, typer.Option(help="Of each side, at most. Default: 20000.")] = None,
+    validation_tokens: Annotated[
+        int | None, typer.Option(help="At most, of own and of public text each. Default: 20000.")
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
             metavar="full|low_rank",
-            help="Train whole networks, or low-rank differences from public's. Default: full.",
+            help="Train full FFNs, or low-rank differences from public's. Default: full.",
             rich_help_panel=EXPERT,
         ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Of a low-rank expert; 64 if none is given.", rich_help_panel=EXPERT)
+        int | None, typer.Option(help="Rank of a low-rank expert, 64 by default.", rich_help_panel=EXPERT)
     ] = None,
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="Its differences are scaled by alpha / rank. By default not scaled.", rich_help_panel=EXPERT
+            help="Scale low-rank differences by alpha / rank; they are unscaled by default.", rich_help_panel=EXPERT
         ),
     ] = None,
     router: RouterMethod = None,
@@ -81,21 +74,23 @@ def train(
         int | None, typer.Option(help="Batches per step. Default: 1.", rich_help_panel=LOOP)
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per sequence. By default at most 1024.", rich_help_panel=LOOP)
+        int | None, typer.Option(help="Tokens per sequence. Default: at most 1024.", rich_help_panel=LOOP)
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak. Default: 2e-3.", rich_help_panel=LOOP)] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak value. Default: 2e-3.", rich_help_panel=LOOP)
+    ] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option(help="Steps up to the peak. By default a twentieth of all.", rich_help_panel=LOOP)
+        int | None, typer.Option(help="Warm-up steps. Default: 5 % of all steps.", rich_help_panel=LOOP)
     ] = None,
-    eval_steps: Annotated[int | None, typer.Option(help="Validate every so many steps.", rich_help_panel=LOOP)] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Steps between validations.", rich_help_panel=LOOP)] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. Default: 100.", rich_help_panel=LOOP)
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Go on where the same command was stopped.", rich_help_panel=LOOP)
+        bool, typer.Option(help="Resume an interrupted run of the same command.", rich_help_panel=LOOP)
     ] = True,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of everything drawn. Default: 0.", rich_help_panel=LOOP)
+        int | None, typer.Option(help="Seed of all random choices. Default: 0.", rich_help_panel=LOOP)
     ] = None,
     dtype: Annotated[
         str | None,
@@ -105,31 +100,33 @@ def train(
         bool | None,
         typer.Option(
             "--gradient-checkpointing/--no-gradient-checkpointing",
-            help="Less memory for more time. Default: no.",
+            help="Trade time for memory. Default: no.",
             show_default=False,
             rich_help_panel=LOOP,
         ),
     ] = None,
-    lm_z_loss: Annotated[float | None, typer.Option(help="Its weight. Default: 1e-5.", rich_help_panel=LOSS)] = None,
+    lm_z_loss: Annotated[
+        float | None, typer.Option(help="Weight of the logit z-loss. Default: 1e-5.", rich_help_panel=LOSS)
+    ] = None,
     router_z_loss: Annotated[
         float | None, typer.Option(help="Its weight. Default: 1e-3.", rich_help_panel=LOSS)
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="Licence of the expert, as an SPDX identifier.", rich_help_panel=PAPERS)
+        str | None, typer.Option(help="Licence of the expert, as an SPDX identifier.", rich_help_panel=METADATA)
     ] = None,
     expert_version: Annotated[
         str | None,
-        typer.Option(help="Of the expert, in your own counting; 1.0.0 if none is given.", rich_help_panel=PAPERS),
+        typer.Option(help="Version of the expert, 1.0.0 by default.", rich_help_panel=METADATA),
     ] = None,
     data_statement: Annotated[
-        str | None, typer.Option(help="What the expert was trained on, in words.", rich_help_panel=PAPERS)
+        str | None, typer.Option(help="A description of the training data.", rich_help_panel=METADATA)
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train one owner's expert on its own text, alone. Nothing but the package leaves the owner."""
-    from flexmoe.training import train_expert
+    """Train one owner's expert on its own text, in isolation. Only the package leaves the owner."""
+    from flexmoe.training.experts import train_expert
 
     with library_call(as_json):
         package = train_expert(

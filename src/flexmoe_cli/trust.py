@@ -1,6 +1,7 @@
-"""The commands of signatures: keygen, sign.
+"""The commands for signatures: keygen, sign.
 
-Not here: what is signed and how (`flexmoe.signing`), and whose signatures are accepted, which a policy file says.
+Does not cover how packages are signed (`flexmoe.packages.signing`), or which signatures are accepted
+(`flexmoe.packages.trust`).
 """
 
 from dataclasses import asdict
@@ -22,19 +23,19 @@ AskPassword = Annotated[bool, typer.Option("--ask-password", help="Ask for the p
 def keygen(
     out: Annotated[
         Path,
-        typer.Option(metavar="PREFIX", help="Makes PREFIX.pem (private, mode 0600) and PREFIX.pub (to hand out)."),
+        typer.Option(metavar="PREFIX", help="Writes PREFIX.pem (private, mode 0600) and PREFIX.pub (public)."),
     ],
     password_file: PasswordFile = None,
     ask_password: AskPassword = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a key that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing key.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Make a key to sign expert packages with.
+    """Make a key for signing expert packages.
 
     Example: flexmoe keygen --out keys/hospital
     """
-    from flexmoe.signing import keygen as library_keygen
+    from flexmoe.packages.signing import keygen as library_keygen
 
     password = read_password(password_file, ask_password, confirm=True)
     with library_call(as_json):
@@ -42,8 +43,8 @@ def keygen(
     if as_json:
         print_json(asdict(keys))
         return
-    print_line(f"[bold]{escape(str(keys.private))}[/] is the private key: it stays with you.")
-    print_line(f"[bold]{escape(str(keys.public))}[/] is the public key, to hand out: fingerprint {keys.fingerprint}")
+    print_line(f"[bold]{escape(str(keys.private))}[/] is the private key: keep it secret.")
+    print_line(f"[bold]{escape(str(keys.public))}[/] is the public key, to distribute: fingerprint {keys.fingerprint}")
 
 
 def sign(
@@ -51,15 +52,15 @@ def sign(
     key: Annotated[Path, typer.Option(help="The private key's file.", show_default=False)],
     password_file: PasswordFile = None,
     ask_password: AskPassword = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a signature that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing signature.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Sign an expert package, as the last thing that is done to it.
+    """Sign an expert package, as the last step before publishing it.
 
     Example: flexmoe sign math-package --key keys/hospital.pem
     """
-    from flexmoe.signing import sign as library_sign
+    from flexmoe.packages.signing import sign as library_sign
 
     password = read_password(password_file, ask_password)
     with library_call(as_json):
@@ -73,7 +74,7 @@ def sign(
 def read_password(file: Path | None, ask: bool, *, confirm: bool = False) -> str | None:
     """The password from the first line of `file`, or from the terminal; None without either. ValueError: both."""
     if file is not None and ask:
-        raise ValueError("--password-file and --ask-password are two ways for one thing. Give one of them.")
+        raise ValueError("--password-file and --ask-password exclude each other. Pass one of them.")
     if ask:
         return str(typer.prompt("Password", hide_input=True, confirmation_prompt=confirm, err=True))
     if file is None:

@@ -1,7 +1,7 @@
-"""Lays out transformers' tests as they expect it, and holds every skip against the table in `skips.py`.
+"""Arranges transformers' tests as in its repository, and fails a skip that is not listed in `skips.py`.
 
-Environment: TRANSFORMERS_TESTS, the `tests` folder of the library; CONFORMANCE_SUMMARY, where to write the counts as
-JSON (nothing is written without it, nor after a run of a part).
+Environment: TRANSFORMERS_TESTS, the `tests` folder of transformers; CONFORMANCE_SUMMARY, the JSON file for the counts
+(not written if it is not set, or if only some tests run).
 """
 
 import atexit
@@ -24,7 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _lay_out_checkout(tests: str | None) -> None:
-    """Makes `tests.` the library's: its tests look for the sources beside their own folder, as in its repository."""
+    """Makes `tests` the package of transformers, beside its sources, where its tests look for them."""
     if not tests or not (Path(tests) / "causal_lm_tester.py").is_file():
         raise pytest.UsageError(
             f"TRANSFORMERS_TESTS={tests or ''} is not the tests folder of transformers: no causal_lm_tester.py. "
@@ -43,7 +43,7 @@ def _lay_out_checkout(tests: str | None) -> None:
 
 _lay_out_checkout(os.environ.get("TRANSFORMERS_TESTS"))
 
-from skips import CANNOT_APPLY, LEFT_OUT_BY_TRANSFORMERS  # noqa: E402 - beside this file, as pytest.ini says
+from skips import CANNOT_APPLY, LEFT_OUT_BY_TRANSFORMERS  # noqa: E402 - found by `pythonpath` in pytest.ini
 
 _seen: dict[str, str] = {}
 
@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not any(fnmatchcase(name, pattern) for name in names)
     ]
     if stale:
-        raise pytest.UsageError(f"skips.py lists what fits no test: {stale}.")
+        raise pytest.UsageError(f"skips.py has patterns that match no test: {stale}.")
     for item in items:
         if reason := _reason(CANNOT_APPLY, item.name):
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -70,9 +70,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.skipped and not _reason({**CANNOT_APPLY, **LEFT_OUT_BY_TRANSFORMERS}, item.name):
-        said = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr
         report.outcome = "failed"
-        report.longrepr = f"This skip is not listed in skips.py: {item.name}: {said}"
+        report.longrepr = f"This skip is not listed in skips.py: {item.name}: {reason}"
     return report
 
 
@@ -85,12 +85,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     target = os.environ.get("CONFORMANCE_SUMMARY")
-    part = (
+    is_partial = (
         session.config.option.keyword
         or session.config.option.markexpr
         or any("::" in arg for arg in session.config.args)
     )
-    if not target or part or hasattr(session.config, "workerinput"):
+    if not target or is_partial or hasattr(session.config, "workerinput"):
         return
     anchors: dict[str, Counter[str]] = {}
     for nodeid, outcome in _seen.items():

@@ -1,8 +1,8 @@
-"""Makes fresh experts differ: importing this module does it, in this process.
+"""Makes the experts of new models differ, in each process that imports this module.
 
-In a fresh FlexMoE every expert is a copy of public and every row is zero, so a model that mixed up its experts would
-pass all of transformers' common tests. Here experts and rows are drawn at random, as the library draws what it
-initialises. Processes that a test starts get there by unpickling `DistinctExpertsConfig`.
+In a new FlexMoE every expert is a copy of public and every row is zero, so transformers' common tests would not notice
+if experts were mixed up. This module initializes experts and rows at random. Processes that a test starts import it by
+unpickling `DistinctExpertsConfig`.
 """
 
 import copy
@@ -14,9 +14,9 @@ from torch import nn
 
 from flexmoe.modeling import FlexMoeConfig, experts_flexmoe
 
-EXPERT_STD = 0.02  # what the library's configs say for their own matrices
-FACTOR_STD = 0.1  # so that a product of two is as large as a matrix
-ROW_STD = 0.5  # at 32 dimensions: clear decisions, and no expert that is never chosen
+EXPERT_STD = 0.02  # the default initializer_range of transformers
+FACTOR_STD = 0.1  # makes the product of two factors about as large
+ROW_STD = 0.5  # at 32 dimensions: clear routing decisions, and every expert is selected
 
 _row_of_zeros = experts_flexmoe.router_row
 
@@ -53,7 +53,7 @@ experts_flexmoe.router_row = _drawn_row
 
 
 class DistinctExpertsConfig:
-    """Stands for `FlexMoeConfig` where a test hands the class of a config to other processes."""
+    """Replaces `FlexMoeConfig` where a test passes the config class to other processes."""
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> FlexMoeConfig:

@@ -1,6 +1,6 @@
-"""Every test of transformers that does not run on a FlexMoE, and why. A skip that is not listed here fails the run.
+"""The tests of transformers that are skipped on a FlexMoE, with the reasons. A skip that is not listed fails the run.
 
-Keys are patterns of test names, since a parametrised test has many; one that fits no test fails the run, too.
+Keys are patterns of test names, because parametrized tests have several; a pattern that matches no test fails the run.
 """
 
 _REFUSED = "loads a checkpoint without any weight; one that lacks an expert's is refused (modeling/test_loading.py)"
@@ -12,17 +12,17 @@ CANNOT_APPLY = {
         "re-entrant checkpointing loses a router's gradients, so it is refused (modeling/test_forward.py)"
     ),
 }
-"""Tests that we leave out: what they ask for is refused on purpose."""
+"""Tests that FlexMoE skips: it refuses by design what they do."""
 
 _GPU = "needs a GPU"
 _OTHER_TASK = "a pipeline or head for another task: a FlexMoE is a causal language model"
-_COMPOSITE = "asks for towers with an attention of their own; a FlexMoE has its anchor's"
+_COMPOSITE = "needs sub-models with their own attention; a FlexMoE has one anchor"
 _STACKED = "is about experts stacked in one tensor; a FlexMoE has one module per expert"
 _TINY_MODELS = "loads a tiny model of this class from the Hub, which has none (modeling/test_pipeline.py)"
 _FOUR = "needs 4 processor cores"
 
 LEFT_OUT_BY_TRANSFORMERS = {
-    # what a machine may lack: where it is there, the test runs
+    # depends on the machine
     "test_eager_matches_fa?_generate": _GPU,
     "test_flash_attention*": _GPU,
     "test_flash_attn*": _GPU,
@@ -45,7 +45,7 @@ LEFT_OUT_BY_TRANSFORMERS = {
     "test_torch_export_*": "slow (modeling/test_library.py)",
     "test_executorch_export_*": "slow, and needs executorch",
     "test_onnx_export_*": "slow, and needs onnx",
-    # what a causal language model of any kind is not asked
+    # not for causal language models
     "test_pipeline_feature_extraction_*": _TINY_MODELS,
     "test_pipeline_text_generation_*": _TINY_MODELS,
     "test_pipeline_*": _OTHER_TASK,
@@ -57,7 +57,7 @@ LEFT_OUT_BY_TRANSFORMERS = {
     "test_attn_implementation_composite_models": _COMPOSITE,
     "test_can_set_attention_dynamically_composite_model": _COMPOSITE,
     "test_sdpa_can_dispatch_composite_models": _COMPOSITE,
-    # what these anchors have not
+    # features that these anchors do not have
     "test_model_rope_with_partial_rotation": "these anchors rotate every dimension",
     "test_recurrent_layers_mask_padding_on_continued_forward": "these anchors have no recurrent layers",
     "test_sliding_window_mask": "these anchors have no sliding window",
@@ -65,14 +65,14 @@ LEFT_OUT_BY_TRANSFORMERS = {
     "test_resize_position_vector_embeddings": "these anchors have no table of positions",
     "test_can_load_from_already_mapped_keys": "tensors are stored under their own names",
     "test_reverse_loading_mapping": "tensors are stored under their own names",
-    # what a FlexMoE does in another way than the library's mixtures
+    # specific to the MoE models of transformers
     "test_eager_matches_batched_and_grouped_inference_*": _STACKED,
     "test_moe_models_record_router_logits": f"{_STACKED} (modeling/test_forward.py)",
     "test_moe_parallel_plans_shard_experts": _STACKED,
     "test_fsdp2_expert_parallel_*": _STACKED,
     "test_hsdp_grad_accumulation_vs_single_device_2_*": _STACKED,
     "test_output_router_logits_from_config": (
-        "looks for the switch in the anchor's config; it is in the FlexMoE's (modeling/test_forward.py)"
+        "looks for the option in the config of the anchor; it is in that of the FlexMoE (modeling/test_forward.py)"
     ),
 }
 """Tests that transformers itself skips here."""

@@ -1,8 +1,7 @@
-"""transformers' own common tests, run on FlexMoE classes: `make conformance TRANSFORMERS_TESTS=DIR`.
+"""The common model tests of transformers, run on FlexMoE classes: `make conformance TRANSFORMERS_TESTS=DIR`.
 
-The tests are the library's; this file says which anchors, and what a FlexMoE is called. What does not run, and why, is
-in `skips.py`. Does not cover what the common tests miss: faults of single-token steps that all cached paths share
-(`tests/modeling/test_decoding.py`).
+This file only names the anchors and the classes. The tests that are skipped, with the reasons, are in `skips.py`. Does
+not cover errors that all cached paths share, which the common tests miss (`tests/modeling/test_decoding.py`).
 """
 
 import unittest
@@ -19,7 +18,7 @@ from tests.generation import test_utils
 LAYERS = 2  # of the tester's models
 EXPERTS = ["public", "math", {"name": "code", "kind": "low_rank", "rank": [4] * LAYERS}, "legal"]
 
-# The library knows by these names which classes have a loss, and by these sets which families are tried on processes.
+# transformers looks up in these mappings which classes have a loss, and in these sets which run distributed tests.
 for module in (test_modeling_common, test_utils):
     for table, name in (
         ("MODEL_MAPPING_NAMES", "FlexMoeModel"),
@@ -32,7 +31,7 @@ test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
 
 class FlexMoeTester(CausalLMModelTester):
-    """A tiny FlexMoE: the tester's sizes are the anchor's."""
+    """A tiny FlexMoE whose anchor has the sizes of the tester."""
 
     config_class = FlexMoeConfig
     base_model_class = FlexMoeModel
@@ -56,7 +55,7 @@ class FlexMoeTester(CausalLMModelTester):
 
 
 class FlexMoeTest(CausalLMModelTest):
-    """The common tests; the processes of the FSDP tests get experts that differ, too."""
+    """The common tests, with distinct experts also in the processes of the FSDP tests."""
 
     def _get_tiny_config(self) -> tuple[type, dict[str, Any]]:
         _, values = super()._get_tiny_config()

@@ -1,4 +1,4 @@
-"""Composing, adding and removing on disk: what a live model would be, and the bytes of one that never had them."""
+"""Composing, adding and removing on disk: equal to the live model, and byte for byte exact removal."""
 
 import hashlib
 import json
@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 
 from flexmoe.conversion.compose import add, compose, remove
 from flexmoe.conversion.graft import graft
-from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK
+from flexmoe.io.folders import TEMPORARY_MARK
+from flexmoe.io.tensors import CheckpointFolder
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.modeling.packages_flexmoe import ExpertPackage, PackageError
-from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
+from flexmoe.packages.package import ExpertPackage, PackageError
 from flexmoe.testing import perturb_expert, random_tokens, tiny_anchor
 from flexmoe_cli import main
 
-FAMILIES = ("llama", "gpt2", "gemma2", "phi3")  # plain; Conv1D with biases; tied and post-norm; fused gate_up
+FAMILIES = ("llama", "gpt2", "gemma2", "phi3")  # Linear; Conv1D with biases; tied and post-norm; fused gate_up
 
 
 def make_world(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
-    """In `folder`: a graft, and packages of three owners who each had it alone; the one of `code` is of low rank."""
+    """In `folder`: a graft, and packages that three owners trained independently; that of `code` is low-rank."""
     folder.mkdir(parents=True, exist_ok=True)
     tiny_anchor(family).to(dtype).save_pretrained(folder / "anchor")
     (folder / "text.txt").write_text("Public text.")
@@ -72,18 +72,18 @@ def no_traces(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("one", ["owners/math", Path("owners/math")])
-def test_one_package_is_no_list(one: str | Path, tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"one package .*want a list of them\. Write \["):
+def test_one_package_instead_of_a_list(one: str | Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"one package .*expected a list of them\. Write \["):
         compose(tmp_path / "grafted", one, tmp_path / "out")
 
 
-def test_a_newcomer_stays_out_of_a_choice_of_active_experts(llama: Path, tmp_path: Path, capsys) -> None:
+def test_a_new_expert_stays_inactive_with_a_choice_of_active_experts(llama: Path, tmp_path: Path, capsys) -> None:
     model = FlexMoeForCausalLM.from_pretrained(composed(llama, tmp_path / "one", "math"))
     model.set_active_experts(["public"])
     model.save_pretrained(tmp_path / "chosen")
     for start, note in (("one", False), ("chosen", True)):
         assert main(["add", str(tmp_path / start), str(llama / "code"), "--out", str(tmp_path / f"{start}-2")]) == 0
-        assert ("Note: math, code will take no part" in capsys.readouterr().out) is note
+        assert ("Note: math, code will be inactive" in capsys.readouterr().out) is note
     assert FlexMoeForCausalLM.from_pretrained(tmp_path / "chosen-2").active_experts == ["public"]
 
 
@@ -109,7 +109,7 @@ class TestEqualsTheLiveModel:
         with torch.no_grad():
             assert torch.equal(loaded(tokens).logits, live(tokens).logits)
 
-    def test_what_lies_beside_the_weights_comes_along(self, llama: Path, tmp_path: Path) -> None:
+    def test_other_files_are_copied(self, llama: Path, tmp_path: Path) -> None:
         folder = composed(llama, tmp_path / "out", "math")
         for name in ("public_sample.jsonl", "tokenizer_config.json"):
             assert (folder / name).read_bytes() == (llama / "grafted" / name).read_bytes()
@@ -120,7 +120,7 @@ class TestEqualsTheLiveModel:
         model = FlexMoeForCausalLM.from_pretrained(folder)
         assert model.expert_names == ["public", "maths", "software", "law"]
 
-    def test_bf16_anchor_takes_float32_experts_and_keeps_rows_in_float32(self, tmp_path: Path) -> None:
+    def test_float32_experts_in_a_bfloat16_anchor(self, tmp_path: Path) -> None:
         world = make_world(tmp_path, "llama", torch.bfloat16)
         model = FlexMoeForCausalLM.from_pretrained(world / "grafted", dtype=torch.float32)
         model.add_expert_copy("wide")
@@ -138,12 +138,12 @@ class TestEqualsTheLiveModel:
 
 
 class TestRemovalIsExact:
-    def test_every_file_has_the_bytes_of_never_had(self, world: Path, tmp_path: Path) -> None:
+    def test_every_file_equals_that_of_a_model_without_the_expert(self, world: Path, tmp_path: Path) -> None:
         everyone = composed(world, tmp_path / "all", "math", "code", "law")
         never = content(composed(world, tmp_path / "never", "math", "law"))
         assert content(remove(everyone, "code", tmp_path / "out")) == never
 
-    def test_add_then_remove_gives_the_bytes_back(self, llama: Path, tmp_path: Path) -> None:
+    def test_add_then_remove_restores_the_bytes(self, llama: Path, tmp_path: Path) -> None:
         before = composed(llama, tmp_path / "before", "math")
         both = add(before, llama / "code", tmp_path / "both")
         assert content(both) == content(composed(llama, tmp_path / "all", "math", "code"))
@@ -160,7 +160,7 @@ class TestRemovalIsExact:
         assert no_traces(tmp_path)
         FlexMoeForCausalLM.from_pretrained(model)
 
-    def test_the_active_set_is_a_live_removals(self, llama: Path, tmp_path: Path) -> None:
+    def test_active_experts_as_in_a_live_removal(self, llama: Path, tmp_path: Path) -> None:
         folder = composed(llama, tmp_path / "all", "math", "code")
         model = FlexMoeForCausalLM.from_pretrained(folder)
         model.set_active_experts(["public", "code"])
@@ -168,7 +168,7 @@ class TestRemovalIsExact:
         config = json.loads((remove(tmp_path / "active", "code", tmp_path / "out") / "config.json").read_text())
         assert config["active_experts"] == ["public"]
 
-    def test_no_byte_of_the_removed_is_left(self, llama: Path, tmp_path: Path) -> None:
+    def test_nothing_of_the_removed_expert_is_left(self, llama: Path, tmp_path: Path) -> None:
         folder = remove(composed(llama, tmp_path / "all", "math", "code"), "math", tmp_path / "out")
         code = {name for name in content(folder) if name.endswith("_flexmoe.py")}  # which imports math, for one
         assert not any(b"math" in data for name, data in content(folder).items() if name not in code)
@@ -188,7 +188,7 @@ class TestPrior:
             compose(llama / "grafted", mixed, tmp_path / "mixed")
         assert self.priors(compose(llama / "grafted", mixed, tmp_path / "mixed", public_prior=1.5)) == {1.5}
 
-    def test_a_public_row_that_is_not_zero_brings_its_own(self, llama: Path, tmp_path: Path) -> None:
+    def test_a_fitted_public_row_keeps_its_prior(self, llama: Path, tmp_path: Path) -> None:
         shutil.copytree(llama / "grafted", tmp_path / "grafted")
         tensors = load_file(tmp_path / "grafted" / "model.safetensors")
         tensors["anchor.model.layers.1.mlp.router.public.weight"][0, 3] = 2.0
@@ -203,8 +203,8 @@ class TestPrior:
             compose(llama / "grafted", packages(llama, "math"), tmp_path / "out", public_prior=float("nan"))
 
 
-class TestRefusals:
-    def test_another_anchor_names_both_fingerprints(self, llama: Path, tmp_path: Path) -> None:
+class TestErrors:
+    def test_another_anchor(self, llama: Path, tmp_path: Path) -> None:
         tiny_anchor("llama", seed=1).save_pretrained(tmp_path / "anchor")
         other = graft(tmp_path / "anchor", tmp_path / "other")
         ours = json.loads((other / "config.json").read_text())["anchor"]["fingerprint"]
@@ -233,7 +233,7 @@ class TestRefusals:
             compose(model, packages(llama, "code"), out)
         assert not out.exists()
 
-    def test_wrong_things_in_the_wrong_place(self, llama: Path, tmp_path: Path) -> None:
+    def test_inputs_of_the_wrong_kind(self, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="flexmoe graft"):
             compose(llama / "anchor", packages(llama, "math"), tmp_path / "out")
         with pytest.raises(ValueError, match="is an expert package, not a model"):
@@ -241,17 +241,17 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match=r"expert_config\.json"):
             compose(llama / "grafted", [llama / "grafted"], tmp_path / "out")
 
-    def test_damage_found_at_the_end_leaves_nothing(self, llama: Path, tmp_path: Path) -> None:
+    def test_damage_found_at_the_end_leaves_no_output(self, llama: Path, tmp_path: Path) -> None:
         bad = shutil.copytree(llama / "math", tmp_path / "bad")
         data = bytearray((bad / "expert.safetensors").read_bytes())
-        data[-1] ^= 1  # the last byte: all tensors were written when it shows
+        data[-1] ^= 1  # the last byte: it is found after all tensors were written
         (bad / "expert.safetensors").write_bytes(data)
         with pytest.raises(PackageError, match="SHA-256"):
             compose(llama / "grafted", [bad], tmp_path / "out")
         assert os.listdir(tmp_path) == ["bad"]
 
     @pytest.mark.parametrize("name", ["layers.1.router.weight", "layers.0.ffn.up_proj.weight"])
-    def test_numbers_that_the_model_cannot_hold(self, name: str, llama: Path, tmp_path: Path) -> None:
+    def test_values_too_large_for_the_model(self, name: str, llama: Path, tmp_path: Path) -> None:
         bad = shutil.copytree(llama / "math", tmp_path / "bad")
         values = load_file(bad / "expert.safetensors")
         values[name] = torch.full_like(values[name], 1e300, dtype=torch.float64)
@@ -274,12 +274,12 @@ class TestRefusals:
                 compose(llama / "grafted", [copy], out, overwrite=True)
         assert ExpertPackage.open(copy)
 
-    def test_a_checkpoint_that_its_config_does_not_describe(self, llama: Path, tmp_path: Path) -> None:
+    def test_a_checkpoint_that_does_not_match_its_config(self, llama: Path, tmp_path: Path) -> None:
         model = composed(llama, tmp_path / "model", "math", "code")
         config = json.loads((model / "config.json").read_text())
         config["experts"] = config["experts"][:2]
         (model / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match=r"\.code\.|config says none"):
+        with pytest.raises(ValueError, match=r"\.code\.|config implies none"):
             remove(model, "math", tmp_path / "out")
 
     def test_links_out_of_the_model_folder_are_not_copied(self, llama: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Exports load in stock transformers and compute what the FlexMoE computes; what a format cannot say is an error."""
+"""Exports load in stock transformers with equal logits; models that a format cannot represent are refused."""
 
 import json
 import warnings
@@ -22,11 +22,11 @@ from transformers import (
 
 from flexmoe.conversion.export import TARGETS, export
 from flexmoe.conversion.graft import graft
+from flexmoe.io.tensors import CheckpointFolder
 from flexmoe.modeling import FlexMoeForCausalLM
-from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
-from flexmoe.testing import ANCHOR_CONFIGS, grown_flexmoe, random_tokens, tiny_anchor, tiny_flexmoe
+from flexmoe.testing import ANCHOR_CONFIGS, flexmoe_from_anchor, random_tokens, tiny_anchor, tiny_flexmoe
 from flexmoe_cli import main
-from tests.letters import letter_tokenizer
+from tests.support.letters import letter_tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -49,7 +49,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
-# Anchors whose configs say something that a target's defaults do not, so that a field left behind shows in the logits.
+# Anchors whose configs differ from a target's defaults, so a field that is not carried over shows in the logits.
 NATIVE: dict[str, tuple[PreTrainedConfig, str, str]] = {
     "olmo2": (
         Olmo2Config(
@@ -81,13 +81,13 @@ def bias_free(model: FlexMoeForCausalLM) -> FlexMoeForCausalLM:
 
 
 def grown(config: PreTrainedConfig, **settings: Any) -> FlexMoeForCausalLM:
-    """A FlexMoE with two owners on a random anchor of this config, no parameter of which is 0 or 1."""
+    """A FlexMoE model with two owners on a random anchor of this config, no parameter of which is 0 or 1."""
     torch.manual_seed(0)
     anchor = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in anchor.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return bias_free(grown_flexmoe(anchor, ["math", "code"], **settings))
+    return bias_free(flexmoe_from_anchor(anchor, ["math", "code"], **settings))
 
 
 def saved(model: FlexMoeForCausalLM, folder: Path) -> Path:
@@ -106,7 +106,7 @@ def assert_equal_logits(one: PreTrainedModel, other: PreTrainedModel) -> None:
 
 
 def loaded(folder: Path) -> PreTrainedModel:
-    """The model that stock transformers makes of it, without a word about missing or unexpected tensors."""
+    """The model that stock transformers loads, without missing or unexpected tensors."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert {key: value for key, value in info.items() if value} == {}
     return model
@@ -146,11 +146,11 @@ class TestNative:
             ("qwen3", 1, False),
             ("qwen3", 2, False),
             ("llama", 1, True),
-            ("llama", 3, False),  # mixtral always divides, by 1 where all take part
+            ("llama", 3, False),  # mixtral always divides, by 1 if all experts are chosen
             ("llama", 9, True),
         ],
     )
-    def test_k_and_the_division_of_weights_are_kept(self, case: str, k: int, divided: bool, tmp_path: Path) -> None:
+    def test_k_and_normalization_are_kept(self, case: str, k: int, divided: bool, tmp_path: Path) -> None:
         anchor, to, _ = NATIVE[case]
         model = grown(anchor, num_experts_per_tok=k, norm_topk_prob=divided)
         out = export(saved(model, tmp_path / "model"), tmp_path / "out", to=to)
@@ -173,14 +173,14 @@ class TestNative:
             name: tensor.tolist() for name, tensor in ours.items()
         }
 
-    def test_a_graft_of_the_anchor_alone_is_a_mixture_of_one(self, tmp_path: Path) -> None:
+    def test_a_graft_without_experts(self, tmp_path: Path) -> None:
         anchor = tiny_anchor("qwen3")
         anchor.save_pretrained(tmp_path / "anchor")
         stock = loaded(export(graft(tmp_path / "anchor", tmp_path / "g"), tmp_path / "out", to="qwen3_moe"))
         assert (stock.config.num_experts, stock.config.num_experts_per_tok) == (1, 1)
         assert_equal_logits(anchor, stock)
 
-    def test_configs_say_what_engines_read(self, tmp_path: Path) -> None:
+    def test_config_fields_for_engines(self, tmp_path: Path) -> None:
         model = bias_free(tiny_flexmoe("qwen3", ["math"], num_experts_per_tok=2, router_aux_loss_coef=0.25))
         config = config_of(export(saved(model, tmp_path / "model"), tmp_path / "out", to="qwen3_moe"))
         said = {
@@ -215,14 +215,14 @@ class TestHalfPrecision:
             torch.nn.init.constant_(block.router["math"].weight, row)
         return model
 
-    def test_rows_take_the_dtype_of_the_weights_and_a_warning_counts_what_that_changes(self, tmp_path: Path) -> None:
+    def test_rows_are_rounded_with_a_warning(self, tmp_path: Path) -> None:
         model = saved(self.model(row=0.1), tmp_path / "model")
-        with pytest.warns(UserWarning, match=r"of the 128 numbers of the router rows, 64 are rounded .*bfloat16"):
+        with pytest.warns(UserWarning, match=r"of the 128 values of the router rows, 64 are rounded .*bfloat16"):
             out = export(model, tmp_path / "out", to="qwen3_moe")
         assert {tensor.dtype for tensor in stored(out).values()} == {torch.bfloat16}
         assert config_of(out)["dtype"] == "bfloat16"
 
-    def test_rows_that_lose_nothing_are_written_without_a_word(self, tmp_path: Path) -> None:
+    def test_exact_rows_give_no_warning(self, tmp_path: Path) -> None:
         model = saved(self.model(row=0.125), tmp_path / "model")
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -251,7 +251,7 @@ class TestDense:
         assert torch.equal(logits(loaded(out)), logits(anchor))
 
     @pytest.mark.parametrize("family", ["gpt2", "olmo2"])
-    def test_an_owners_expert_stands_where_the_anchors_network_stood(self, family: str, tmp_path: Path) -> None:
+    def test_an_experts_ffns_replace_the_anchors(self, family: str, tmp_path: Path) -> None:
         model = tiny_flexmoe(family, ["math", "code"], active_experts=["public"])
         out = export(saved(model, tmp_path / "model"), tmp_path / "out", to="dense", expert="math")
         dense = loaded(out)
@@ -263,7 +263,7 @@ class TestDense:
             assert not torch.allclose(logits(model), logits(dense), rtol=0.01)
 
 
-def test_tokenizer_and_generation_settings_come_along(llama: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_generation_settings_are_copied(llama: Path, tmp_path: Path) -> None:
     tokenizer = letter_tokenizer()
     tokenizer.save_pretrained(llama)
     (llama / "generation_config.json").write_text('{"temperature": 0.25}')
@@ -286,11 +286,11 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-class TestRefusals:
-    def test_biases_are_named_and_dropped_on_request(self, tmp_path: Path) -> None:
+class TestErrors:
+    def test_biases_are_refused_or_dropped(self, tmp_path: Path) -> None:
         model = tiny_flexmoe("llama", ["math", "code"], num_experts_per_tok=2)
         folder = saved(model, tmp_path / "model")
-        with pytest.raises(ValueError, match=r"not zero are those of math, code .*--drop-bias") as caught:
+        with pytest.raises(ValueError, match=r"those of math, code are not zero .*--drop-bias") as caught:
             export(folder, tmp_path / "out", to="mixtral")
         assert "mixtral" in str(caught.value)
         dropped = loaded(export(folder, tmp_path / "out", to="mixtral", drop_bias=True))
@@ -299,7 +299,7 @@ class TestRefusals:
 
     def test_the_public_prior_is_a_bias(self, llama: Path, tmp_path: Path) -> None:
         edit_tensors(llama, lambda t: t["anchor.model.layers.1.mlp.router.public.bias"].fill_(0.5))
-        with pytest.raises(ValueError, match=r"not zero are those of public .*is the public prior"):
+        with pytest.raises(ValueError, match=r"those of public are not zero .*is the public prior"):
             export(llama, tmp_path / "out", to="mixtral")
 
     def test_a_bias_of_the_only_expert_changes_nothing(self, tmp_path: Path) -> None:
@@ -323,14 +323,14 @@ class TestRefusals:
         ],
         ids=["other-family", "other-family-2", "no-target", "attention-bias", "mlp-bias", "sliding-window"],
     )
-    def test_what_the_target_has_not(self, config: PreTrainedConfig, to: str, fault: str, tmp_path: Path) -> None:
+    def test_fields_that_the_target_lacks(self, config: PreTrainedConfig, to: str, fault: str, tmp_path: Path) -> None:
         torch.manual_seed(0)
-        model = bias_free(grown_flexmoe(AutoModelForCausalLM.from_config(config), ["math"]))
+        model = bias_free(flexmoe_from_anchor(AutoModelForCausalLM.from_config(config), ["math"]))
         with pytest.raises(ValueError, match=fault):
             export(saved(model, tmp_path / "model"), tmp_path / "out", to=to)
         assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
-    def test_weights_that_are_not_divided_as_mixtral(self, tmp_path: Path) -> None:
+    def test_unnormalized_weights_as_mixtral(self, tmp_path: Path) -> None:
         model = bias_free(tiny_flexmoe("llama", ["math", "code"], num_experts_per_tok=2, norm_topk_prob=False))
         with pytest.raises(ValueError, match=r"always divides.*k = 2 of 3 experts.*--num-experts-per-tok 3"):
             export(saved(model, tmp_path / "model"), tmp_path / "out", to="mixtral")
@@ -366,18 +366,16 @@ class TestRefusals:
         ("options", "fault"),
         [
             ({"to": "gguf"}, "no format 'gguf'.*dense, flex_olmo, mixtral, qwen3_moe"),
-            ({"to": "dense"}, r"no expert is given: --expert public \| math \| code"),
-            ({"to": "dense", "expert": "law"}, "'law' is none of its experts"),
+            ({"to": "dense"}, r"none is given: --expert public \| math \| code"),
+            ({"to": "dense", "expert": "law"}, "'law' is not one of them"),
             ({"to": "mixtral", "expert": "math"}, "for --to dense only"),
         ],
     )
-    def test_choices_that_make_no_sense(
-        self, options: dict[str, str], fault: str, llama: Path, tmp_path: Path
-    ) -> None:
+    def test_invalid_options(self, options: dict[str, str], fault: str, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=fault):
             export(llama, tmp_path / "out", **options)
 
-    def test_sources_that_hold_no_merged_model(self, llama: Path, tmp_path: Path) -> None:
+    def test_sources_that_are_not_merged_models(self, llama: Path, tmp_path: Path) -> None:
         dense = export(llama, tmp_path / "dense", to="dense", expert="public")
         with pytest.raises(ValueError, match="not a FlexMoE"):
             export(dense, tmp_path / "out", to="mixtral")
@@ -387,7 +385,7 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError):
             export(tmp_path / "nowhere", tmp_path / "out", to="mixtral")
 
-    def test_an_existing_output_needs_overwrite_and_the_model_is_never_it(self, llama: Path, tmp_path: Path) -> None:
+    def test_existing_outputs(self, llama: Path, tmp_path: Path) -> None:
         out = export(llama, tmp_path / "out", to="mixtral")
         with pytest.raises(FileExistsError):
             export(llama, out, to="mixtral")
@@ -396,9 +394,7 @@ class TestRefusals:
             export(llama, llama, to="mixtral", overwrite=True)
 
 
-def test_the_command_line_writes_it_and_says_what_it_is(
-    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(llama), "--to", "mixtral", "--out", str(tmp_path / "out"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["path"] == str(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Dense fine-tunes as experts: their bytes in their places, and nothing that is shared changes without being asked."""
+"""Dense fine-tunes as experts: their bytes are kept, and shared tensors change on request only."""
 
 import json
 import re
@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flexmoe.conversion.graft import graft
+from flexmoe.io.tensors import CheckpointFolder
 from flexmoe.modeling.anchors_flexmoe import find_ffn_sites
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
 from flexmoe.testing import ANCHOR_CONFIGS, TOLERANCES, random_tokens, realigned, tiny_anchor
 
 Change = Callable[[PreTrainedModel], None]
@@ -57,7 +57,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", ANCHOR_CONFIGS)
 @torch.no_grad()
-def test_each_fine_tune_is_an_expert_that_says_what_it_said(family: str, tmp_path: Path) -> None:
+def test_each_expert_computes_what_its_fine_tune_computes(family: str, tmp_path: Path) -> None:
     experts = {name: tune(tmp_path / name, seed=seed, family=family) for seed, name in enumerate(("math", "code"), 1)}
     out = graft(saved(tmp_path / "anchor", family), tmp_path / "out", experts)
     model = realigned(FlexMoeForCausalLM.from_pretrained(out))
@@ -77,7 +77,7 @@ def test_without_fine_tunes_nothing_changes(anchor: Path, tmp_path: Path) -> Non
         assert file.read_bytes() == (empty / file.name).read_bytes(), file.name
 
 
-def test_what_is_shared_must_be_the_anchors(anchor: Path, tmp_path: Path) -> None:
+def test_shared_tensors_must_equal_the_anchors(anchor: Path, tmp_path: Path) -> None:
     math = tune(tmp_path / "math", other_embeddings)
     with pytest.raises(ValueError, match=r"outside of its feed-forward networks, in 1 of \d+ tensors: model\.embed_t"):
         graft(anchor, tmp_path / "out", {"math": math})
@@ -119,7 +119,7 @@ def test_shared_tensors_are_averaged_on_request(tmp_path: Path, dtype: torch.dty
     assert records[0]["fingerprint"] != records[1]["fingerprint"]
 
 
-def test_another_architecture_is_no_fine_tune(anchor: Path, tmp_path: Path) -> None:
+def test_another_architecture(anchor: Path, tmp_path: Path) -> None:
     other = saved(tmp_path / "other", "qwen3")
     with pytest.raises(
         ValueError, match=r"math=.*is not a fine-tune.*model_type \('qwen3', the anchor's is 'llama'\)"
@@ -127,7 +127,7 @@ def test_another_architecture_is_no_fine_tune(anchor: Path, tmp_path: Path) -> N
         graft(anchor, tmp_path / "out", {"math": other})
 
 
-def test_another_norm_is_no_fine_tune(anchor: Path, tmp_path: Path) -> None:
+def test_another_norm(anchor: Path, tmp_path: Path) -> None:
     other = tune(tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["rms_norm_eps"] = 1e-3
@@ -137,7 +137,7 @@ def test_another_norm_is_no_fine_tune(anchor: Path, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_another_vocabulary_is_no_matter_where_the_anchors_is_kept(anchor: Path, tmp_path: Path) -> None:
+def test_another_vocabulary_with_the_anchors_shared_tensors(anchor: Path, tmp_path: Path) -> None:
     def longer(model: PreTrainedModel) -> None:
         model.resize_token_embeddings(120)
         model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5.0}
@@ -152,7 +152,7 @@ def test_another_vocabulary_is_no_matter_where_the_anchors_is_kept(anchor: Path,
 
 
 @pytest.mark.parametrize(("field", "value"), [("intermediate_size", 48), ("rms_norm_eps", 0.5)])
-def test_networks_and_norms_must_fit_also_where_the_anchors_rest_is_kept(
+def test_ffns_and_norms_must_match_with_the_anchors_shared_tensors(
     anchor: Path, tmp_path: Path, field: str, value: float
 ) -> None:
     other = ANCHOR_CONFIGS["llama"]()
@@ -162,13 +162,13 @@ def test_networks_and_norms_must_fit_also_where_the_anchors_rest_is_kept(
         graft(anchor, tmp_path / "out", {"math": tmp_path / "other"}, shared="anchor")
 
 
-def test_another_dtype_names_the_way_out(anchor: Path, tmp_path: Path) -> None:
+def test_another_dtype(anchor: Path, tmp_path: Path) -> None:
     other = saved(tmp_path / "other", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=re.escape("from_pretrained(folder, dtype=...)")):
         graft(anchor, tmp_path / "out", {"math": other})
 
 
-def test_fine_tunes_of_a_mixed_checkpoint_are_mixed_alike(tmp_path: Path) -> None:
+def test_mixed_dtypes(tmp_path: Path) -> None:
     def mixed(folder: Path) -> Path:
         tensors = {name: t.bfloat16() if ".mlp." in name else t for name, t in stored(folder).items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -177,13 +177,13 @@ def test_fine_tunes_of_a_mixed_checkpoint_are_mixed_alike(tmp_path: Path) -> Non
     anchor, alike = mixed(saved(tmp_path / "anchor")), mixed(tune(tmp_path / "alike"))
     tensors = stored(graft(anchor, tmp_path / "out", {"math": alike}))
     assert {t.dtype for name, t in tensors.items() if ".experts." in name} == {torch.bfloat16}
-    with pytest.raises(ValueError, match=r"is not stored as .*F32 .*the anchor's is BF16"):
+    with pytest.raises(ValueError, match=r"is not stored like .*F32 .*the anchor's is BF16"):
         graft(anchor, tmp_path / "none", {"math": tune(tmp_path / "other")})
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_numbers_that_are_not_finite_are_no_expert(number: float, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_values_that_are_not_finite(number: float, dtype: torch.dtype, tmp_path: Path) -> None:
     def broken(model: PreTrainedModel) -> None:
         model.model.layers[1].mlp.up_proj.weight.data[3, 5] = number
 
@@ -194,15 +194,15 @@ def test_numbers_that_are_not_finite_are_no_expert(number: float, dtype: torch.d
     assert sorted(path.name for path in tmp_path.iterdir()) == ["anchor", "math"]
 
 
-def test_large_numbers_are_numbers(tmp_path: Path) -> None:
+def test_large_values_are_accepted(tmp_path: Path) -> None:
     def large(model: PreTrainedModel) -> None:
-        model.model.layers[0].mlp.up_proj.weight.data.fill_(3e38)  # their sum is no number
+        model.model.layers[0].mlp.up_proj.weight.data.fill_(3e38)  # their sum is infinite
 
     anchor, math = saved(tmp_path / "anchor"), saved(tmp_path / "math", "llama", large)
     assert graft(anchor, tmp_path / "out", {"math": math}).is_dir()
 
 
-def test_a_mean_that_is_not_finite_names_the_way_out(anchor: Path, tmp_path: Path) -> None:
+def test_a_mean_that_is_not_finite(anchor: Path, tmp_path: Path) -> None:
     def broken(model: PreTrainedModel) -> None:
         model.model.norm.weight.data[0] = float("nan")
 
@@ -221,15 +221,13 @@ def test_a_mean_that_is_not_finite_names_the_way_out(anchor: Path, tmp_path: Pat
         ({"shared": "mean"}, "shared='mean': must be one of anchor, average"),
     ],
 )
-def test_what_is_asked_for_must_make_sense(
-    anchor: Path, tmp_path: Path, arguments: dict[str, object], error: str
-) -> None:
+def test_invalid_arguments(anchor: Path, tmp_path: Path, arguments: dict[str, object], error: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=error):
         graft(anchor, tmp_path / "out", **arguments)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_output_may_not_hold_a_fine_tune(anchor: Path, tmp_path: Path) -> None:
+def test_the_output_must_not_contain_a_fine_tune(anchor: Path, tmp_path: Path) -> None:
     math = tune(tmp_path / "math")
     with pytest.raises(ValueError, match="math"):
         graft(anchor, math, {"math": math}, overwrite=True)

@@ -1,4 +1,4 @@
-"""A graft: the anchor's bytes under new names, a model that computes what the anchor computes, whole or not at all."""
+"""Grafts: the anchor's bytes under new names, a model with equal logits, and atomic outputs."""
 
 import hashlib
 import json
@@ -19,12 +19,12 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 import flexmoe  # noqa: F401 - registers FlexMoE with the Auto classes
 from flexmoe.conversion.graft import graft
 from flexmoe.data import read_public_sample
+from flexmoe.io.folders import TEMPORARY_MARK
+from flexmoe.io.tensors import CheckpointFolder
 from flexmoe.modeling.anchors_flexmoe import UnsupportedAnchorError
-from flexmoe.modeling.folders_flexmoe import TEMPORARY_MARK
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
 from flexmoe.testing import ANCHOR_CONFIGS, random_tokens, tiny_anchor
-from tests.hub_server import HubServer, point_client_at
+from tests.support.hub import HubServer, point_client_at
 
 
 @pytest.fixture(scope="module", params=ANCHOR_CONFIGS)
@@ -51,7 +51,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def fingerprint_by_hand(model: PreTrainedModel) -> str:
-    """The definition, from a model in memory: no code shared with the graft."""
+    """The reference, computed from a model in memory: it shares no code with the graft."""
     codes = {torch.float32: "F32", torch.bfloat16: "BF16"}
     lines = []
     for name, tensor in model.state_dict().items():
@@ -77,7 +77,7 @@ class TestEveryFamily:
         assert sorted(back) == sorted(state)
         assert all(torch.equal(back[name], state[name]) for name in state)
 
-    def test_loads_without_a_word_and_computes_the_same_bits(
+    def test_loads_without_warnings_and_has_equal_logits(
         self, anchor: tuple[PreTrainedModel, Path], tmp_path: Path
     ) -> None:
         model, folder = anchor
@@ -100,7 +100,7 @@ class TestEveryFamily:
         FlexMoeForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "again")
         assert config_of(tmp_path / "again") == config_of(out)
 
-    def test_the_fingerprint_is_the_definitions_whatever_the_files(
+    def test_the_fingerprint_does_not_depend_on_the_files(
         self, anchor: tuple[PreTrainedModel, Path], tmp_path: Path
     ) -> None:
         model, folder = anchor
@@ -118,7 +118,7 @@ class TestEveryFamily:
         }
 
 
-def test_names_without_the_base_models_prefix_make_the_same_graft(tmp_path: Path) -> None:
+def test_names_without_the_base_models_prefix(tmp_path: Path) -> None:
     model = tiny_anchor("gpt2")
     model.save_pretrained(tmp_path / "whole")
     model.transformer.save_pretrained(tmp_path / "base")  # as on the Hub: "h.0.mlp.c_fc.weight", and no head
@@ -138,13 +138,13 @@ def test_one_byte_changes_the_fingerprint(llama: Path, tmp_path: Path) -> None:
     assert config_of(graft(llama, tmp_path / "after"))["anchor"]["fingerprint"] != before
 
 
-def test_without_a_fingerprint_nothing_else_changes(llama: Path, tmp_path: Path) -> None:
+def test_without_a_fingerprint(llama: Path, tmp_path: Path) -> None:
     with_it, without = graft(llama, tmp_path / "with"), graft(llama, tmp_path / "without", fingerprint=False)
     assert config_of(without)["anchor"]["fingerprint"] is None
     assert (with_it / "model.safetensors").read_bytes() == (without / "model.safetensors").read_bytes()
 
 
-def test_output_is_sharded_on_request(llama: Path, tmp_path: Path) -> None:
+def test_sharded_output(llama: Path, tmp_path: Path) -> None:
     out = graft(llama, tmp_path / "out", max_shard_size=40_000)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in out.glob("*.safetensors"))
@@ -162,7 +162,7 @@ def test_the_anchors_precision_is_kept(stored_dtype: torch.dtype, tmp_path: Path
     tiny_anchor("qwen3").to(stored_dtype).save_pretrained(tmp_path / "anchor")
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "anchor"
-    )  # `.to()` rounds the rotary frequencies, this does not
+    )  # unlike `.to()`, this does not round the rotary frequencies
     out = graft(tmp_path / "anchor", tmp_path / "out")
     grafted = AutoModelForCausalLM.from_pretrained(out)
     assert config_of(out)["dtype"] == config_of(out)["anchor"]["dtype"] == str(stored_dtype).removeprefix("torch.")
@@ -171,14 +171,14 @@ def test_the_anchors_precision_is_kept(stored_dtype: torch.dtype, tmp_path: Path
         assert torch.equal(grafted(tokens).logits, model(tokens).logits)
 
 
-def test_a_checkpoint_of_mixed_dtypes_is_kept_as_it_is(llama: Path, tmp_path: Path) -> None:
+def test_mixed_dtypes_are_kept(llama: Path, tmp_path: Path) -> None:
     tensors = {
         name: tensor if "norm" in name else tensor.bfloat16()
         for name, tensor in load_file(llama / "model.safetensors").items()
     }
     save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
     config = config_of(llama)
-    del config["dtype"]  # then the library goes by the tensors
+    del config["dtype"]  # then transformers uses the tensors' dtype
     (llama / "config.json").write_text(json.dumps(config))
     out = graft(llama, tmp_path / "out")
     written = {name.removeprefix("anchor.").replace(".experts.public.", "."): t for name, t in stored(out).items()}
@@ -191,7 +191,7 @@ def test_a_checkpoint_of_mixed_dtypes_is_kept_as_it_is(llama: Path, tmp_path: Pa
         assert torch.equal(grafted(tokens).logits, anchor(tokens).logits)
 
 
-def test_an_anchors_own_numbers_are_not_looked_at(llama: Path, tmp_path: Path) -> None:
+def test_values_of_the_anchor_are_not_checked(llama: Path, tmp_path: Path) -> None:
     tensors = load_file(llama / "model.safetensors")
     tensors["model.embed_tokens.weight"][0] = float("nan")  # a row that no token uses
     save_file(tensors, llama / "model.safetensors", metadata={"format": "pt"})
@@ -208,7 +208,7 @@ def test_settings_reach_the_configuration(llama: Path, tmp_path: Path) -> None:
     assert (chosen["norm_topk_prob"], chosen["num_experts_per_tok"]) == (False, 2)
 
 
-def test_tokenizer_generation_settings_and_licence_come_along_and_nothing_else(llama: Path, tmp_path: Path) -> None:
+def test_only_tokenizer_generation_settings_and_licence_are_copied(llama: Path, tmp_path: Path) -> None:
     vocabulary = Tokenizer(models.WordLevel({"[UNK]": 0, "one": 1, "two": 2}, unk_token="[UNK]"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, unk_token="[UNK]", eos_token="two")
     tokenizer.chat_template = "{{ messages }}"
@@ -237,7 +237,7 @@ class TestPublicSample:
         )
         return path
 
-    def test_holds_whole_documents_within_its_size_and_says_so(self, llama: Path, data: Path, tmp_path: Path) -> None:
+    def test_holds_complete_documents_within_its_size(self, llama: Path, data: Path, tmp_path: Path) -> None:
         out = graft(llama, tmp_path / "out", public_data=[data], public_sample_bytes=3000, text_column="body")
         record = config_of(out)["public_sample"]
         content = (out / record["file"]).read_bytes()
@@ -247,7 +247,7 @@ class TestPublicSample:
         assert len(documents) == len(set(documents)) == record["documents"]
         assert set(documents) < set(self.DOCUMENTS)
 
-    def test_depends_on_the_seed_and_on_nothing_else(self, llama: Path, data: Path, tmp_path: Path) -> None:
+    def test_depends_on_the_seed_only(self, llama: Path, data: Path, tmp_path: Path) -> None:
         other = tmp_path / "reversed.jsonl"
         other.write_text("".join(reversed(data.read_text().splitlines(keepends=True))))
 
@@ -257,7 +257,7 @@ class TestPublicSample:
 
         assert sample("a", data, 0) == sample("b", other, 0) != sample("c", data, 1)
 
-    def test_a_document_that_cannot_fit_is_an_error_before_anything_is_written(
+    def test_a_document_that_does_not_fit_is_an_error_before_anything_is_written(
         self, llama: Path, tmp_path: Path
     ) -> None:
         (tmp_path / "big.txt").write_text("word " * 1000)
@@ -265,13 +265,13 @@ class TestPublicSample:
             graft(llama, tmp_path / "out", public_data=[tmp_path / "big.txt"], public_sample_bytes=1000)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["anchor", "big.txt"]
 
-    def test_no_data_no_sample(self, llama: Path, tmp_path: Path) -> None:
+    def test_without_public_data(self, llama: Path, tmp_path: Path) -> None:
         out = graft(llama, tmp_path / "out")
         assert config_of(out).get("public_sample") is None
         assert not (out / "public_sample.jsonl").exists()
 
 
-class TestRefusals:
+class TestErrors:
     def test_no_such_anchor(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="no folder"):
             graft(tmp_path / "missing", tmp_path / "out")
@@ -298,15 +298,15 @@ class TestRefusals:
             graft(llama, text.parent, public_data=[text], overwrite=True)
         assert text.read_text() == "the only copy"
 
-    def test_one_file_is_no_list(self, llama: Path, tmp_path: Path) -> None:
+    def test_one_file_instead_of_a_list(self, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="a list of them"):
             graft(llama, tmp_path / "out", public_data=tmp_path / "public.txt")  # type: ignore[arg-type]
 
-    def test_a_graft_is_no_anchor(self, llama: Path, tmp_path: Path) -> None:
+    def test_a_graft_is_not_an_anchor(self, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(UnsupportedAnchorError, match="FlexMoE already"):
             graft(graft(llama, tmp_path / "out"), tmp_path / "again")
 
-    def test_a_failure_leaves_nothing_behind(self, llama: Path, tmp_path: Path) -> None:
+    def test_a_failure_leaves_no_output(self, llama: Path, tmp_path: Path) -> None:
         tensors = load_file(llama / "model.safetensors")
         save_file({**tensors, "model.extra": torch.ones(1)}, llama / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=r"model\.extra"):
@@ -327,7 +327,7 @@ graft(sys.argv[1], sys.argv[2], progress=progress)
 """
 
 
-def test_a_kill_leaves_nothing_that_loads(llama: Path, tmp_path: Path) -> None:
+def test_a_kill_leaves_no_loadable_output(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     half = (llama / "model.safetensors").stat().st_size // 2
     done = subprocess.run([sys.executable, "-c", KILLED, str(llama), str(out), str(half)], capture_output=True)
@@ -349,7 +349,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         yield server
 
 
-def test_an_anchor_from_the_hub_is_named_with_its_commit(hub: HubServer, llama: Path, tmp_path: Path) -> None:
+def test_an_anchor_from_the_hub_is_recorded_with_its_commit(hub: HubServer, llama: Path, tmp_path: Path) -> None:
     commit = hub.push_folder("lab/tiny-llama", llama)
     local = graft(llama, tmp_path / "local")
     shutil.rmtree(llama)

@@ -1,4 +1,4 @@
-"""A FlexOlmo checkpoint comes apart into an anchor and packages, and goes together again with the same bytes."""
+"""A FlexOlmo checkpoint is split into an anchor and packages, which compose and export to the same bytes."""
 
 import json
 from collections.abc import Callable
@@ -15,12 +15,13 @@ from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoTopKRouter
 from flexmoe.conversion.compose import compose, remove
 from flexmoe.conversion.export import export
 from flexmoe.conversion.import_flex_olmo import import_flex_olmo
-from flexmoe.modeling import ExpertPackage, FlexMoeForCausalLM
-from flexmoe.modeling.identity_flexmoe import live_fingerprint
-from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
+from flexmoe.io.tensors import CheckpointFolder
+from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.modeling.fingerprint_flexmoe import live_fingerprint
+from flexmoe.packages.package import ExpertPackage
 from flexmoe.testing import random_tokens
 from flexmoe_cli import main
-from tests.letters import letter_tokenizer
+from tests.support.letters import letter_tokenizer
 
 NAMES = ["public", "math", "code"]
 LAYERS, EXPERTS, WIDTH = 2, 3, 48
@@ -85,7 +86,9 @@ def config_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("per_expert", [True, False], ids=["per-expert", "stacked"])
 @pytest.mark.parametrize("shard", ["1GB", "30KB"], ids=["one-file", "sharded"])
 class TestRoundTrip:
-    def test_the_parts_compute_what_the_checkpoint_does(self, per_expert: bool, shard: str, tmp_path: Path) -> None:
+    def test_composed_parts_compute_what_the_checkpoint_computes(
+        self, per_expert: bool, shard: str, tmp_path: Path
+    ) -> None:
         model = flex_olmo(norm_topk_prob=per_expert)
         model.save_pretrained(tmp_path / "in", save_original_format=per_expert, max_shard_size=shard)
         out = import_flex_olmo(tmp_path / "in", tmp_path / "out", names=NAMES)
@@ -138,7 +141,7 @@ def test_settings_are_kept(checkpoint: Path, tmp_path: Path) -> None:
     assert config["experts"] == [{"name": "public", "kind": "full"}]
 
 
-def test_the_fingerprint_is_that_of_the_loaded_model_row_included(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_includes_publics_row(checkpoint: Path, tmp_path: Path) -> None:
     out = import_flex_olmo(checkpoint, tmp_path / "out", names=NAMES)
     anchor = config_of(out / "model")["anchor"]
     model = FlexMoeForCausalLM.from_pretrained(out / "model")
@@ -154,7 +157,7 @@ def test_the_fingerprint_is_that_of_the_loaded_model_row_included(checkpoint: Pa
     assert live_fingerprint(model.state_dict(), model.anchor_names, set()) != (anchor["fingerprint"], "float32")
 
 
-def test_packages_are_those_that_the_model_would_save(checkpoint: Path, tmp_path: Path) -> None:
+def test_packages_equal_those_of_save_expert(checkpoint: Path, tmp_path: Path) -> None:
     out = import_flex_olmo(checkpoint, tmp_path / "out", names=NAMES)
     model = FlexMoeForCausalLM.from_pretrained(composed(out, tmp_path / "both"))
     model.save_expert("code", tmp_path / "saved")
@@ -163,14 +166,14 @@ def test_packages_are_those_that_the_model_would_save(checkpoint: Path, tmp_path
     assert dict(ExpertPackage.open(out / "code").tensors())["layers.1.ffn.up_proj.weight"].shape == (WIDTH, 32)
 
 
-def test_an_owner_of_an_imported_model_can_leave(checkpoint: Path, tmp_path: Path) -> None:
+def test_imported_experts_can_be_removed(checkpoint: Path, tmp_path: Path) -> None:
     out = import_flex_olmo(checkpoint, tmp_path / "out", names=NAMES)
     without = remove(composed(out, tmp_path / "both"), "math", tmp_path / "without")
     never = compose(out / "model", [out / "code"], tmp_path / "never")
     assert (without / "model.safetensors").read_bytes() == (never / "model.safetensors").read_bytes()
 
 
-def test_tokenizer_and_generation_settings_come_along(checkpoint: Path, tmp_path: Path) -> None:
+def test_tokenizer_and_generation_settings_are_copied(checkpoint: Path, tmp_path: Path) -> None:
     letter_tokenizer().save_pretrained(checkpoint)
     (checkpoint / "generation_config.json").write_text('{"temperature": 0.25}')
     model = import_flex_olmo(checkpoint, tmp_path / "out", names=NAMES) / "model"
@@ -185,7 +188,7 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any])
 
 
 @pytest.mark.parametrize("public", [-0.5, 0.75])
-def test_a_gates_bias_counts_where_it_is_negative(
+def test_biases_of_the_gate_are_clamped_to_zero(
     public: float, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bias = torch.tensor([public, -1.5, 2.0])
@@ -207,16 +210,16 @@ def test_a_gates_bias_counts_where_it_is_negative(
     assert not torch.allclose(plain, logits(both), rtol=0.01)
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.mark.parametrize(
         ("names", "fault"),
         [
             (["public", "math"], "has 3 experts, and given are 2: public, math"),
             ([*NAMES, "law"], "has 3 experts, and given are 4"),
             (["public", "math", "math"], "names must differ"),
-            (["math", "public", "code"], "its name is 'public'"),
+            (["math", "public", "code"], "must be named 'public'"),
             (["public", "Math", "code"], "'Math' is not an expert name"),
-            (["public", "model", "code"], "the grafted anchor is written there"),
+            (["public", "model", "code"], "the grafted anchor is written to that folder"),
         ],
     )
     def test_names(self, names: list[str], fault: str, checkpoint: Path, tmp_path: Path) -> None:
@@ -224,8 +227,8 @@ class TestRefusals:
             import_flex_olmo(checkpoint, tmp_path / "out", names=names)
         assert not (tmp_path / "out").exists()
 
-    def test_one_text_is_no_list(self, checkpoint: Path, tmp_path: Path) -> None:
-        with pytest.raises(TypeError, match="want a list of names"):
+    def test_a_string_instead_of_a_list(self, checkpoint: Path, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match="expected a list of names"):
             import_flex_olmo(checkpoint, tmp_path / "out", names="public,math,code")  # type: ignore[arg-type]
 
     @pytest.mark.parametrize(
@@ -240,7 +243,7 @@ class TestRefusals:
             ),
         ],
     )
-    def test_other_tensors_than_the_config_says(
+    def test_tensors_that_do_not_match_the_config(
         self, change: Callable[[dict[str, torch.Tensor]], Any], fault: str, checkpoint: Path, tmp_path: Path
     ) -> None:
         edit_tensors(checkpoint, change)
@@ -248,7 +251,7 @@ class TestRefusals:
             import_flex_olmo(checkpoint, tmp_path / "out", names=NAMES)
         assert [path.name for path in tmp_path.iterdir()] == ["flex_olmo"]
 
-    def test_a_failure_halfway_leaves_nothing(self, checkpoint: Path, tmp_path: Path) -> None:
+    def test_a_failure_leaves_no_output(self, checkpoint: Path, tmp_path: Path) -> None:
         name = "model.layers.1.mlp.experts.2.down_proj.weight"
         edit_tensors(checkpoint, lambda tensors: tensors[name][0, 0].fill_(float("nan")))
         with pytest.raises(ValueError, match=r"flex_olmo: expert 2 holds NaN .*down_proj\.weight of layer 1"):
@@ -259,12 +262,10 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError):
             import_flex_olmo(tmp_path / "nowhere", tmp_path / "out", names=NAMES)
         imported = import_flex_olmo(checkpoint, tmp_path / "out", names=NAMES)
-        with pytest.raises(ValueError, match=r"'flexmoe' model; imported are 'flex_olmo' ones"):
+        with pytest.raises(ValueError, match=r"'flexmoe' model; only 'flex_olmo' models can be imported"):
             import_flex_olmo(imported / "model", tmp_path / "again", names=NAMES)
 
-    def test_an_existing_output_needs_overwrite_and_the_checkpoint_is_never_it(
-        self, checkpoint: Path, tmp_path: Path
-    ) -> None:
+    def test_existing_outputs(self, checkpoint: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         with pytest.raises(FileExistsError):
             import_flex_olmo(checkpoint, tmp_path / "out", names=NAMES)
@@ -273,9 +274,7 @@ class TestRefusals:
             import_flex_olmo(checkpoint, checkpoint, names=NAMES, overwrite=True)
 
 
-def test_the_command_line_names_the_parts_and_says_what_comes_next(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = ["import", str(checkpoint), "--names", "public, math,code"]
     assert main([*line, "--out", str(tmp_path / "a"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -1,4 +1,4 @@
-"""LoRA adapters as experts: the grafted expert says what PEFT's model says; what it cannot say is refused."""
+"""LoRA adapters as experts: equal to PEFT's model; adapters that an expert cannot represent are refused."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from flexmoe.conversion.graft import graft
-from flexmoe.modeling.hub_flexmoe import DOWNLOADED, NEVER_DOWNLOADED
+from flexmoe.hub.client import DOWNLOADED, NEVER_DOWNLOADED
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.testing import ANCHOR_CONFIGS, random_tokens, tiny_anchor
 from flexmoe_cli import main
@@ -53,7 +53,7 @@ def of_expert(folder: Path, name: str = "math") -> torch.Tensor:
 class TestAsAnExpert:
     @pytest.mark.parametrize("part", [0, 1], ids=["all", "some"])
     @pytest.mark.parametrize("family", MATRICES)
-    def test_it_says_what_pefts_model_says(self, family: str, part: int, tmp_path: Path) -> None:
+    def test_equals_pefts_model(self, family: str, part: int, tmp_path: Path) -> None:
         wanted = make_adapter(tmp_path, family, MATRICES[family][part], r=4, lora_alpha=6)
         graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "adapter"})
         torch.testing.assert_close(of_expert(tmp_path / "model"), wanted, **CLOSE)
@@ -115,7 +115,7 @@ class TestAsAnExpert:
         graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "adapter"})
         torch.testing.assert_close(of_expert(tmp_path / "model"), wanted, **CLOSE)
 
-    def test_its_files_are_fetched_from_the_hub(self, tmp_path: Path) -> None:
+    def test_from_the_hub(self, tmp_path: Path) -> None:
         make_adapter(tmp_path, "llama", ["up_proj"], r=3)
         names = [path.name for path in (tmp_path / "adapter").iterdir()]
         fetched = set(filter_repo_objects(names, allow_patterns=DOWNLOADED, ignore_patterns=NEVER_DOWNLOADED))
@@ -128,7 +128,7 @@ class TestAsAnExpert:
         assert "math" in capsys.readouterr().out
 
 
-class TestRefusals:
+class TestErrors:
     def test_numbers_too_large_for_the_anchor(self, tmp_path: Path) -> None:
         make_adapter(tmp_path, "llama", ["up_proj", "down_proj"], r=2, rank_pattern={"up_proj": 1}, lora_alpha=64)
         tiny_anchor("llama").to(torch.float16).save_pretrained(tmp_path / "anchor")
@@ -143,7 +143,7 @@ class TestRefusals:
 
     def test_attention(self, tmp_path: Path) -> None:
         make_adapter(tmp_path, "llama", ["q_proj", "up_proj"], r=2)
-        self.refused(tmp_path, r"no feed-forward matrix.*4 tensors: .*q_proj.*merge_and_unload.*--shared")
+        self.refused(tmp_path, r"more than feed-forward matrices.*4 tensors: .*q_proj.*merge_and_unload.*--shared")
 
     @pytest.mark.parametrize(
         ("settings", "fault"),
@@ -154,13 +154,13 @@ class TestRefusals:
             ({"bias": "lora_only"}, "bias='lora_only'"),
         ],
     )
-    def test_what_a_low_rank_expert_cannot_say(self, settings: dict[str, Any], fault: str, tmp_path: Path) -> None:
+    def test_unsupported_settings(self, settings: dict[str, Any], fault: str, tmp_path: Path) -> None:
         make_adapter(tmp_path, "llama", ["up_proj"], r=2)
         config = tmp_path / "adapter" / "adapter_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
         self.refused(tmp_path, fault)
 
-    def test_a_start_that_changed_the_anchor(self, tmp_path: Path) -> None:
+    def test_an_initialisation_that_changes_the_anchor(self, tmp_path: Path) -> None:
         make_adapter(tmp_path, "llama", ["up_proj"], r=2)
         config = tmp_path / "adapter" / "adapter_config.json"
         config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": "pissa_niter_4"}))
@@ -192,10 +192,10 @@ class TestRefusals:
         save_file(tensors, path)
         self.refused(tmp_path, "holds NaN")
 
-    def test_half_of_a_pair(self, tmp_path: Path) -> None:
+    def test_a_missing_factor(self, tmp_path: Path) -> None:
         make_adapter(tmp_path, "llama", ["up_proj"], r=2)
         path = tmp_path / "adapter" / "adapter_model.safetensors"
         tensors = load_file(path)
         tensors.pop(next(name for name in tensors if "lora_B" in name))
         save_file(tensors, path)
-        self.refused(tmp_path, "do not belong together")
+        self.refused(tmp_path, "do not match each other")

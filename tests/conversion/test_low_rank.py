@@ -1,4 +1,4 @@
-"""Compress and densify: what is kept, what is lost, and that the way there and back ends where it began."""
+"""Compress and densify: the kept singular values, the reported error, and the round trip."""
 
 import json
 import shutil
@@ -15,12 +15,12 @@ from flexmoe.conversion.export import export
 from flexmoe.conversion.graft import graft
 from flexmoe.conversion.low_rank import CompressedLayer, compress, densify
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.modeling.packages_flexmoe import ExpertPackage
+from flexmoe.packages.package import ExpertPackage
 from flexmoe.testing import perturb_expert, random_tokens, tiny_anchor
 from flexmoe_cli import main
 
-FAMILIES = ("llama", "gpt2", "phi3", "gpt_neox")  # plain; Conv1D with biases; fused gate_up; Linear with biases
-CLOSE = {"rtol": 0.0, "atol": 1e-4}  # what full rank may lose
+FAMILIES = ("llama", "gpt2", "phi3", "gpt_neox")  # Linear; Conv1D with biases; fused gate_up; Linear with biases
+CLOSE = {"rtol": 0.0, "atol": 1e-4}  # rounding at full rank
 
 
 def make_world(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
@@ -55,7 +55,7 @@ def weights(package: Path) -> dict[str, torch.Tensor]:
     return load_file(package / "expert.safetensors")
 
 
-class TestThereAndBack:
+class TestRoundTrip:
     def test_full_rank_changes_nothing(self, world: Path, tmp_path: Path) -> None:
         layers = compress(world / "math", tmp_path / "low", anchor=world / "grafted", rank=32)
         assert [layer.rank for layer in layers] == [32, 32]
@@ -91,9 +91,9 @@ class TestThereAndBack:
         assert (logits(tmp_path / "with-low") - logits(world / "grafted")).abs().max() > 1e-2
 
 
-class TestWhatIsKept:
+class TestApproximation:
     def test_the_largest_singular_values(self, llama: Path, tmp_path: Path) -> None:
-        """Constants one can see: a difference with singular values 8, 4, 2, 1."""
+        """A difference with the singular values 8, 4, 2, 1."""
         package = edited(llama, tmp_path, lambda key: known_difference() if "up_proj" in key else None)
         one, two = (compress(package, tmp_path / f"{r}", anchor=llama / "grafted", rank=r) for r in (1, 2))
         total = 64 + 16 + 4 + 1
@@ -109,7 +109,7 @@ class TestWhatIsKept:
         assert not low["layers.0.ffn.gate_proj.lora_B.weight"].any()
 
     @pytest.mark.parametrize(("energy", "rank"), [(0.5, 1), (0.75, 1), (0.76, 2), (0.94, 2), (0.95, 3), (1.0, 4)])
-    def test_the_least_rank_with_the_energy(self, energy: float, rank: int, llama: Path, tmp_path: Path) -> None:
+    def test_the_smallest_rank_with_the_energy(self, energy: float, rank: int, llama: Path, tmp_path: Path) -> None:
         package = edited(llama, tmp_path, lambda key: known_difference() if "up_proj" in key else None)
         layers = compress(package, tmp_path / "low", anchor=llama / "grafted", energy=energy)  # 64 / 85, 80 / 85 ...
         assert [layer.rank for layer in layers] == [rank, rank]
@@ -121,7 +121,7 @@ class TestWhatIsKept:
             CompressedLayer(1, 1, 0.0),
         ]
 
-    def test_the_papers_come_along(self, llama: Path, tmp_path: Path) -> None:
+    def test_metadata_is_kept(self, llama: Path, tmp_path: Path) -> None:
         layers = compress(llama / "math", tmp_path / "low", anchor=llama / "grafted", rank=4)
         manifest = ExpertPackage.open(tmp_path / "low").manifest
         assert (manifest.license, manifest.kind, manifest.rank, manifest.alpha) == ("mit", "low_rank", [4, 4], None)
@@ -133,7 +133,7 @@ class TestWhatIsKept:
         assert rows
         assert all(torch.equal(weights(tmp_path / "low")[name], row) for name, row in rows.items())
 
-    def test_half_precision_is_counted_in_the_error(self, tmp_path: Path) -> None:
+    def test_the_error_includes_half_precision(self, tmp_path: Path) -> None:
         world = make_world(tmp_path, "llama", torch.bfloat16)
         layers = compress(world / "math", tmp_path / "low", anchor=world / "grafted", rank=32)
         assert weights(tmp_path / "low")["layers.0.ffn.up_proj.lora_A.weight"].dtype == torch.bfloat16
@@ -148,7 +148,7 @@ def known_difference() -> torch.Tensor:
 
 
 def edited(world: Path, folder: Path, difference: Any) -> Path:
-    """A package whose matrices are public's, and those for which `difference(key)` says so, so much more."""
+    """A package whose matrices are public's plus `difference(key)`."""
     model = FlexMoeForCausalLM.from_pretrained(world / "grafted")
     model.add_expert_copy("math")
     for block in model.flexmoe_blocks():
@@ -161,11 +161,11 @@ def edited(world: Path, folder: Path, difference: Any) -> Path:
 
 class TestExports:
     @pytest.mark.parametrize("to", ["mixtral", "dense"])
-    def test_low_rank_experts_as_full_ones(self, to: str, llama: Path, tmp_path: Path) -> None:
+    def test_low_rank_experts_are_merged(self, to: str, llama: Path, tmp_path: Path) -> None:
         compress(llama / "math", tmp_path / "low", anchor=llama / "grafted", rank=4)
         compose(llama / "grafted", [tmp_path / "low"], tmp_path / "model", num_experts_per_tok=2)
         expert = "math" if to == "dense" else None
-        with pytest.raises(ValueError, match=r"low-rank here: math.*--densify"):
+        with pytest.raises(ValueError, match=r"low-rank in this model: math.*--densify"):
             export(tmp_path / "model", tmp_path / "out", to=to, expert=expert)
         export(tmp_path / "model", tmp_path / "out", to=to, expert=expert, densify=True)
         model = FlexMoeForCausalLM.from_pretrained(tmp_path / "model")
@@ -174,25 +174,27 @@ class TestExports:
         torch.testing.assert_close(logits(tmp_path / "out"), ours, rtol=0, atol=1e-5)
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.mark.parametrize(
         ("options", "fault"),
         [
-            ({}, "rank=None and energy=None: give one"),
-            ({"rank": 4, "energy": 0.9}, "give one of them"),
-            ({"rank": 0}, "positive whole number"),
+            ({}, "rank=None and energy=None: give exactly one"),
+            ({"rank": 4, "energy": 0.9}, "give exactly one of them"),
+            ({"rank": 0}, "positive integer"),
             ({"rank": [4]}, "a list of 2"),
-            ({"rank": True}, "positive whole number"),
-            ({"energy": 0.0}, "more than 0 and at most 1"),
-            ({"energy": 95}, "more than 0 and at most 1"),
+            ({"rank": True}, "positive integer"),
+            ({"energy": 0.0}, "above 0 and at most 1"),
+            ({"energy": 95}, "above 0 and at most 1"),
         ],
     )
-    def test_measures(self, options: dict[str, Any], fault: str, llama: Path, tmp_path: Path) -> None:
+    def test_invalid_ranks_and_energies(
+        self, options: dict[str, Any], fault: str, llama: Path, tmp_path: Path
+    ) -> None:
         with pytest.raises(ValueError, match=fault):
             compress(llama / "math", tmp_path / "out", anchor=llama / "grafted", **options)
         assert not list(tmp_path.iterdir())
 
-    def test_no_anchor_is_known(self, llama: Path, tmp_path: Path) -> None:
+    def test_unknown_anchor(self, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="--anchor"):
             compress(llama / "math", tmp_path / "out", rank=4)
 
@@ -204,14 +206,14 @@ class TestRefusals:
             compress(llama / "math", tmp_path / "out", anchor=tmp_path / kind, rank=4)
         assert not (tmp_path / "out").exists()
 
-    def test_the_wrong_way(self, llama: Path, tmp_path: Path) -> None:
+    def test_the_wrong_kind(self, llama: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"full expert.*`flexmoe compress`"):
             densify(llama / "math", tmp_path / "out", anchor=llama / "grafted")
         compress(llama / "math", tmp_path / "low", anchor=llama / "grafted", rank=4)
         with pytest.raises(ValueError, match=r"low_rank expert.*`flexmoe densify`"):
             compress(tmp_path / "low", tmp_path / "out", anchor=llama / "grafted", rank=2)
 
-    def test_an_output_that_is_there(self, llama: Path, tmp_path: Path) -> None:
+    def test_an_existing_output(self, llama: Path, tmp_path: Path) -> None:
         (tmp_path / "out").mkdir()
         with pytest.raises(FileExistsError):
             compress(llama / "math", tmp_path / "out", anchor=llama / "grafted", rank=4)
@@ -234,14 +236,14 @@ class TestCommands:
         anchor = ["--anchor", str(llama / "grafted")]
         assert main(["compress", str(llama / "math"), *anchor, "--rank", "4,2", "--out", str(tmp_path / "low")]) == 0
         shown = capsys.readouterr().out
-        assert "lost of the difference" in shown
+        assert "relative error" in shown
         assert "holds the expert math" in shown
         assert main(["densify", str(tmp_path / "low"), *anchor, "--out", str(tmp_path / "full"), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["experts"][0]["kind"] == "full"
         line = ["compress", str(tmp_path / "full"), *anchor, "--energy", "0.9", "--out", str(tmp_path / "again")]
         assert main([*line, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
-        # what was of rank 4 and 2 needs no more
+        # the differences have the ranks 4 and 2
         assert [layer["rank"] <= most for layer, most in zip(found["layers_kept"], (4, 2), strict=True)] == [True] * 2
 
     def test_bad_input_is_one_paragraph(self, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

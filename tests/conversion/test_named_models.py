@@ -1,4 +1,4 @@
-"""Published models by name, in small: grafted from files as published, given an expert, exported, and restored."""
+"""Small versions of published models: grafted from files as published, given an expert, exported, and restored."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from flexmoe.conversion.export import DENSE, TARGETS
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.testing import perturb_expert, realigned
 from flexmoe_cli import main
-from tests.family_checks import CHECKS, greedy, logits
-from tests.named_models import NAMED_MODELS, markdown
+from tests.support.family_checks import CHECKS, greedy, logits
+from tests.support.named_models import NAMED_MODELS, markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def published(name: str, folder: Path) -> Path:
-    """A random small model in a folder as the Hub has it: the published config.json, relics among the tensors."""
+    """A small random model in a folder as on the Hub: the published config.json, obsolete tensors included."""
     named = NAMED_MODELS[name]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(named.configuration())
@@ -50,7 +50,7 @@ def run(*line: object) -> None:
 
 
 def package_of(grafted: Path, folder: Path) -> Path:
-    """A package of an expert that differs from public, with rows that have no bias."""
+    """A package of an expert that differs from public, with bias-free rows."""
     model = FlexMoeForCausalLM.from_pretrained(grafted)
     model.add_expert_copy("math")
     perturb_expert(model, "math")
@@ -95,8 +95,8 @@ def test_in_memory(name: str, check: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMED_MODELS)
-def test_what_is_special_is_there(name: str) -> None:
-    """The class read the published flags: the tensors that they ask for are there, those that they deny are not."""
+def test_published_flags_are_read(name: str) -> None:
+    """The class follows the published flags: it has the tensors that they require and none that they exclude."""
     named = NAMED_MODELS[name]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(named.configuration())
@@ -105,5 +105,5 @@ def test_what_is_special_is_there(name: str) -> None:
     assert [key for key in tensors if any(re.search(pattern, key) for pattern in named.lacks)] == []
 
 
-def test_the_document_shows_this_table() -> None:
+def test_the_documentation_shows_this_table() -> None:
     assert markdown() in (ROOT / "docs" / "families.md").read_text()

@@ -1,4 +1,4 @@
-"""Rows that a graft is told to write: where they go, when they are made, and what is no row."""
+"""Router rows given to a graft: their tensors, when they are made, and invalid ones."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,8 +8,8 @@ import torch
 
 from flexmoe.conversion.graft import graft
 from flexmoe.conversion.router_tensors import StackedRows
+from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.modeling import FlexMoeForCausalLM
-from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
 from flexmoe.testing import tiny_anchor
 
 ONES = StackedRows(torch.ones(2, 32), torch.ones(2))
@@ -21,7 +21,7 @@ def anchor(tmp_path: Path) -> Path:
     return tmp_path / "anchor"
 
 
-def test_each_layer_has_its_own_and_the_others_stay_zero(anchor: Path, tmp_path: Path) -> None:
+def test_rows_by_layer_and_zeros_for_others(anchor: Path, tmp_path: Path) -> None:
     rows = StackedRows(torch.arange(64.0).view(2, 32).bfloat16(), torch.tensor([0.5, -1.5]))
     out = graft(anchor, tmp_path / "out", {"math": anchor, "code": anchor}, make_rows=lambda *_: {"code": rows})
     model = FlexMoeForCausalLM.from_pretrained(out)
@@ -34,7 +34,7 @@ def test_each_layer_has_its_own_and_the_others_stay_zero(anchor: Path, tmp_path:
             assert not block.router[name].bias.any()
 
 
-def test_rows_of_zero_are_what_there_is_without_them(anchor: Path, tmp_path: Path) -> None:
+def test_rows_of_zero_are_the_default(anchor: Path, tmp_path: Path) -> None:
     nothing = StackedRows(torch.zeros(2, 32), torch.zeros(2))
     plain = graft(anchor, tmp_path / "plain", {"math": anchor})
     told = graft(anchor, tmp_path / "told", {"math": anchor}, make_rows=lambda *_: {"math": nothing})
@@ -42,7 +42,7 @@ def test_rows_of_zero_are_what_there_is_without_them(anchor: Path, tmp_path: Pat
         assert file.read_bytes() == (told / file.name).read_bytes(), file.name
 
 
-def test_they_are_made_of_the_anchor_and_the_sample_before_anything_is_written(anchor: Path, tmp_path: Path) -> None:
+def test_rows_are_made_of_anchor_and_sample_before_anything_is_written(anchor: Path, tmp_path: Path) -> None:
     (tmp_path / "public.txt").write_text("of all")
     asked = []
 
@@ -57,7 +57,7 @@ def test_they_are_made_of_the_anchor_and_the_sample_before_anything_is_written(a
 @pytest.mark.parametrize(
     ("name", "row", "error"),
     [
-        ("code", ONES, "A router row for 'code', which is not grafted; there are public, math"),
+        ("code", ONES, "A router row for 'code', which is not grafted; experts are public, math"),
         ("public", ONES, "router row of 'public' is zero"),
         (
             "math",
@@ -69,7 +69,7 @@ def test_they_are_made_of_the_anchor_and_the_sample_before_anything_is_written(a
         ("math", StackedRows(torch.ones(2, 32), torch.tensor([0.0, torch.inf])), "not finite"),
     ],
 )
-def test_what_is_no_row_is_refused(anchor: Path, tmp_path: Path, name: str, row: StackedRows, error: str) -> None:
+def test_invalid_rows(anchor: Path, tmp_path: Path, name: str, row: StackedRows, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         graft(anchor, tmp_path / "out", {"math": anchor}, make_rows=lambda *_: {name: row})
     assert [path.name for path in tmp_path.iterdir()] == ["anchor"]

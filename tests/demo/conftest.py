@@ -1,4 +1,4 @@
-"""A demo small enough for a test: two owners, a 2-layer anchor, a few steps; run once, with every `open` watched."""
+"""A small run of the demo: two owners, a 2-layer anchor, a few steps. It runs once and records every file opened."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import pytest
 from filelock import FileLock
 from rich.console import Console
 
-pytest.importorskip("sympy", reason="the demo's extra is not installed")
+pytest.importorskip("sympy", reason="the extra `demo` is not installed")
 
 from flexmoe.demo import DemoSettings, run_demo
 from flexmoe.demo.anchor import AnchorSettings
 from flexmoe.demo.corpus import CorpusSettings
 from flexmoe.demo.owners import OwnerSettings
 
-# Runs in every child process before anything else: a line per file opened, "<owner's folder or -> <path>".
-WATCHER = """
+# A sitecustomize module that runs first in each child process: logs "<working directory>\t<path>" of each file opened.
+AUDIT_HOOK = """
 import os, sys
 _log = os.open(os.environ["FLEXMOE_TEST_OPENS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-_home = os.getcwd()
-def _watch(event, arguments):
+_cwd = os.getcwd()
+def _log_open(event, arguments):
     if event == "open" and isinstance(arguments[0], (str, bytes)):
-        os.write(_log, f"{_home}\\t{os.path.realpath(os.fsdecode(arguments[0]))}\\n".encode())
-sys.addaudithook(_watch)
+        os.write(_log, f"{_cwd}\\t{os.path.realpath(os.fsdecode(arguments[0]))}\\n".encode())
+sys.addaudithook(_log_open)
 """
 
 
 def tiny_settings(seed: int = 0) -> DemoSettings:
-    """Seconds instead of minutes; the losses mean nothing."""
+    """Settings of a run that takes seconds; its losses are meaningless."""
     return DemoSettings(
         corpus=CorpusSettings(
             owners=("math", "code"),
@@ -48,7 +48,7 @@ def tiny_settings(seed: int = 0) -> DemoSettings:
 
 @dataclass(frozen=True)
 class TinyRun:
-    """Where the run's files are, and what its child processes opened: (working directory, path)."""
+    """The output folder of the run, and the files that its child processes opened: (working directory, path)."""
 
     out: Path
     opened: list[tuple[Path, Path]]
@@ -56,20 +56,20 @@ class TinyRun:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> TinyRun:
-    # workers of pytest-xdist share one run: the folder above theirs is the whole session's
-    several = hasattr(request.config, "workerinput")
+    # workers of pytest-xdist share one run, in the parent of their own folders
+    is_worker = hasattr(request.config, "workerinput")
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if several else base) / "tiny-demo"
+    folder = (base.parent if is_worker else base) / "tiny-demo"
     with FileLock(f"{folder}.lock"):
         if not (folder / "out" / "report.json").is_file():
-            _run_watched(folder)
-    pairs = (line.split("\t") for line in (folder / "opens.log").read_text().splitlines())
-    return TinyRun(folder / "out", [(Path(home), Path(path)) for home, path in pairs])
+            _run_with_audit_hook(folder)
+    lines = (line.split("\t") for line in (folder / "opens.log").read_text().splitlines())
+    return TinyRun(folder / "out", [(Path(cwd), Path(path)) for cwd, path in lines])
 
 
-def _run_watched(folder: Path) -> None:
+def _run_with_audit_hook(folder: Path) -> None:
     (folder / "hook").mkdir(parents=True)
-    (folder / "hook" / "sitecustomize.py").write_text(WATCHER)
+    (folder / "hook" / "sitecustomize.py").write_text(AUDIT_HOOK)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder / "hook"), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("FLEXMOE_TEST_OPENS", str(folder / "opens.log"))

@@ -1,4 +1,4 @@
-"""Corpus: nothing held out is in, or nearly in, anything trained on; the mix is what it says."""
+"""The corpus: no held-out text, or a near-duplicate of it, is in the training text; shares of the public mix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def words(prefix: str, count: int) -> str:
     return " ".join(f"{prefix}{i}" for i in range(count))
 
 
-def test_a_planted_near_duplicate_is_dropped_across_kinds() -> None:
+def test_near_duplicate_is_dropped_across_kinds() -> None:
     original = words("a", 100)
     edited = original.replace("a50", "changed")
     kinds = {
@@ -30,7 +30,7 @@ def test_a_planted_near_duplicate_is_dropped_across_kinds() -> None:
     assert [d.name for d in kept["math"]] == ["three"]
 
 
-def test_an_excerpt_counts_as_contained_and_a_shared_phrase_does_not() -> None:
+def test_excerpt_is_a_near_duplicate_and_a_shared_phrase_is_not() -> None:
     long = words("w", 200)
     excerpt = " ".join(long.split()[50:80])
     phrase = " ".join([*long.split()[:10], *words("other", 60).split()])
@@ -38,18 +38,18 @@ def test_an_excerpt_counts_as_contained_and_a_shared_phrase_does_not() -> None:
     assert drop_near_duplicates([long, excerpt, phrase]) == [0, 2]
 
 
-def test_overlap_is_the_shared_share_of_the_smaller_document() -> None:
+def test_overlap_is_a_share_of_the_smaller_document() -> None:
     left, right = words("x", 24), " ".join([*words("x", 14).split(), *words("y", 30).split()])
     share, i, j = largest_overlap([left], [right])  # 20 shingles against 40; the first ten are shared
     assert (share, i, j) == (0.5, 0, 0)
 
 
-def test_all_parts_of_a_file_go_to_one_side() -> None:
+def test_parts_of_a_file_stay_in_one_split() -> None:
     documents = [Document(f"file{i // 3}", f"part {i} " * 20) for i in range(60)]
     split = split_by_document(documents, held_out=2_000, public=2_000, seed=1)
-    sides = [{d.name for d in side} for side in (split.held_out, split.public, split.private)]
-    assert all(sides)
-    assert sum(map(len, sides)) == len(set().union(*sides)) == 20
+    parts = [{d.name for d in part} for part in (split.held_out, split.public, split.private)]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set().union(*parts)) == 20
     assert split != split_by_document(documents, held_out=2_000, public=2_000, seed=2)
 
 
@@ -70,7 +70,7 @@ def test_corpus_on_this_machine(tmp_path: Path) -> None:
     assert 0.01 < record["public_mix"]["math"] < 0.1
 
 
-def test_a_near_duplicate_that_slips_through_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remaining_near_duplicate_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "without_near_duplicates", lambda kinds: kinds)
     text = words("same", 90)
     monkeypatch.setattr(corpus, "read_source", lambda kind, _: [Document(f"{kind}{i}", text) for i in range(20)])
@@ -84,7 +84,7 @@ def test_too_little_text_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyP
         build_corpus(CorpusSettings(owners=("math",)), tmp_path)
 
 
-def test_worked_problems_are_deterministic_and_right() -> None:
+def test_worked_problems_are_deterministic_and_valid() -> None:
     sheets = worked_problems(60, seed=5)
     assert sheets == worked_problems(60, seed=5)
     assert sheets != worked_problems(60, seed=6)
@@ -93,7 +93,7 @@ def test_worked_problems_are_deterministic_and_right() -> None:
     assert not [sheet for sheet in sheets if "zoo" in sheet or "nan" in sheet.split()]
 
 
-def test_prose_is_left_of_documentation() -> None:
+def test_examples_are_removed_from_documentation() -> None:
     text = "Adds numbers.\n\n>>> add(1, 2)\n3\n\n```python\nadd(1, 2)\n```\n![badge](x.svg)\nMore words."
     assert "add(1" not in without_examples(text)
     assert "badge" not in without_examples(text)
@@ -101,12 +101,12 @@ def test_prose_is_left_of_documentation() -> None:
     assert without_examples(text).endswith("More words.")
 
 
-def test_headers_lose_their_licence() -> None:
+def test_license_is_removed_from_headers() -> None:
     text = "// Copyright\n// All rights reserved.\n\n#pragma once\n// a comment that stays\nint f();\n"
     assert _header_body(text).startswith("#pragma once\n// a comment that stays")
 
 
-def test_characters_are_described_by_the_database_alone() -> None:
+def test_character_entries_come_from_the_unicode_database() -> None:
     documents = read_source("unicode", 20_000)
     lines = [line for document in documents for line in document.text.splitlines()]
     assert all(line.startswith("U+") and ": " in line for line in lines)

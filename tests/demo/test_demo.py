@@ -1,4 +1,4 @@
-"""The demo end to end, tiny: what the report holds, whose files were opened, what a second run does again."""
+"""A small run of the demo: the report, the files that owners open, the exact opt-out, and reuse by a second run."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from flexmoe.demo import DemoSettings, run_demo
 from flexmoe.demo.owners import PACKAGE, train_owner
 from flexmoe.demo.pipeline import MODEL, Demo
 from flexmoe.demo.stages import Stage, Stages
-
-from .conftest import TinyRun, tiny_settings
+from tests.demo.conftest import TinyRun, tiny_settings
 
 SYSTEMS = {
     "anchor",
@@ -39,48 +38,49 @@ def report(tiny_run: TinyRun) -> dict:
     return json.loads((tiny_run.out / "report.json").read_text())
 
 
-def test_no_owner_opens_a_file_of_another(tiny_run: TinyRun) -> None:
-    """As far as Python's `open` event sees, which native readers (safetensors, tokenizers) do not raise.
+def test_no_owner_opens_files_of_another(tiny_run: TinyRun) -> None:
+    """Python's audit event `open` does not see native readers (safetensors, tokenizers).
 
-    What they read is covered by `test_an_owner_alone_in_the_world_makes_the_same_package`.
+    `test_owner_without_access_to_other_files_gives_the_same_package` covers those.
     """
     owners = {name: (tiny_run.out / "owners" / name).resolve() for name in ("math", "code")}
     corpus = (tiny_run.out / "corpus").resolve()
-    for name, home in owners.items():
-        opened = [path for cwd, path in tiny_run.opened if cwd == home]
+    for name, cwd in owners.items():
+        opened = [path for process_cwd, path in tiny_run.opened if process_cwd == cwd]
         others = [folder for other, folder in owners.items() if other != name] + [corpus]
-        assert home / "data" / "documents.jsonl" in opened  # the watcher watches
+        assert cwd / "data" / "documents.jsonl" in opened  # the audit hook works
         assert not [path for path in opened for folder in others if path.is_relative_to(folder)]
 
 
-def test_an_owner_alone_in_the_world_makes_the_same_package(tiny_run: TinyRun, tmp_path: Path) -> None:
-    """Training again in a place of its own, with no other owner and no corpus around: the same bits come out."""
+def test_owner_without_access_to_other_files_gives_the_same_package(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Training again in a separate folder, without the other owner and the corpus, gives a bit-equal package."""
     data = shutil.copyfile(tiny_run.out / "corpus" / "owners" / "math.jsonl", tmp_path / "math.jsonl")
     grafted = shutil.copytree(tiny_run.out / "grafted" / MODEL, tmp_path / "grafted")
     first = tiny_run.out / "owners" / "math" / PACKAGE
     statement = json.loads((first / "expert_config.json").read_text())["data_statement"]
-    threads = max(1, (os.cpu_count() or 1) // 2)  # as in the run: another number sums in another order
-    train_owner("math", data, grafted, tmp_path / "alone", tiny_settings().owner, threads=threads, statement=statement)
-    again = tmp_path / "alone" / PACKAGE
+    threads = max(1, (os.cpu_count() or 1) // 2)  # as in the run: sums depend on the number of threads
+    owner = tmp_path / "owner"
+    train_owner("math", data, grafted, owner, tiny_settings().owner, threads=threads, statement=statement)
+    second = owner / PACKAGE
     names = sorted(path.name for path in first.iterdir())
-    assert sorted(path.name for path in again.iterdir()) == names
+    assert sorted(path.name for path in second.iterdir()) == names
     for name in names:
-        assert (again / name).read_bytes() == (first / name).read_bytes(), name
+        assert (second / name).read_bytes() == (first / name).read_bytes(), name
 
 
-def test_an_owners_folder_holds_no_others_text(tiny_run: TinyRun) -> None:
+def test_folder_of_an_owner_has_no_text_of_another(tiny_run: TinyRun) -> None:
     texts = {
         name: (tiny_run.out / "corpus" / "owners" / f"{name}.jsonl").read_bytes().splitlines()
         for name in ("math", "code")
     }
     for name, other in (("math", "code"), ("code", "math")):
         folder = tiny_run.out / "owners" / name
-        blob = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
-        assert all(line in blob for line in texts[name])
-        assert not [line for line in texts[other] if line in blob]
+        contents = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+        assert all(line in contents for line in texts[name])
+        assert not [line for line in texts[other] if line in contents]
 
 
-def test_report_has_every_figure(report: dict) -> None:
+def test_report_is_complete(report: dict) -> None:
     assert report["domains"] == ["public", "math", "code"]
     assert set(report["systems"]) == SYSTEMS
     for score in report["systems"].values():
@@ -100,7 +100,7 @@ def test_report_has_every_figure(report: dict) -> None:
     assert [c["domain"] for c in report["continuations"]] == report["domains"]
 
 
-def test_true_domain_is_the_best_suited_model_per_domain(report: dict) -> None:
+def test_true_domain_uses_the_model_of_each_domain(report: dict) -> None:
     loss = {name: score["loss"] for name, score in report["systems"].items()}
     assert loss["true-domain"] == {
         "public": loss["anchor"]["public"],
@@ -110,38 +110,38 @@ def test_true_domain_is_the_best_suited_model_per_domain(report: dict) -> None:
 
 
 def test_opting_out_is_exact(report: dict) -> None:
-    verdict = report["opt_out"]
-    assert verdict["owner"] == "math"
-    assert verdict["composed_from"] == ["code"]
-    assert verdict["state_dict_equal"]
-    assert verdict["logits_equal"]
-    assert verdict["config_equal"]
-    assert verdict["files_equal"]
+    result = report["opt_out"]
+    assert result["owner"] == "math"
+    assert result["composed_from"] == ["code"]
+    assert result["state_dict_equal"]
+    assert result["logits_equal"]
+    assert result["config_equal"]
+    assert result["files_equal"]
     assert report["systems"]["opted-out"]["loss"] != report["systems"]["composed"]["loss"]
 
 
-def test_pictures_and_markdown_are_there(tiny_run: TinyRun) -> None:
+def test_plots_and_markdown_are_written(tiny_run: TinyRun) -> None:
     for name in ("losses.png", "routing.png"):
         assert (tiny_run.out / name).read_bytes().startswith(b"\x89PNG")
     text = (tiny_run.out / "report.md").read_text()
     assert all(f"| {system} |" in text or f"| **{system}** |" in text for system in SYSTEMS)
 
 
-def test_a_second_run_reuses_everything_and_says_the_same(tiny_run: TinyRun, report: dict, tmp_path: Path) -> None:
-    said = io.StringIO()
-    out = shutil.copytree(tiny_run.out, tmp_path / "moved")  # what is reused may not depend on where it lies
-    again = json.loads(run_demo(out, settings=tiny_settings(), console=Console(file=said)).read_text())
+def test_second_run_reuses_all_stages(tiny_run: TinyRun, report: dict, tmp_path: Path) -> None:
+    output = io.StringIO()
+    out = shutil.copytree(tiny_run.out, tmp_path / "moved")  # reuse must not depend on the location
+    again = json.loads(run_demo(out, settings=tiny_settings(), console=Console(file=output)).read_text())
     assert all(stage["reused"] for stage in again["stages"].values())
-    assert "reusing owners/math" in said.getvalue()
+    assert "reusing owners/math" in output.getvalue()
     for key in ("systems", "kept", "routing", "opt_out", "continuations", "mix"):
         assert again[key] == report[key]
 
 
-def test_a_change_in_how_public_text_is_read_grafts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, list[str]] = {}
+def test_graft_depends_on_the_code_that_reads_public_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: dict[str, list[str]] = {}
 
     def run(self: Stages, name: str, make: object, *, code: Sequence[str], **_: object) -> Stage:
-        asked[name] = list(code)
+        recorded[name] = list(code)
         return Stage(tmp_path, reused=True, seconds=0.0, digest="")
 
     monkeypatch.setattr(Stages, "run", run)
@@ -149,10 +149,10 @@ def test_a_change_in_how_public_text_is_read_grafts_anew(tmp_path: Path, monkeyp
     demo = Demo(tmp_path, tiny_settings(), Console(quiet=True))
     demo.done = {name: Stage(tmp_path, reused=True, seconds=0.0, digest="") for name in ("corpus", "anchor")}
     demo.grafted()
-    assert {"flexmoe.modeling", "flexmoe.conversion", "flexmoe.data"} <= set(asked["grafted"])
+    assert {"flexmoe.modeling", "flexmoe.conversion", "flexmoe.data"} <= set(recorded["grafted"])
 
 
-def test_seed_owners_and_steps_reach_every_stage() -> None:
+def test_seed_owners_and_steps_apply_to_every_stage() -> None:
     settings = DemoSettings.of(seed=3, owners=("cpp", "math"), steps=50)
     assert (settings.corpus.seed, settings.anchor.seed, settings.owner.seed) == (3, 3, 3)
     assert settings.owners == ("cpp", "math")
@@ -160,7 +160,7 @@ def test_seed_owners_and_steps_reach_every_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("arguments", "message"),
     [
         ({"owners": ("math", "poetry")}, "no text for owner"),
         ({"owners": ("math", "math")}, "distinct"),
@@ -168,9 +168,9 @@ def test_seed_owners_and_steps_reach_every_stage() -> None:
         ({"steps": 0}, "at least 1"),
     ],
 )
-def test_what_cannot_be_run_is_refused(change: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        DemoSettings.of(**change)
+def test_invalid_settings_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DemoSettings.of(**arguments)
 
 
 def test_only_an_owner_can_opt_out() -> None:

@@ -1,4 +1,4 @@
-"""The bars: computed as the product promises, and told apart."""
+"""The thresholds of the demo, and its report as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from flexmoe.demo.report import Bar, bars, build_report, kept, markdown, unequal_parts, with_means, write_report
+from flexmoe.demo.report import (
+    Threshold,
+    build_report,
+    kept,
+    markdown,
+    thresholds,
+    unequal_parts,
+    with_means,
+    write_report,
+)
 from flexmoe.demo.scoring import true_domain
 
 LOSSES = {
@@ -20,34 +29,34 @@ LOSSES = {
 }
 
 
-def test_bars() -> None:
+def test_thresholds() -> None:
     losses = {**LOSSES, "true-domain": true_domain(LOSSES, ["math", "code"])}
     systems = with_means(losses)
     assert losses["true-domain"] == {"public": 4.0, "math": 3.0, "code": 4.0}
     assert kept(systems, "math") == pytest.approx(0.95)
     assert kept(systems, "code") == pytest.approx(0.8)
-    verdicts = {bar.name: bar.passed for bar in bars(systems, ["math", "code"])}
-    assert verdicts["own gain kept by math"]
-    assert not verdicts["own gain kept by code"]
-    assert verdicts["loss on public text, change"]  # 0.5 %
-    assert not verdicts["mean loss above routing by the true domain"]  # 2.5 %
-    assert all(passed for name, passed in verdicts.items() if "against" in name)
+    passed = {threshold.name: threshold.passed for threshold in thresholds(systems, ["math", "code"])}
+    assert passed["own gain kept by math"]
+    assert not passed["own gain kept by code"]
+    assert passed["loss on public text, change"]  # 0.5 %
+    assert not passed["mean loss above routing by the true domain"]  # 2.5 %
+    assert all(value for name, value in passed.items() if "against" in name)
 
 
-def test_a_bar_says_what_it_wants() -> None:
-    assert Bar("gain", 0.85, "≥", 0.9, percent=True).row() == ("gain", "85.0%", "≥ 90.0%", "NO")
-    assert Bar("loss", 3.0, "≤", 3.5).row() == ("loss", "3.000", "≤ 3.500", "yes")
-    assert Bar("loss", 3.0, "<", 3.0).row() == ("loss", "3.000", "< 3.000", "NO")
+def test_threshold_as_cells_of_a_table() -> None:
+    assert Threshold("gain", 0.85, "≥", 0.9, percent=True).row() == ("gain", "85.0%", "≥ 90.0%", "NO")
+    assert Threshold("loss", 3.0, "≤", 3.5).row() == ("loss", "3.000", "≤ 3.500", "yes")
+    assert Threshold("loss", 3.0, "<", 3.0).row() == ("loss", "3.000", "< 3.000", "NO")
 
 
-def test_a_composition_that_is_only_as_good_is_not_below() -> None:
+def test_equal_loss_does_not_pass_a_strict_threshold() -> None:
     losses = {**dict.fromkeys(LOSSES, LOSSES["anchor"]), "true-domain": LOSSES["anchor"]}
-    verdicts = {bar.name: bar.passed for bar in bars(with_means(losses), ["math", "code"])}
-    assert not any(passed for name, passed in verdicts.items() if "against" in name)
-    assert verdicts["loss on public text, change"]
+    passed = {threshold.name: threshold.passed for threshold in thresholds(with_means(losses), ["math", "code"])}
+    assert not any(value for name, value in passed.items() if "against" in name)
+    assert passed["loss on public text, change"]
 
 
-def test_a_share_of_no_gain_is_null_in_the_file(tmp_path: Path) -> None:
+def test_share_of_no_gain_is_null_in_json(tmp_path: Path) -> None:
     losses = {**dict.fromkeys(LOSSES, LOSSES["anchor"]), "true-domain": LOSSES["anchor"]}
     report = build_report(
         {
@@ -79,6 +88,6 @@ def test_a_share_of_no_gain_is_null_in_the_file(tmp_path: Path) -> None:
     assert "keeps at least an unknown share" in markdown(report)
 
 
-def test_what_the_opt_out_found_to_differ() -> None:
-    verdict = {"owner": "math", "state_dict_equal": True, "logits_equal": False, "config_equal": True}
-    assert unequal_parts(verdict) == ["logits"]
+def test_unequal_parts_of_an_opt_out() -> None:
+    result = {"owner": "math", "state_dict_equal": True, "logits_equal": False, "config_equal": True}
+    assert unequal_parts(result) == ["logits"]

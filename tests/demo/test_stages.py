@@ -12,7 +12,7 @@ CODE = ["flexmoe.demo.stages"]
 
 
 class Counter:
-    """A stage's work that counts how often it was done."""
+    """The work of a stage; counts how often it runs."""
 
     def __init__(self, text: str = "result") -> None:
         self.times = 0
@@ -27,7 +27,7 @@ def run(root: Path, work: Counter, *, size: int = 1, inputs: tuple[Stage, ...] =
     return Stages(root).run(name, work, settings={"size": size}, code=CODE, inputs=inputs)
 
 
-def test_unchanged_is_reused_and_changed_settings_are_not(tmp_path: Path) -> None:
+def test_stage_is_reused_unless_its_settings_change(tmp_path: Path) -> None:
     work = Counter()
     assert not run(tmp_path, work).reused
     assert run(tmp_path, work).reused
@@ -35,15 +35,15 @@ def test_unchanged_is_reused_and_changed_settings_are_not(tmp_path: Path) -> Non
     assert work.times == 2
 
 
-@pytest.mark.parametrize("harm", ["edit", "delete", "add", "unfinished"])
-def test_a_folder_that_is_not_as_it_was_left_is_made_again(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize("damage", ["edit", "delete", "add", "unfinished"])
+def test_modified_folder_is_made_again(tmp_path: Path, damage: str) -> None:
     work = Counter()
     folder = run(tmp_path, work).folder
-    if harm == "edit":
+    if damage == "edit":
         (folder / "file").write_text("resulT")
-    elif harm == "delete":
+    elif damage == "delete":
         (folder / "file").unlink()
-    elif harm == "add":
+    elif damage == "add":
         (folder / "more").write_text("")
     else:
         (folder / RECORD).unlink()
@@ -52,7 +52,7 @@ def test_a_folder_that_is_not_as_it_was_left_is_made_again(tmp_path: Path, harm:
     assert not (folder / "more").exists()
 
 
-def test_a_stage_that_fails_is_not_reused(tmp_path: Path) -> None:
+def test_failed_stage_is_not_reused(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "file").write_text("half")
         raise RuntimeError("no")
@@ -62,17 +62,17 @@ def test_a_stage_that_fails_is_not_reused(tmp_path: Path) -> None:
     assert not run(tmp_path, Counter()).reused
 
 
-def test_only_a_different_result_upstream_disturbs_what_is_below(tmp_path: Path) -> None:
-    below = Counter("below")
-    run(tmp_path, below, inputs=(run(tmp_path, Counter("a"), size=1, name="above"),), name="below")
-    same = run(tmp_path, Counter("a"), size=2, name="above")
+def test_stage_runs_again_if_the_result_of_an_input_changes(tmp_path: Path) -> None:
+    downstream = Counter("downstream")
+    run(tmp_path, downstream, inputs=(run(tmp_path, Counter("a"), size=1, name="upstream"),), name="downstream")
+    same = run(tmp_path, Counter("a"), size=2, name="upstream")
     assert not same.reused
-    assert run(tmp_path, below, inputs=(same,), name="below").reused
-    other = run(tmp_path, Counter("b"), size=3, name="above")
-    assert not run(tmp_path, below, inputs=(other,), name="below").reused
+    assert run(tmp_path, downstream, inputs=(same,), name="downstream").reused
+    other = run(tmp_path, Counter("b"), size=3, name="upstream")
+    assert not run(tmp_path, downstream, inputs=(other,), name="downstream").reused
 
 
-def test_digests_see_names_contents_and_source(tmp_path: Path) -> None:
+def test_digests_depend_on_names_contents_and_source(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("1")
     first = folder_digest(tmp_path)
     (tmp_path / ".hidden").write_text("2")
@@ -84,7 +84,7 @@ def test_digests_see_names_contents_and_source(tmp_path: Path) -> None:
         source_digest("flexmoe.no_such_module")
 
 
-def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "stage").mkdir()
     (tmp_path / "stage" / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="new or empty folder"):
@@ -93,11 +93,11 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_an_empty_folder_is_taken_and_goes_on_to_be_used(tmp_path: Path, exists: bool) -> None:
+def test_empty_folder_is_accepted_and_reused(tmp_path: Path, exists: bool) -> None:
     root = tmp_path / "out"
     if exists:
         root.mkdir()
     run(root, Counter())
-    (root / "report.json").write_text("{}")  # written beside the stages, by those who run them
+    (root / "report.json").write_text("{}")  # the caller writes beside the stages
     assert run(root, Counter()).reused
     assert not run(root, Counter(), name="other").reused

@@ -1,4 +1,4 @@
-"""The command line: what each command asks of the library, how it answers, and that help comes quickly."""
+"""The command line: the library call of each command, its output, and the speed of --help."""
 
 import ast
 import gc
@@ -18,11 +18,11 @@ from typer.testing import CliRunner
 
 from flexmoe.evaluation import DomainScore
 from flexmoe.grafting import graft
-from flexmoe.planning import plan
+from flexmoe.planning.plan import plan
 from flexmoe.testing import perturb_expert, tiny_anchor
-from flexmoe.training import TrainingSettings
+from flexmoe.training.experts import TrainingSettings
 from flexmoe_cli import app, main
-from flexmoe_cli.arguments import parse_domains, parse_experts, parse_renames, parse_size, spread_files
+from flexmoe_cli.arguments import parse_domains, parse_experts, parse_renames, parse_size, repeat_file_options
 from flexmoe_cli.output import (
     human_bytes,
     human_count,
@@ -33,7 +33,7 @@ from flexmoe_cli.output import (
     report_error,
     show_warning,
 )
-from tests.letters import letter_tokenizer
+from tests.support.letters import letter_tokenizer
 
 COMMANDS = (
     *("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate"),
@@ -53,34 +53,34 @@ SHOWN = (
 
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch):
-    """Replaces a function of the library by one that only checks that the call fits, and keeps it."""
-    kept: list[dict] = []
+    """Replaces a function of the library by one that checks the signature and records the arguments."""
+    calls: list[dict] = []
 
     def replace(function: str, result: object = Path("result")) -> list[dict]:
         module, name = function.rsplit(".", 1)
         real = getattr(importlib.import_module(module), name)
 
         def recorder(*args, **kwargs):
-            kept.append(signatures.signature(real).bind(*args, **kwargs).arguments)
+            calls.append(signatures.signature(real).bind(*args, **kwargs).arguments)
             return result
 
         monkeypatch.setattr(function, recorder)
         for shown in SHOWN:
             monkeypatch.setattr(f"flexmoe_cli.{shown}", lambda *_: None)
-        return kept
+        return calls
 
     return replace
 
 
 class TestHelp:
     @pytest.mark.parametrize("command", COMMANDS)
-    def test_every_command_explains_itself(self, command: str) -> None:
+    def test_every_command_has_help(self, command: str) -> None:
         result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"})
         assert result.exit_code == 0
         assert "--json" in result.output
         assert "--debug" in result.output
 
-    def test_it_lists_the_commands_in_the_order_of_the_work(self) -> None:
+    def test_commands_are_listed_in_the_order_of_use(self) -> None:
         output = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
         assert re.findall(r"^│ (\w+)  ", output, re.MULTILINE) == list(COMMANDS)
 
@@ -88,22 +88,22 @@ class TestHelp:
         assert main(["--version"]) == 0
         assert re.fullmatch(r"flexmoe \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
-    def test_help_does_not_wait_for_the_library(self) -> None:
+    def test_help_does_not_import_the_library(self) -> None:
         code = "import sys; from flexmoe_cli import main; main(['train', '--help']); print(sorted(sys.modules))"
         process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         loaded = {name.split(".")[0] for name in ast.literal_eval(process.stdout.splitlines()[-1])}
         assert not loaded & {"flexmoe", "torch", "transformers", "datasets", "numpy", "huggingface_hub"}
 
     @pytest.mark.parametrize(("command", "count"), [("train", 10), ("graft", 3)])
-    def test_help_names_the_defaults_of_the_library(self, command: str, count: int) -> None:
+    def test_help_shows_the_defaults_of_the_library(self, command: str, count: int) -> None:
         output = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "300"}).output
-        told = {
+        shown = {
             option.replace("-", "_"): value
             for option, value in re.findall(r"--([a-z-]+) .*Default: ([^ ]+?)\.? +│", output)
             if not option.startswith("no-")
         }
-        assert len(told) >= count
-        for option, value in told.items():
+        assert len(shown) >= count
+        for option, value in shown.items():
             if command == "train":
                 default = getattr(TrainingSettings(), option)
             else:
@@ -112,7 +112,7 @@ class TestHelp:
 
 
 class TestCalls:
-    """Each command is one call, with what was said and nothing else."""
+    """Each command is one call, with the given options only."""
 
     def test_graft(self, call, tmp_path: Path) -> None:
         texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
@@ -121,17 +121,17 @@ class TestCalls:
         calls = call("flexmoe.grafting.graft")
         line = ["graft", "owner/anchor", "--out", "o", "--public-data", *map(str, texts), "--max-shard-size", "2GB"]
         assert main([*line, "--no-norm-topk-prob", "--no-fingerprint", "--seed", "7"]) == 0
-        (asked,) = calls
-        assert asked["anchor"] == "owner/anchor"
-        assert asked["out"] == Path("o")
-        assert asked["public_data"] == texts
-        assert asked["max_shard_size"] == 2_000_000_000
-        assert (asked["norm_topk_prob"], asked["fingerprint"], asked["seed"]) == (False, False, 7)
-        assert (asked["overwrite"], "revision" in asked) == (False, False)
+        (bound,) = calls
+        assert bound["anchor"] == "owner/anchor"
+        assert bound["out"] == Path("o")
+        assert bound["public_data"] == texts
+        assert bound["max_shard_size"] == 2_000_000_000
+        assert (bound["norm_topk_prob"], bound["fingerprint"], bound["seed"]) == (False, False, 7)
+        assert (bound["overwrite"], "revision" in bound) == (False, False)
 
     def test_plan(self, call, capsys: pytest.CaptureFixture[str]) -> None:
         planned = plan(tiny_anchor("llama").config)
-        calls = call("flexmoe.planning.plan", planned)
+        calls = call("flexmoe.planning.plan.plan", planned)
         line = ["plan", "owner/anchor", "--experts", "8", "--k", "4", "--rank", "64", "--tokens-per-expert", "50e9"]
         own_gpu = ["--gpu", "mine", "--gpu-tflops", "100", "--gpu-memory-gb", "24", "--gpu-bandwidth-tb", "0.5"]
         assert main([*line, *own_gpu, "--mfu", "0.3", "--dtype", "float32", "--json"]) == 0
@@ -164,34 +164,34 @@ class TestCalls:
         experts = ["--expert", "math=m", "--expert", "code=c"]
         data = ["--router-data", "math=a.txt", "math=b.txt", "code=c.jsonl", "--router", "lda", "--router-bias"]
         assert main(["graft", "base", *experts, *data, "--router-tokens", "9", "--embedder", "e", "--out", "o"]) == 0
-        (asked,) = calls
-        assert asked["router_data"] == {"math": [Path("a.txt"), Path("b.txt")], "code": [Path("c.jsonl")]}
-        assert (asked["router"], asked["router_bias"], asked["router_tokens"]) == ("lda", True, 9)
-        assert (asked["embedder"], "recipe" in asked) == ("e", False)
+        (bound,) = calls
+        assert bound["router_data"] == {"math": [Path("a.txt"), Path("b.txt")], "code": [Path("c.jsonl")]}
+        assert (bound["router"], bound["router_bias"], bound["router_tokens"]) == ("lda", True, 9)
+        assert (bound["embedder"], "recipe" in bound) == ("e", False)
         assert main(["graft", "base", "--out", "o"]) == 0
         assert not {"router_data", "router", "router_bias", "router_tokens", "embedder"} & calls[1].keys()
 
     def test_graft_of_a_recipe(self, call) -> None:
         calls = call("flexmoe.grafting.graft")
         assert main(["graft", "--recipe", "moe.yaml", "--seed", "3", "--out", "o"]) == 0
-        (asked,) = calls
-        assert (asked["anchor"], asked["recipe"], asked["seed"]) == (None, Path("moe.yaml"), 3)
-        assert not asked["experts"]
-        assert (asked["shared"], asked["norm_topk_prob"]) == (None, None)
+        (bound,) = calls
+        assert (bound["anchor"], bound["recipe"], bound["seed"]) == (None, Path("moe.yaml"), 3)
+        assert not bound["experts"]
+        assert (bound["shared"], bound["norm_topk_prob"]) == (None, None)
 
     def test_train(self, call, tmp_path: Path) -> None:
         for name in ("a.jsonl", "b.jsonl"):
             (tmp_path / name).touch()
-        calls = call("flexmoe.training.train_expert")
+        calls = call("flexmoe.training.experts.train_expert")
         data = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
         assert main(["train", "--data", *data, "grafted", "--name", "math", "--out", "o", "--router-bias"]) == 0
-        (asked,) = calls
-        assert (asked["grafted"], asked["name"], asked["out"]) == ("grafted", "math", Path("o"))
-        assert asked["data"] == [Path(path) for path in data]
-        assert asked["overrides"] == {"router_bias": True}, "defaults are the library's"
+        (bound,) = calls
+        assert (bound["grafted"], bound["name"], bound["out"]) == ("grafted", "math", Path("o"))
+        assert bound["data"] == [Path(path) for path in data]
+        assert bound["overrides"] == {"router_bias": True}, "defaults are the library's"
 
     def test_training_options_and_settings_are_the_same(self, call) -> None:
-        calls = call("flexmoe.training.train_expert")
+        calls = call("flexmoe.training.experts.train_expert")
         values = {"router": "lda", "embedder": "e", "text_column": "body", "dtype": "float32"}
         flags = {"router_bias", "gradient_checkpointing"}
         options = []
@@ -204,11 +204,11 @@ class TestCalls:
         calls = call("flexmoe.conversion.compose.compose")
         line = ["compose", "g", "p/math", "p/code", "--out", "o", "--name", "p/code=c2"]
         assert main([*line, "--public-prior", "-0.5"]) == 0
-        (asked,) = calls
-        assert (asked["grafted"], asked["packages"]) == ("g", ["p/math", "p/code"])
-        assert asked["names"] == {"p/code": "c2"}
-        assert asked["public_prior"] == -0.5
-        assert asked["num_experts_per_tok"] is None
+        (bound,) = calls
+        assert (bound["grafted"], bound["packages"]) == ("g", ["p/math", "p/code"])
+        assert bound["names"] == {"p/code": "c2"}
+        assert bound["public_prior"] == -0.5
+        assert bound["num_experts_per_tok"] is None
 
     def test_add_and_remove(self, call) -> None:
         calls = call("flexmoe.conversion.compose.add")
@@ -231,22 +231,31 @@ class TestCalls:
         calls = call("flexmoe.evaluation.evaluate", {"math": score})
         line = ["evaluate", "m", "--data", "math=a.txt", "math=b.txt", "code=c.txt", "--json"]
         assert main([*line, "--expert", "public", "--expert", "math"]) == 0
-        (asked,) = calls
-        assert asked["data"] == {"math": [Path("a.txt"), Path("b.txt")], "code": [Path("c.txt")]}
-        assert asked["experts"] == ["public", "math"]
+        (bound,) = calls
+        assert bound["data"] == {"math": [Path("a.txt"), Path("b.txt")], "code": [Path("c.txt")]}
+        assert bound["experts"] == ["public", "math"]
         printed = json.loads(capsys.readouterr().out)
         assert printed["domains"]["math"] == {"loss": 1.5, "perplexity": None, "tokens": 3, "documents": 2}
 
     def test_export(self, call) -> None:
         calls = call("flexmoe.conversion.export.export")
         assert main(["export", "m", "--to", "dense", "--expert", "math", "--out", "o", "--max-shard-size", "2GB"]) == 0
-        (asked,) = calls
-        assert (asked["model"], asked["out"], asked["to"], asked["expert"]) == ("m", Path("o"), "dense", "math")
-        assert (asked["drop_bias"], asked["overwrite"], asked["max_shard_size"]) == (False, False, 2_000_000_000)
+        (bound,) = calls
+        assert (bound["model"], bound["out"], bound["to"], bound["expert"]) == (
+            "m",
+            Path("o"),
+            "dense",
+            "math",
+        )
+        assert (bound["drop_bias"], bound["overwrite"], bound["max_shard_size"]) == (
+            False,
+            False,
+            2_000_000_000,
+        )
         assert main(["export", "m", "--to", "mixtral", "--drop-bias", "--overwrite", "--out", "o"]) == 0
         assert (calls[1]["drop_bias"], calls[1]["overwrite"], calls[1]["expert"]) == (True, True, None)
 
-    def test_export_with_text_says_what_it_costs(
+    def test_export_with_text_compares_losses(
         self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "config.json").write_text('{"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}')
@@ -266,17 +275,22 @@ class TestCalls:
     def test_import(self, call) -> None:
         calls = call("flexmoe.conversion.import_flex_olmo.import_flex_olmo")
         assert main(["import", "owner/flex", "--names", "public, math,code", "--out", "o"]) == 0
-        (asked,) = calls
-        assert (asked["checkpoint"], asked["out"]) == ("owner/flex", Path("o"))
-        assert (asked["names"], asked["overwrite"]) == (["public", "math", "code"], False)
+        (bound,) = calls
+        assert (bound["checkpoint"], bound["out"]) == ("owner/flex", Path("o"))
+        assert (bound["names"], bound["overwrite"]) == (["public", "math", "code"], False)
 
     def test_demo(self, call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         report = {"bars": [{"passed": False}], "opt_out": {"owner": "code", "files_equal": True}}
         (tmp_path / "report.json").write_text(json.dumps(report))
         calls = call("flexmoe.demo.run_demo", tmp_path / "report.json")
         assert main(["demo", "--out", str(tmp_path), "--owners", "math,code", "--steps", "3", "--json"]) == 0
-        (asked,) = calls
-        assert (asked["out"], asked["seed"], asked["owners"], asked["steps"]) == (tmp_path, 0, ("math", "code"), 3)
+        (bound,) = calls
+        assert (bound["out"], bound["seed"], bound["owners"], bound["steps"]) == (
+            tmp_path,
+            0,
+            ("math", "code"),
+            3,
+        )
         assert json.loads(capsys.readouterr().out) == report
 
     def test_demo_fails_after_its_report_if_the_opt_out_is_not_exact(self, call, tmp_path: Path, capsys) -> None:
@@ -306,7 +320,7 @@ class TestErrors:
             (ValueError(), "Error: ValueError"),
             (
                 RuntimeError("odd"),
-                "Error: RuntimeError: odd (This was not foreseen: --debug shows where it happened.)",
+                "Error: RuntimeError: odd (Unexpected error: --debug shows the traceback.)",
             ),
         ],
     )
@@ -315,7 +329,7 @@ class TestErrors:
         assert main(["inspect", "x"]) == 1
         assert capsys.readouterr() == ("", text + "\n")
 
-    def test_debug_shows_where(self, monkeypatch) -> None:
+    def test_debug_raises(self, monkeypatch) -> None:
         self.fail(monkeypatch, ValueError("here"))
         with pytest.raises(ValueError, match="here"):
             main(["inspect", "x", "--debug"])
@@ -324,7 +338,7 @@ class TestErrors:
         "line",
         [["nonsense"], ["remove", "m"], ["graft", "a", "--out", "o", "--max-shard-size", "big"], ["inspect", "--x"]],
     )
-    def test_a_wrong_command_line_is_2(self, capsys, line: list[str]) -> None:
+    def test_invalid_command_lines_exit_with_2(self, capsys, line: list[str]) -> None:
         assert main(line) == 2
         printed = capsys.readouterr()
         assert printed.out == ""
@@ -352,11 +366,11 @@ class TestErrors:
         assert ("31m" in capsys.readouterr().err) is coloured
 
 
-# What a terminal obeys, or shows as something else: a title, C1's own ESC [, text that runs backwards, nothing.
-STEERING = "\x1b]0;t\x07\x1b[2J\x9b31m\x08\x7f\u202e\u2066\u200b\u200e\ufeff\U000e0041\ud800"
+# What a terminal interprets: a title, C1's own ESC [, right-to-left text, invisible characters, a surrogate.
+CONTROLS = "\x1b]0;t\x07\x1b[2J\x9b31m\x08\x7f\u202e\u2066\u200b\u200e\ufeff\U000e0041\ud800"
 
 
-class TestStrangersText:
+class TestUntrustedText:
     @pytest.mark.parametrize(
         "show",
         [
@@ -368,17 +382,17 @@ class TestStrangersText:
         ],
         ids=["line", "table", "error", "warning", "json"],
     )
-    def test_steers_no_terminal(self, monkeypatch, capsys, show) -> None:
+    def test_control_characters_are_escaped(self, monkeypatch, capsys, show) -> None:
         monkeypatch.setenv("COLUMNS", "400")
-        show(f"a{STEERING}b ünï 日本 👩‍💻")
+        show(f"a{CONTROLS}b ünï 日本 👩‍💻")
         printed = "".join(capsys.readouterr())
-        assert not set(STEERING) & set(printed) - set("]0;t[2J31m")
+        assert not set(CONTROLS) & set(printed) - set("]0;t[2J31m")
         assert "ünï 日本 👩‍💻" in printed
         assert re.search(r"\\(x1b|u001b)\]0;t\\(x07|u0007)", printed)
 
-    def test_json_is_what_it_was(self, capsys) -> None:
-        print_json({"text": STEERING + "\n"})
-        assert json.loads(capsys.readouterr().out) == {"text": STEERING + "\n"}
+    def test_json_is_unchanged(self, capsys) -> None:
+        print_json({"text": CONTROLS + "\n"})
+        assert json.loads(capsys.readouterr().out) == {"text": CONTROLS + "\n"}
 
     def test_a_cell_is_one_line(self, capsys) -> None:
         print_table("t", ("name",), [("a\nb",)])
@@ -386,43 +400,43 @@ class TestStrangersText:
 
 
 class TestArguments:
-    def test_file_options_take_all_files_that_follow(self, tmp_path: Path, monkeypatch) -> None:
+    def test_file_options_take_several_files(self, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.chdir(tmp_path)
         Path("a.txt").touch()
         Path("b.txt").touch()
         Path("folder").mkdir()
 
-        def spread(line: str) -> str:
-            return " ".join(spread_files(line.split()))
+        def joined(line: str) -> str:
+            return " ".join(repeat_file_options(line.split()))
 
-        assert spread("--data a.txt b.txt --out o") == "--data a.txt --data b.txt --out o"
-        assert spread("--data a.txt folder") == "--data a.txt folder"
-        assert spread("--data missing.txt b.txt") == "--data missing.txt --data b.txt"
-        assert spread("--data a.txt missing.txt b.txt") == "--data a.txt missing.txt b.txt"
-        assert spread("--data x=a.txt y=b.txt m") == "--data x=a.txt --data y=b.txt m"
-        assert spread("--out a.txt b.txt") == "--out a.txt b.txt"
-        assert spread("--data a.txt -- b.txt") == "--data a.txt -- b.txt"
+        assert joined("--data a.txt b.txt --out o") == "--data a.txt --data b.txt --out o"
+        assert joined("--data a.txt folder") == "--data a.txt folder"
+        assert joined("--data missing.txt b.txt") == "--data missing.txt --data b.txt"
+        assert joined("--data a.txt missing.txt b.txt") == "--data a.txt missing.txt b.txt"
+        assert joined("--data x=a.txt y=b.txt m") == "--data x=a.txt --data y=b.txt m"
+        assert joined("--out a.txt b.txt") == "--out a.txt b.txt"
+        assert joined("--data a.txt -- b.txt") == "--data a.txt -- b.txt"
 
-    def test_a_name_goes_for_the_files_after_it(self, tmp_path: Path, monkeypatch) -> None:
+    def test_a_name_applies_to_the_files_after_it(self, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.chdir(tmp_path)
         for name in ("a.txt", "b.txt", "c.txt", "runs/k=2/d.txt"):
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Path(name).touch()
 
-        def spread(line: str) -> str:
-            return " ".join(spread_files(line.split(), named=True))
+        def joined(line: str) -> str:
+            return " ".join(repeat_file_options(line.split(), named=True))
 
-        assert spread("--data x=a.txt b.txt runs/k=2/d.txt") == "--data x=a.txt --data x=b.txt --data x=runs/k=2/d.txt"
-        assert spread("--data x=a.txt y=b.txt c.txt") == "--data x=a.txt --data y=b.txt --data y=c.txt"
-        assert spread("--data x=a.txt --data b.txt c.txt") == "--data x=a.txt --data b.txt --data c.txt"
-        assert spread("--data a.txt b.txt") == "--data a.txt --data b.txt"
+        assert joined("--data x=a.txt b.txt runs/k=2/d.txt") == "--data x=a.txt --data x=b.txt --data x=runs/k=2/d.txt"
+        assert joined("--data x=a.txt y=b.txt c.txt") == "--data x=a.txt --data y=b.txt --data y=c.txt"
+        assert joined("--data x=a.txt --data b.txt c.txt") == "--data x=a.txt --data b.txt --data c.txt"
+        assert joined("--data a.txt b.txt") == "--data a.txt --data b.txt"
         assert parse_domains(["x=runs/k=2/d.txt"]) == {"x": [Path("runs/k=2/d.txt")]}
 
-    def test_only_evaluate_names_its_files(self, call, tmp_path: Path, monkeypatch) -> None:
+    def test_only_evaluate_has_named_files(self, call, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.chdir(tmp_path)
         for name in ("a.txt", "b.txt", "x=a.txt"):
             Path(name).touch()
-        calls = call("flexmoe.training.train_expert")
+        calls = call("flexmoe.training.experts.train_expert")
         assert main(["train", "g", "--name", "math", "--out", "o", "--data", "x=a.txt", "b.txt"]) == 0
         assert calls.pop()["data"] == [Path("x=a.txt"), Path("b.txt")]
         calls = call("flexmoe.evaluation.evaluate", {})
@@ -436,8 +450,8 @@ class TestArguments:
         assert parse_size(text) == size
 
     def test_domains(self) -> None:
-        asked = parse_domains(["math=a.txt", "dir=x/b.txt", "c.txt", "math=d.txt"])
-        assert asked == {"math": [Path("a.txt"), Path("d.txt")], "dir": [Path("x/b.txt")], "c": [Path("c.txt")]}
+        bound = parse_domains(["math=a.txt", "dir=x/b.txt", "c.txt", "math=d.txt"])
+        assert bound == {"math": [Path("a.txt"), Path("d.txt")], "dir": [Path("x/b.txt")], "c": [Path("c.txt")]}
         assert parse_domains(["runs/k=2/math.txt"]) == {"math": [Path("runs/k=2/math.txt")]}
         with pytest.raises(ValueError, match="write name=file"):
             parse_domains(["math="])
@@ -449,7 +463,7 @@ class TestArguments:
         for wrong in (["math"], ["=folder"], ["math="]):
             with pytest.raises(ValueError, match="write name=folder"):
                 parse_experts(wrong)
-        with pytest.raises(ValueError, match="'math' already is a"):
+        with pytest.raises(ValueError, match="'math' is already a"):
             parse_experts(["math=a", "math=b"])
 
     def test_renames(self) -> None:
@@ -459,7 +473,7 @@ class TestArguments:
         with pytest.raises(ValueError, match="one name per package"):
             parse_renames(["p=a", "p=b"])
 
-    def test_numbers_for_people(self) -> None:
+    def test_human_readable_numbers(self) -> None:
         assert [human_bytes(count) for count in (0, 999, 1000, 1_234_567, 8_660_000_000)] == [
             "0 B",
             "999 B",
@@ -470,7 +484,7 @@ class TestArguments:
         assert [human_count(count) for count in (7, 4_330_000_000, 999_999)] == ["7", "4.33 B", "1 M"]
         assert [human_count(count, 4) for count in (33_270_665_440, 999_940, 999_960)] == ["33.27 B", "999.9 K", "1 M"]
 
-    def test_garbage_is_collected_again_after_an_import_that_failed(self) -> None:
+    def test_garbage_collection_is_enabled_after_a_failed_import(self) -> None:
         def failing() -> None:
             with large_import():
                 assert not gc.isenabled()
@@ -487,7 +501,7 @@ class TestArguments:
 
 
 def test_as_a_process() -> None:
-    """The installed script, once: its exit code, its one paragraph, nothing on stdout."""
+    """The installed script: exit code, one paragraph on stderr, nothing on stdout."""
     script = Path(sys.executable).parent / "flexmoe"
     process = subprocess.run(
         [script, "inspect", "/nowhere/at/all"],
@@ -498,12 +512,12 @@ def test_as_a_process() -> None:
     )
     assert process.returncode == 1
     assert process.stdout == ""
-    # lines before it are other libraries': torchao tells of each of its kernels that this torch cannot load
+    # lines before it are other libraries': torchao reports each kernel that this torch cannot load
     assert re.match(r"Error: /nowhere/at/all: no such folder\.", process.stderr.splitlines()[-1])
 
 
-def test_the_main_job(tmp_path: Path, monkeypatch, capsys) -> None:
-    """Graft, compose two owners' packages, take one out, look at it, score it: each by its command, on real files."""
+def test_workflow(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Graft, compose two owners' packages, remove one, inspect and evaluate: each by its command, on real files."""
     monkeypatch.chdir(tmp_path)
     tiny_anchor("llama").save_pretrained("anchor")
     letter_tokenizer().save_pretrained("anchor")
@@ -523,8 +537,8 @@ def test_the_main_job(tmp_path: Path, monkeypatch, capsys) -> None:
         perturb_expert(model, name)
         model.save_expert(name, name, license="MIT")
 
-    whole = run("compose", "grafted", "math", "code", "--out", "whole", "--public-prior", "0")
-    assert names(whole) == ["public", "math", "code"]
+    composed = run("compose", "grafted", "math", "code", "--out", "whole", "--public-prior", "0")
+    assert names(composed) == ["public", "math", "code"]
     without = run("remove", "whole", "math", "--out", "without")
     assert names(without) == ["public", "code"]
     assert names(run("add", "without", "math", "--out", "again", "--name", "algebra")) == ["public", "code", "algebra"]

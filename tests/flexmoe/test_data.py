@@ -55,7 +55,7 @@ def test_text_files_are_split_at_separator_lines_only(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
-def test_a_missing_column_is_named_with_those_there_are(tmp_path, suffix):
+def test_a_missing_column(tmp_path, suffix):
     file = write_rows(tmp_path / f"rows.{suffix}", [{"body": "x", "title": "y"}])
     with pytest.raises(ValueError, match=r"no column 'text'. Its columns: body, title"):
         read_documents([file])
@@ -63,21 +63,21 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
 @pytest.mark.parametrize("row", [{"body": None, "n": 0}, {"n": 0}])
-def test_a_row_without_text_is_no_row_to_skip(tmp_path, suffix, row):
+def test_a_row_without_text_is_an_error(tmp_path, suffix, row):
     file = write_rows(tmp_path / f"rows.{suffix}", [{"body": f"text {i}", "n": i} for i in range(1200)] + [row])
     with pytest.raises(ValueError, match="row 1201 has no text in column 'body'"):
         read_documents([file], column="body")
 
 
 @pytest.mark.parametrize("name", ["notes[1].jsonl", "a*b.parquet", "what?.json", "[x]/rows.jsonl"])
-def test_a_path_is_a_path_and_no_pattern(tmp_path, name):
+def test_paths_are_not_patterns(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     write_rows(tmp_path / f"aXb{Path(name).suffix}", [{"text": "another file"}])
     file = write_rows(tmp_path / name, [{"text": "this file"}])
     assert read_documents([file]) == ["this file"]
 
 
-def test_wrong_files_say_what_to_do(tmp_path):
+def test_invalid_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.txt"):
         read_documents([tmp_path / "absent.txt"])
     (tmp_path / "data.csv").write_text("text\nx\n")
@@ -87,7 +87,7 @@ def test_wrong_files_say_what_to_do(tmp_path):
     with pytest.raises(ValueError, match="empty data set"):
         read_documents([tmp_path / "empty.jsonl"])
     (tmp_path / "broken.jsonl").write_text('{"text": "ok"}\n{"text": \n')
-    with pytest.raises(ValueError, match=r"broken.jsonl: can't be read as jsonl"):
+    with pytest.raises(ValueError, match=r"broken.jsonl: cannot be read as jsonl"):
         read_documents([tmp_path / "broken.jsonl"])
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 ")
     with pytest.raises(ValueError, match="not UTF-8"):
@@ -111,7 +111,7 @@ def test_split_is_by_document_and_keeps_copies_together():
     assert split_documents(["a", "b"], 0.99, seed=0)[0], "nothing left to train on"
     with pytest.raises(ValueError, match="1 distinct document"):
         split_documents(["same", "same"], 0.05, seed=0)
-    with pytest.raises(ValueError, match="less than 1"):
+    with pytest.raises(ValueError, match="below 1"):
         split_documents(documents, 1.0, seed=0)
 
 
@@ -124,7 +124,7 @@ def test_pack_puts_eos_after_each_document_and_drops_the_tail(digits):
         pack(["1", "2"], digits, 8)
 
 
-def test_public_sample_is_read_only_as_grafted(tmp_path):
+def test_a_changed_public_sample_is_refused(tmp_path):
     content = (
         json.dumps({"text": "one\u2028two"}, ensure_ascii=False) + "\n" + json.dumps({"text": "three"}) + "\n"
     ).encode()
@@ -134,11 +134,11 @@ def test_public_sample_is_read_only_as_grafted(tmp_path):
     (tmp_path / "public_sample.jsonl").write_bytes(content.replace(b"three", b"threE"))
     with pytest.raises(ValueError, match="the file was changed"):
         read_public_sample(tmp_path, record)
-    with pytest.raises(ValueError, match="keeps no public sample"):
+    with pytest.raises(ValueError, match="No public sample is stored"):
         read_public_sample(tmp_path, None)
 
 
-def test_a_config_cannot_lead_out_of_its_folder(tmp_path):
+def test_a_config_cannot_name_files_outside_its_folder(tmp_path):
     content = b'{"text": "private"}\n'
     (tmp_path / "model").mkdir()
     (tmp_path / "outside.jsonl").write_bytes(content)

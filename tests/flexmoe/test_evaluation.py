@@ -1,4 +1,4 @@
-"""Token-level loss and perplexity: against a loop over the definition, and on every way to say what is scored."""
+"""Loss per token and perplexity, compared with a loop over the definition, for all kinds of input."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import torch
 
 from flexmoe.evaluation import TOKEN_LOSS, evaluate, token_losses
 from flexmoe.testing import random_tokens, tiny_anchor, tiny_flexmoe
-from tests.letters import letter_tokenizer
+from tests.support.letters import letter_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def one_by_one(model, tokens: list[int]) -> list[float]:
     return losses
 
 
-def test_token_losses_are_those_of_the_definition(anchor) -> None:
+def test_token_losses_equal_the_definition(anchor) -> None:
     ids = random_tokens(3, 9)
     losses = token_losses(anchor, ids, batch_size=2)
     assert losses.shape == (3, 8)
@@ -53,7 +53,7 @@ def test_token_losses_are_those_of_the_definition(anchor) -> None:
     torch.testing.assert_close(losses, expected.float(), rtol=1e-4, atol=1e-4)
 
 
-def test_token_losses_leave_the_model_in_the_mode_it_was_in(anchor) -> None:
+def test_token_losses_restore_the_mode(anchor) -> None:
     anchor.train()
     token_losses(anchor, random_tokens(1, 4))
     assert anchor.training
@@ -62,7 +62,7 @@ def test_token_losses_leave_the_model_in_the_mode_it_was_in(anchor) -> None:
     assert not anchor.training
 
 
-def test_token_losses_hand_on_arguments_of_the_forward(flexmoe) -> None:
+def test_token_losses_pass_arguments_to_the_forward(flexmoe) -> None:
     ids = random_tokens(2, 12)
     all_experts, one = token_losses(flexmoe, ids), token_losses(flexmoe, ids, num_experts_per_tok=1)
     assert not torch.equal(all_experts, one)
@@ -88,7 +88,7 @@ def test_every_token_is_scored_once_whatever_the_sequence_length(anchor, tokeniz
     assert score.perplexity == pytest.approx(math.exp(score.loss))
 
 
-def test_domains_are_scored_apart(anchor, tokenizer, tmp_path: Path) -> None:
+def test_domains_are_scored_separately(anchor, tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("aaaa aaaa")
     (tmp_path / "b.jsonl").write_text(json.dumps({"body": "zz yy xx"}) + "\n")
     both = evaluate(
@@ -103,7 +103,7 @@ def test_domains_are_scored_apart(anchor, tokenizer, tmp_path: Path) -> None:
     assert both["b"].documents == 2
 
 
-def test_experts_and_k_choose_who_takes_part(anchor, flexmoe, tokenizer, text: Path) -> None:
+def test_experts_and_k(anchor, flexmoe, tokenizer, text: Path) -> None:
     def loss(model, **options) -> float:
         return evaluate(model, {"x": [text]}, tokenizer=tokenizer, **options)["x"].loss
 
@@ -131,7 +131,7 @@ def test_from_a_folder(anchor, tokenizer, text: Path, tmp_path: Path) -> None:
         ({"tokenizer": None}, "give one with tokenizer="),
     ],
 )
-def test_what_cannot_be_scored_is_refused(anchor, tokenizer, text: Path, options: dict, message: str) -> None:
+def test_invalid_options(anchor, tokenizer, text: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         evaluate(anchor, {"x": [text]}, **{"tokenizer": tokenizer, **options})
 
@@ -141,7 +141,7 @@ def test_no_domain_is_an_error(anchor, tokenizer) -> None:
         evaluate(anchor, {}, tokenizer=tokenizer)
 
 
-def test_a_loss_that_is_no_number_is_an_error(tokenizer, text: Path) -> None:
+def test_a_loss_that_is_not_finite_is_an_error(tokenizer, text: Path) -> None:
     broken = tiny_anchor("llama")
     broken.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="loss on 'x' is not finite"):
@@ -150,14 +150,14 @@ def test_a_loss_that_is_no_number_is_an_error(tokenizer, text: Path) -> None:
 
 @pytest.fixture(scope="module")
 def metric():
-    """The `evaluate` module by itself, as somebody without FlexMoE would load it."""
+    """The `evaluate` module, loaded without FlexMoE."""
     import evaluate as hf_evaluate
 
     return hf_evaluate.load(str(TOKEN_LOSS))
 
 
 class TestMetric:
-    def test_every_token_weighs_the_same(self, metric) -> None:
+    def test_all_tokens_have_equal_weight(self, metric) -> None:
         metric.add_batch(predictions=[[-0.5, -1.5], []])
         metric.add(prediction=[-1.0])
         assert metric.compute() == {"loss": 1.0, "perplexity": math.e, "tokens": 3}
@@ -166,6 +166,6 @@ class TestMetric:
         assert metric.compute(predictions=[[-1000.0]]) == {"loss": 1000.0, "perplexity": math.inf, "tokens": 1}
 
     @pytest.mark.parametrize("predictions", [[[]], [[0.5]], [[-1.0], [float("nan")]]])
-    def test_what_is_no_log_probability_is_refused(self, metric, predictions) -> None:
+    def test_invalid_log_probabilities(self, metric, predictions) -> None:
         with pytest.raises(ValueError, match="predictions"):
             metric.compute(predictions=predictions)

@@ -1,4 +1,4 @@
-"""`flexmoe.graft` with router data: rows that send text where it belongs, made on one anchor, or not at all."""
+"""`flexmoe.graft` with router data: rows route text to its expert; the anchor is loaded at most once."""
 
 import random
 from pathlib import Path
@@ -8,12 +8,12 @@ import torch
 
 import flexmoe
 from flexmoe.data import read_public_sample
-from flexmoe.hidden_states import RowText, collect_states, fit_rows
 from flexmoe.modeling import FlexMoeForCausalLM
-from flexmoe.router_rows import row_method
+from flexmoe.routers.hidden_states import RowText, collect_states, fit_rows
+from flexmoe.routers.rows import row_method
 from flexmoe.testing import random_tokens, tiny_anchor, tiny_flexmoe
 from flexmoe_cli import main
-from tests.letters import letter_tokenizer
+from tests.support.letters import letter_tokenizer
 
 LETTERS = {"math": "abcdef", "code": "uvwxyz", "public": "abcdefghijklmnopqrstuvwxyz"}
 
@@ -48,7 +48,7 @@ def rows(model: FlexMoeForCausalLM, name: str) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("place", ["llama", "gpt2"], indirect=True)
 @pytest.mark.parametrize("method", ["log_odds", "lda"])
-def test_text_goes_to_the_expert_whose_text_it_is_like(place: Path, method: str) -> None:
+def test_text_is_routed_to_the_expert_of_similar_text(place: Path, method: str) -> None:
     model, tokenizer = grafted(router=method), letter_tokenizer()
     for name in ("math", "code"):
         held_out = write(place / "held_out.txt", LETTERS[name], seed=9, length=100).read_text()
@@ -59,8 +59,8 @@ def test_text_goes_to_the_expert_whose_text_it_is_like(place: Path, method: str)
             assert share > 0.7, (name, share)
 
 
-def test_rows_are_those_that_an_owner_would_fit(place: Path) -> None:
-    """Whole text on either side, so that no draw matters: each row is `fit_rows` of the graft without experts."""
+def test_rows_equal_those_of_training(place: Path) -> None:
+    """With all text of both sides, random choices do not matter: rows equal `fit_rows` on a graft without experts."""
     model = grafted(router_tokens=10**6, router_bias=True)
     plain = FlexMoeForCausalLM.from_pretrained(flexmoe.graft("anchor", "plain", public_data=["public.txt"]))
     tokenizer = letter_tokenizer()
@@ -82,18 +82,18 @@ def test_rows_are_those_that_an_owner_would_fit(place: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "olmo2"])
-def test_states_of_the_dense_model_are_those_of_its_graft(family: str) -> None:
+def test_states_of_dense_model_and_graft_are_equal(family: str) -> None:
     dense, model, ids = tiny_anchor(family), tiny_flexmoe(family, ["math"]), random_tokens(5, 16)
     ours, theirs = (collect_states(each, ids, [0, 1], tokens=70) for each in (dense, model))
     for layer in (0, 1):
         assert torch.equal(ours[layer], theirs[layer])
 
 
-def test_the_anchor_is_loaded_once_and_not_without_need(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flexmoe import expert_rows
+def test_the_anchor_is_loaded_at_most_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexmoe.routers import text_rows
 
-    loads, load = [], expert_rows.load_dense
-    monkeypatch.setattr(expert_rows, "load_dense", lambda anchor: loads.append(anchor.folder) or load(anchor))
+    loads, load = [], text_rows.load_dense
+    monkeypatch.setattr(text_rows, "load_dense", lambda anchor: loads.append(anchor.folder) or load(anchor))
     grafted()
     assert len(loads) == 1
     first, second = (
@@ -103,12 +103,12 @@ def test_the_anchor_is_loaded_once_and_not_without_need(place: Path, monkeypatch
     flexmoe.graft("anchor", "plain", {"math": "anchor"})
     assert len(loads) == 1
     assert torch.equal(rows(first, "math"), rows(second, "math"))
-    assert not torch.equal(rows(first, "math"), rows(first, "code")), "each expert draws its own"
+    assert not torch.equal(rows(first, "math"), rows(first, "code")), "random rows differ between experts"
 
 
 def test_a_row_depends_on_no_other_expert(place: Path) -> None:
     both = grafted()
-    write(place / "code.txt", "lmnop", seed=5, length=40)  # so short that its own sequences are
+    write(place / "code.txt", "lmnop", seed=5, length=40)  # less text means shorter sequences
     alone = grafted(overwrite=True)
     assert torch.equal(rows(both, "math"), rows(alone, "math"))
     assert not torch.equal(rows(both, "code"), rows(alone, "code"))
@@ -127,19 +127,19 @@ def test_experts_without_router_data_keep_rows_of_zero(place: Path) -> None:
             {"router_data": {"law": ["math.txt"]}},
             "Router data for law, which is not grafted; the experts are math, code",
         ),
-        ({"public_data": None}, r"router='log_odds' sets each expert's text against public text.*--public-data FILES"),
-        ({"router": "guess"}, "router='guess': no such way to make a router row. There are: log_odds"),
+        ({"public_data": None}, r"router='log_odds' needs public text.*--public-data FILES"),
+        ({"router": "guess"}, "router='guess': no such router row method. Available: log_odds"),
         ({"router_data": {"math": ["nowhere.txt"]}}, "nowhere.txt: no such file"),
         ({"router_data": {"math": []}}, "No data files"),
-        ({"router_tokens": 0}, "router_tokens=0: must be more than 0"),
+        ({"router_tokens": 0}, "router_tokens=0: must be above 0"),
         ({"router_data": None}, "--router, --router-bias, --router-tokens .* there is none"),
-        ({"router_data": {}, "router_tokens": 40_000, "router": "lda"}, "say how rows are made of router data"),
+        ({"router_data": {}, "router_tokens": 40_000, "router": "lda"}, "apply to router data"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_loaded(
+def test_errors_are_raised_before_anything_is_loaded(
     place: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], error: str
 ) -> None:
-    monkeypatch.setattr("flexmoe.expert_rows.load_dense", lambda _: pytest.fail("loaded"))
+    monkeypatch.setattr("flexmoe.routers.text_rows.load_dense", lambda _: pytest.fail("loaded"))
     with pytest.raises((ValueError, FileNotFoundError), match=error):
         grafted(**options)
     assert not (place / "out").exists()
@@ -156,16 +156,16 @@ def test_router_data_is_never_overwritten(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("place")
-def test_the_command_says_which_rows_are_zero(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_hints_at_missing_rows(capsys: pytest.CaptureFixture[str]) -> None:
     experts = ["--expert", "math=anchor", "--expert", "code=anchor"]
     line = ["graft", "anchor", *experts, "--public-data", "public.txt", "--out", "out"]
 
-    def said(*more: str) -> str:
+    def output(*more: str) -> str:
         assert main([*line, "--overwrite", *more]) == 0
         return " ".join(capsys.readouterr().out.split())
 
-    assert "All router rows are zero" in said()
-    assert "so its row is zero as public's is: code." in said("--router-data", "math=math.txt", "public.txt")
-    assert "zero" not in said("--router-data", "math=math.txt", "code=code.txt")
+    assert "All router rows are zero" in output()
+    assert "without router data, whose rows are zero: code." in output("--router-data", "math=math.txt", "public.txt")
+    assert "zero" not in output("--router-data", "math=math.txt", "code=code.txt")
     assert main([*line, "--overwrite", "--router-data", "=x"]) == 1
     assert "--router-data =x: write name=file" in capsys.readouterr().err

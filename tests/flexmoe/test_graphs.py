@@ -1,4 +1,4 @@
-"""A captured forward pass: what it refuses, and when. A recorder plays CUDA's part; tests/kernels runs on a GPU."""
+"""A captured forward pass: what it refuses, and when. A fake replaces CUDA; tests/kernels runs on a GPU."""
 
 import contextlib
 from types import SimpleNamespace
@@ -8,15 +8,15 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from flexmoe import CapturedForward
-from flexmoe.modeling import fused_flexmoe
-from flexmoe.modeling.context_flexmoe import is_recording
+from flexmoe.kernels import forward as kernels_forward
+from flexmoe.modeling.masking_flexmoe import is_capturing
 from flexmoe.testing import perturb_expert, random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code")
 
 
-class Recorder:
-    """In the place of `torch.cuda.CUDAGraph`: counts its replays."""
+class FakeGraph:
+    """Replaces `torch.cuda.CUDAGraph`, and counts its replays."""
 
     replays = 0
 
@@ -32,12 +32,11 @@ def model(monkeypatch):
         "current_stream": lambda: stream,
         "stream": lambda stream: contextlib.nullcontext(),
         "graph": lambda graph: contextlib.nullcontext(),
-        "CUDAGraph": Recorder,
+        "CUDAGraph": FakeGraph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(fused_flexmoe, "kernels_have_run", lambda: True)
     model = tiny_flexmoe("olmo2", OWNERS)
-    model.config._flexmoe_implementation = "triton"
+    model.set_experts_implementation("flexmoe_triton")
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     return model
 
@@ -58,7 +57,7 @@ def test_inputs_are_copied_in_and_the_output_stays_in_place(model):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"input_ids": torch.zeros(2, 2, dtype=torch.long)}, r"input_ids is \[2, 2\] of torch.int64; .* \[2, 1\]"),
         ({"input_ids": torch.zeros(2, 1)}, r"input_ids is \[2, 1\] of torch.float32; .* torch.int64"),
@@ -66,9 +65,9 @@ def test_inputs_are_copied_in_and_the_output_stays_in_place(model):
         ({"use_cache": True}, "use_cache is bool"),
     ],
 )
-def test_inputs_of_another_shape_are_refused(model, given, said):
+def test_inputs_of_another_shape_are_refused(model, given, message):
     forward = captured(model)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         forward(**given)
     assert not forward._graph.replays
 
@@ -79,7 +78,14 @@ CHANGES = {
     "cast": lambda model: model.to(torch.bfloat16),
     "switched off": lambda model: model.set_active_experts(["public", "math"]),
     "other k": lambda model: setattr(model.config, "num_experts_per_tok", 1),
+    "removed and added": lambda model: (model.remove_expert("math"), model.add_expert_copy("math")),
+    "moved": lambda model: move(model.get_input_embeddings().weight),
 }
+
+
+def move(parameter) -> None:
+    """As `to` does from one device to another and back."""
+    parameter.data = parameter.detach().clone()
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -91,7 +97,7 @@ def test_it_refuses_to_run_after_a_change(model, change):
     assert not forward._graph.replays
 
 
-def test_it_follows_what_is_replaced_by_the_same_shapes(model, tmp_path):
+def test_it_follows_an_expert_that_is_replaced_by_the_same_shapes(model, tmp_path):
     forward = captured(model)
     perturb_expert(model, "math", seed=3)
     model.save_expert("math", tmp_path / "math")
@@ -101,26 +107,23 @@ def test_it_follows_what_is_replaced_by_the_same_shapes(model, tmp_path):
     assert forward._graph.replays == 1
 
 
-def test_it_is_warmed_up_as_it_is_captured(model, monkeypatch):
-    """An expert that nobody may use has no tables yet when the graph is captured, if the passes before drop it."""
+def test_the_warm_up_runs_all_experts(model, monkeypatch):
+    """One that the mask excludes everywhere would otherwise have no table yet when the graph is captured."""
     seen = []
-    block = model.flexmoe_blocks()[0]
-    path = type(block).path
+    choose_path = kernels_forward.choose_path
     monkeypatch.setattr(
-        type(block),
-        "path",
-        lambda self, names, *rest: seen.append((names, is_recording())) or path(self, names, *rest),
+        kernels_forward,
+        "choose_path",
+        lambda block, names, *rest: seen.append((names, is_capturing())) or choose_path(block, names, *rest),
     )
     mask = torch.tensor([[True, True, False]] * 2)
     CapturedForward(model, input_ids=random_tokens(2, 1), expert_mask=mask, use_cache=False)
-    everyone = ("public", *OWNERS)
-    rehearsed = [names for names, recording in seen if recording]
-    assert seen[len(model.flexmoe_blocks())] == (("public", "math"), False)
-    assert set(rehearsed) == {everyone}
+    assert seen[0] == (("public", "math"), False)
+    assert {names for names, capturing in seen if capturing} == {("public", *OWNERS)}
 
 
-def test_a_cache_is_as_long_as_before(model):
-    """It is the warm-up that counts its tokens; what a graph captures is not run."""
+def test_capturing_adds_nothing_to_a_cache(model):
+    """The tokens of the warm-up are taken back; the captured pass itself does not run."""
     tokens = random_tokens(2, 6)
     cache = StaticCache(config=model.config, max_cache_len=8)
     alone = StaticCache(config=model.config, max_cache_len=8)
@@ -129,7 +132,7 @@ def test_a_cache_is_as_long_as_before(model):
             model(tokens[:, :4], past_key_values=some)
         forward = CapturedForward(model, input_ids=tokens[:, 4:5], past_key_values=cache)
         assert [int(layer.cumulative_length) for layer in cache.layers] == [5] * len(cache.layers)
-        for layer in cache.layers:  # nothing runs in a capture, but here
+        for layer in cache.layers:  # nothing runs in a capture, except in this fake one
             layer.cumulative_length.fill_(4)
         first = model(tokens[:, 4:5], past_key_values=cache).logits
         torch.testing.assert_close(first, model(tokens[:, 4:5], past_key_values=alone).logits)
@@ -145,21 +148,21 @@ def test_a_cache_that_grows_or_slides_is_refused(model, family):
         CapturedForward(model, input_ids=random_tokens(2, 1), past_key_values=cache)
 
 
-def test_low_rank_experts_are_captured_where_a_kernel_runs_them(model):
-    """PyTorch's products would have their addresses in the graph, and read what is freed when one is replaced."""
-    thin = tiny_flexmoe("olmo2", ({"name": "thin", "kind": "low_rank", "rank": [8, 8]},))
-    thin.config._flexmoe_implementation = "triton"
-    assert CapturedForward(thin, input_ids=random_tokens(2, 32), use_cache=False)
-    with pytest.raises(ValueError, match=r"products in PyTorch: the operator takes 64 tokens at most\. What"):
-        CapturedForward(thin, input_ids=random_tokens(2, 33), use_cache=False)
+def test_low_rank_experts_are_captured_if_a_kernel_runs_them(model):
+    """Modules would have the addresses of their weights in the graph, and read freed memory after a replacement."""
+    low_rank = tiny_flexmoe("olmo2", ({"name": "thin", "kind": "low_rank", "rank": [8, 8]},))
+    low_rank.set_experts_implementation("flexmoe_triton")
+    assert CapturedForward(low_rank, input_ids=random_tokens(2, 32), use_cache=False)
+    with pytest.raises(ValueError, match=r"run as PyTorch modules: the operator takes at most 64 tokens\. What"):
+        CapturedForward(low_rank, input_ids=random_tokens(2, 33), use_cache=False)
 
 
-def test_what_cannot_be_captured(model, monkeypatch):
-    with pytest.raises(ValueError, match=r"inference, and this model trains: call eval\(\)"):
+def test_models_that_cannot_be_captured(model, monkeypatch):
+    with pytest.raises(ValueError, match=r"this model is in training mode: call eval\(\)"):
         captured(model.train())
     model.eval()
-    model.config._flexmoe_implementation = "torch"
-    with pytest.raises(ValueError, match=r"the implementation 'torch' was asked for\. What cannot .*reduce-overhead"):
+    model.set_experts_implementation("eager")
+    with pytest.raises(ValueError, match=r"experts_implementation is 'eager'\. What cannot .*reduce-overhead"):
         captured(model)
     monkeypatch.setattr(type(model), "device", torch.device("cpu"))
     with pytest.raises(ValueError, match="for models on CUDA; this one is on cpu"):

@@ -1,4 +1,4 @@
-"""Inspection against the model it looks at."""
+"""Inspection, compared with the loaded model."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_a_model(model, folder: Path) -> None:
     assert json.loads(json.dumps(found)) == found
 
 
-def test_experts_are_measured_one_by_one(model, folder: Path) -> None:
+def test_figures_of_each_expert(model, folder: Path) -> None:
     for expert in inspect(folder)["experts"]:
         name, blocks = expert["name"], model.flexmoe_blocks()
         networks = [*(block.experts[name] for block in blocks), *(block.router[name] for block in blocks)]
@@ -47,14 +47,14 @@ def test_experts_are_measured_one_by_one(model, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ANCHOR_CONFIGS)
-def test_every_family_has_its_rows_found(family: str, tmp_path: Path) -> None:
+def test_rows_of_every_family(family: str, tmp_path: Path) -> None:
     tiny_flexmoe(family, ["math"]).save_pretrained(tmp_path)
     found = inspect(tmp_path)
     assert found["layers"] == 2
     assert all(expert["parameters"] > 4096 for expert in found["experts"])
 
 
-def test_layers_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+def test_layers_are_sorted_by_number(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tiny_flexmoe("llama").save_pretrained(tmp_path)
@@ -67,28 +67,27 @@ def test_layers_come_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     assert found["public_prior"] is None
 
 
-def test_the_active_set_shows(model, tmp_path: Path) -> None:
+def test_active_experts(model, tmp_path: Path) -> None:
     model.set_active_experts(["public", "math"])
     model.save_pretrained(tmp_path)
     assert [expert["active"] for expert in inspect(tmp_path)["experts"]] == [True, True, False]
 
 
 @pytest.mark.parametrize(
-    ("family", "device", "environment", "implementation", "reason"),
+    ("family", "device", "experts_implementation", "implementation", "reason"),
     [
-        ("llama", "cpu", "", "torch", "on a CPU the operators are a reference, and slow"),
-        ("llama", "cuda", "", "torch", "nobody has measured the kernels on this GPU"),
-        ("llama", "cuda", "triton", "triton", "router and experts are fused"),
-        ("llama", "cuda", "torch", "torch", "the implementation 'torch' was asked for"),
-        ("gpt2", "cuda", "triton", "torch", "is of no form that a kernel computes"),
+        ("llama", "cpu", None, "torch", "on a CPU the operators run their reference"),
+        ("llama", "cuda", None, "torch", "the kernels have not been measured on this GPU"),
+        ("llama", "cuda", "flexmoe_triton", "triton", "router and experts are fused"),
+        ("llama", "cuda", "eager", "torch", "experts_implementation is 'eager'"),
+        ("gpt2", "cuda", "flexmoe_triton", "torch", "has a structure that no kernel computes"),
     ],
 )
-def test_the_way_through_the_layers(
-    tmp_path: Path, monkeypatch, family, device, environment, implementation, reason
+def test_implementations_of_layers(
+    tmp_path: Path, family, device, experts_implementation, implementation, reason
 ) -> None:
     tiny_flexmoe(family, ["math"]).save_pretrained(tmp_path)
-    monkeypatch.setenv("FLEXMOE_IMPLEMENTATION", environment)
-    found = inspect(tmp_path, device=device)
+    found = inspect(tmp_path, device=device, experts_implementation=experts_implementation)
     assert [path["layer"] for path in found["paths"]] == [0, 1]
     assert {path["implementation"] for path in found["paths"]} == {implementation}
     assert all(reason in path["reason"] for path in found["paths"])
@@ -99,25 +98,25 @@ def test_a_package(model, tmp_path: Path) -> None:
     model.save_expert("math", tmp_path / "package", license="MIT", data_statement="Sums.")
     found = inspect(tmp_path / "package")
     model.save_pretrained(tmp_path / "model")
-    whole = inspect(tmp_path / "model")["experts"][1]
+    in_model = inspect(tmp_path / "model")["experts"][1]
     (expert,) = found["experts"]
     assert found["kind"] == "package"
     assert found["layers"] == 2
     assert found["anchor"]["model_type"] == "llama"
     assert (expert["name"], expert["license"], expert["data_statement"]) == ("math", "MIT", "Sums.")
     measured = ("parameters", "bytes", "row_norms", "biases")
-    assert {key: expert[key] for key in measured} == {key: whole[key] for key in measured}
+    assert {key: expert[key] for key in measured} == {key: in_model[key] for key in measured}
     assert found["parameters"] == expert["parameters"]
 
 
-def test_a_dense_model_is_told_how_to_become_one(tmp_path: Path) -> None:
+def test_a_dense_model(tmp_path: Path) -> None:
     tiny_anchor("llama").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is a llama model, not a FlexMoE one.*flexmoe graft"):
+    with pytest.raises(ValueError, match=r"is a llama model, not a FlexMoE model.*flexmoe graft"):
         inspect(tmp_path)
 
 
-def test_what_is_neither_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds neither"):
+def test_other_folders(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="contains neither"):
         inspect(tmp_path)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         inspect(tmp_path / "nowhere")

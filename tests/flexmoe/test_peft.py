@@ -1,4 +1,4 @@
-"""PEFT on one expert: what `expert_lora_config` takes, training, saving, merging, several adapters at once."""
+"""PEFT on single experts: `expert_lora_config`, training, saving, merging, several adapters at once."""
 
 import sys
 from collections.abc import Callable
@@ -21,7 +21,7 @@ FLOAT32 = TOLERANCES[torch.float32]
 
 
 def opt_flexmoe() -> FlexMoeForCausalLM:
-    """OPT keeps its network as a span of modules."""
+    """OPT's FFN is a sequence of modules of the layer, without a module of its own."""
     torch.manual_seed(0)
     anchor = OPTConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32
@@ -36,7 +36,7 @@ FAMILIES: dict[str, Callable[[], FlexMoeForCausalLM]] = {
 
 
 def adapted_with(model: FlexMoeForCausalLM, expert: str | list[str], name: str = "default", **options: Any) -> Any:
-    """The model under an adapter whose A and B are random: by default B is zero, and it would change nothing."""
+    """The model with an adapter whose A and B are random; by default B is zero, so the adapter has no effect."""
     torch.manual_seed(sum(map(ord, name)))
     config = expert_lora_config(model, expert, r=4, init_lora_weights=False, **options)
     return peft.get_peft_model(model, config, adapter_name=name).eval()
@@ -51,10 +51,10 @@ def trained(model: torch.nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-class TestWhatTheConfigTakes:
+class TestConfig:
     @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("expert", ["math", "math-2"])
-    def test_all_matrices_of_one_expert_and_nothing_else(self, family, expert):
+    def test_targets_all_matrices_of_one_expert_only(self, family, expert):
         model = FAMILIES[family]()
         plain = logits(model)
         network = model.flexmoe_blocks()[0].experts[expert]
@@ -85,7 +85,7 @@ class TestWhatTheConfigTakes:
             f"router.{expert}.modules_to_save.default.bias",
         }
 
-    def test_options_are_loras_own(self):
+    def test_options_of_lora(self):
         model = tiny_flexmoe("llama", OWNERS)
         config = expert_lora_config(model, ["code", "math-2"], r=3, lora_alpha=7, lora_dropout=0.5, use_dora=True)
         assert (config.r, config.lora_alpha, config.lora_dropout, config.use_dora) == (3, 7, 0.5, True)
@@ -95,7 +95,7 @@ class TestWhatTheConfigTakes:
         assert {name.split(".experts.")[1].split(".")[0] for name in ours} == {"code", "math-2"}
         assert any("lora_magnitude_vector" in name for name in ours)
 
-    def test_the_decoder_and_an_adapted_model(self):
+    def test_models_without_head_and_adapted_models(self):
         decoder = FlexMoeModel(tiny_flexmoe("llama", OWNERS).config)
         config = expert_lora_config(decoder, "math")
         assert config.task_type is None
@@ -104,14 +104,14 @@ class TestWhatTheConfigTakes:
     @pytest.mark.parametrize(
         ("expert", "options", "words"),
         [
-            ("zoology", {}, r"\['zoology'\], which this model has not"),
+            ("zoology", {}, r"\['zoology'\], which this model does not have"),
             ([], {}, "names no expert"),
             ("math", {"bias": "all"}, "biases of all experts"),
             ("public", {"router_row": True}, "router rows of 'public'"),
             ("math", {"target_modules": ["up_proj"]}, "target_modules"),
         ],
     )
-    def test_what_it_refuses(self, expert, options, words):
+    def test_errors(self, expert, options, words):
         with pytest.raises(ValueError, match=words):
             expert_lora_config(tiny_flexmoe("llama", OWNERS), expert, **options)
 
@@ -127,14 +127,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True, "bias": "lora_only"},
 }
 
-# What transformers' own `load_adapter` does not find in what PEFT saved; it is then refused, and PEFT's reader has it.
+# Parts that transformers' `load_adapter` does not find in PEFT's files; FlexMoE refuses that, PEFT loads them.
 UNREAD = {"DoRA": "lora_magnitude_vector"}
 if Version(transformers.__version__) < Version("5.18"):
     UNREAD["with rows and biases"] = "modules_to_save"
 
 
 def with_random_rows(adapted: Any) -> Any:
-    """Rows and biases that are trained along begin as they were: here they differ, as trained ones do."""
+    """Perturbs rows and biases that the adapter trains, as training would."""
     for name, parameter in adapted.named_parameters():
         if "modules_to_save" in name or (parameter.requires_grad and name.endswith("base_layer.bias")):
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(len(name)))
@@ -143,7 +143,7 @@ def with_random_rows(adapted: Any) -> Any:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
-def test_merged_it_is_an_expert_like_any_other(family, kind, tmp_path):
+def test_a_merged_expert_can_be_saved_and_added(family, kind, tmp_path):
     model = tiny_flexmoe(family, OWNERS)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     adapted = with_random_rows(adapted_with(model, "math", **ADAPTERS[kind]))
@@ -181,7 +181,7 @@ def test_a_saved_adapter_fits_other_compositions(kind, tmp_path):
             torch.testing.assert_close(logits(added), logits(adapted), **FLOAT32)
 
 
-def test_others_come_and_go_around_an_adapter(tmp_path):
+def test_other_experts_can_be_added_and_removed(tmp_path):
     model = tiny_flexmoe("llama", OWNERS)
     adapted = with_random_rows(adapted_with(model, "math", router_row=True))
     adapted.save_pretrained(tmp_path / "before")
@@ -199,10 +199,14 @@ def test_others_come_and_go_around_an_adapter(tmp_path):
 
 @pytest.mark.parametrize("there", [["code"], ["math-2"]])
 @pytest.mark.parametrize("load", ["PeftModel", "load_adapter"])
-def test_an_adapter_without_its_expert_says_so(tmp_path, there, load):
+def test_loading_an_adapter_without_its_expert(tmp_path, there, load):
     adapted_with(tiny_flexmoe("llama", OWNERS), ["math", "code"], router_row=True).save_pretrained(tmp_path)
     model = tiny_flexmoe("llama", there)
-    words = r"made for the expert\(s\) \['math'\], which this model has not" if "code" in there else "math.* not found"
+    words = (
+        r"made for the expert\(s\) \['math'\], which this model does not have"
+        if "code" in there
+        else "math.* not found"
+    )
     with pytest.raises(ValueError, match=words):
         peft.PeftModel.from_pretrained(model, tmp_path) if load == "PeftModel" else model.load_adapter(str(tmp_path))
 
@@ -243,7 +247,7 @@ def test_adapters_on_several_experts_at_once(way):
             value.copy_(state[f"{stem}.modules_to_save.{name}-lora.{leaf}"])
         elif name:
             a, b = (state[f"{stem}.lora_{part}.{name}-lora.weight"] for part in "AB")
-            value.add_(b @ a * (8 / 4))  # LoraConfig's own lora_alpha over r
+            value.add_(b @ a * (8 / 4))  # LoraConfig's default lora_alpha / r
     torch.testing.assert_close(together, logits(by_hand), **FLOAT32)
 
 
@@ -273,7 +277,7 @@ class Rows(Dataset):
 
 
 @pytest.mark.parametrize("way", ["get_peft_model", "add_adapter"])
-def test_trainer_changes_the_adapter_alone(way, tmp_path: Path):
+def test_trainer_changes_the_adapter_only(way, tmp_path: Path):
     model = tiny_flexmoe("llama", OWNERS)
     config = expert_lora_config(model, "math", r=4, router_row=True, lora_dropout=0.1)
     adapted = model if way == "add_adapter" else peft.get_peft_model(model, config)

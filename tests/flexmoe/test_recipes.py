@@ -13,13 +13,13 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import flexmoe
+from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.modeling import FlexMoeForCausalLM
-from flexmoe.modeling.dense_flexmoe import DenseCheckpoint
-from flexmoe.prompt_gates import GATE_MODES, Prompts, make_gates
 from flexmoe.recipes import Source, expert_name, parse_recipe
+from flexmoe.routers.prompt_gates import GATE_MODES, Prompts, make_gates
 from flexmoe.testing import random_tokens, realigned, tiny_anchor
 from flexmoe_cli import main
-from tests.letters import letter_tokenizer
+from tests.support.letters import letter_tokenizer
 
 STORY, MATH, CODE = (
     {"positive_prompts": ["once upon"]},
@@ -45,7 +45,7 @@ def names(values: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(params=["olmo2"])
 def models(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """base, math and code in the working directory, which differ everywhere; OLMo-2 alone would not divide weights."""
+    """base, math and code in the working directory, all different; OLMo-2 would not normalise weights by default."""
     for seed, name in enumerate(("base", "math", "code")):
         tiny_anchor(request.param, seed).save_pretrained(tmp_path / name)
         letter_tokenizer().save_pretrained(tmp_path / name)
@@ -71,31 +71,31 @@ def gates(folder: Path, mode: str, *prompts: dict[str, list[str]], seed: int = 0
     return make_gates(GATE_MODES[mode], asked, DenseCheckpoint(folder), seed=seed).float().unbind(1)
 
 
-class TestTheModel:
+class TestModel:
     @pytest.mark.parametrize("models", ["olmo2", "gpt2"], indirect=True)
     @torch.no_grad()
-    def test_without_the_base_model_public_takes_no_part(self, models: Path) -> None:
+    def test_without_the_base_model_public_is_inactive(self, models: Path) -> None:
         model = made(models, recipe(*TWO))
         assert model.expert_names == ["public", "math", "code"]
         assert model.active_experts == ["math", "code"]
         assert (model.config.norm_topk_prob, model.config.num_experts_per_tok) == (True, 2)
         for name, gate in zip(("math", "code"), gates(models / "base", "hidden", MATH, CODE), strict=True):
             assert torch.equal(rows(model, name), gate)
-            torch.testing.assert_close(gate.norm(dim=-1), torch.ones(2), rtol=0.01, atol=0)  # it is a bfloat16 one
+            torch.testing.assert_close(gate.norm(dim=-1), torch.ones(2), rtol=0.01, atol=0)  # in bfloat16
         assert not rows(model, "public").any()
 
-    def test_public_can_be_switched_on_as_the_command_says(self, models: Path, capsys) -> None:
+    def test_public_can_be_activated_as_the_command_explains(self, models: Path, capsys) -> None:
         (models / "moe.yaml").write_text(yaml.safe_dump(recipe(*TWO, gate_mode="cheap_embed")))
         assert main(["graft", "--recipe", "moe.yaml", "--out", "out"]) == 0
         printed = " ".join(capsys.readouterr().out.split())
-        assert "public will take no part" in printed
+        assert "public will be inactive" in printed
         assert "call set_active_experts(None)" in printed
         assert "flexmoe train" not in printed
         model = FlexMoeForCausalLM.from_pretrained("out")
         model.set_active_experts(None)
         assert model.active_experts == ["public", "math", "code"]
 
-    def test_the_base_models_entry_is_public_and_its_gate_is_taken_from_all(self, models: Path) -> None:
+    def test_the_base_models_gate_is_subtracted_from_all(self, models: Path) -> None:
         values = recipe(TWO[0], entry("./base", **STORY), TWO[1], gate_mode="cheap_embed", experts_per_token=3)
         model = made(models, values)
         assert model.active_experts == model.expert_names == ["public", "math", "code"]
@@ -107,8 +107,8 @@ class TestTheModel:
         assert not rows(model, "public").any()
 
     @torch.no_grad()
-    def test_routing_is_that_of_the_gates_themselves(self, models: Path) -> None:
-        """By the definition: softmax over <gate, FFN input>, the two most likely, divided by their sum."""
+    def test_routing_equals_that_of_the_gates(self, models: Path) -> None:
+        """By the definition: softmax over <gate, FFN input>, top-2, normalised."""
         prompts = [{"positive_prompts": [letter]} for letter in "xyz"]
         entries = [entry(name, **given) for name, given in zip(("base", "math", "code"), prompts, strict=True)]
         model = made(models, recipe(*entries, gate_mode="cheap_embed"))
@@ -126,7 +126,7 @@ class TestTheModel:
         assert len(chosen.unique()) == 3
 
     @torch.no_grad()
-    def test_a_second_entry_of_the_base_model_is_a_copy_of_its_networks(self, models: Path) -> None:
+    def test_a_second_entry_of_the_base_model_is_a_copy(self, models: Path) -> None:
         model = made(models, recipe(entry("base", **STORY), entry("base", **CODE), experts_per_token=1))
         assert model.expert_names == ["public", "base"]
         tokens = random_tokens(2, 9)
@@ -135,7 +135,7 @@ class TestTheModel:
             assert torch.equal(model(tokens).logits, dense(tokens).logits)
 
     @torch.no_grad()
-    def test_networks_are_the_experts_and_the_rest_is_the_base_models(self, models: Path) -> None:
+    def test_shared_tensors_are_the_base_models(self, models: Path) -> None:
         model = made(models, recipe(*TWO))
         state, base, code = (
             model.state_dict(),
@@ -150,7 +150,7 @@ class TestTheModel:
             else:
                 assert torch.equal(state["anchor." + name], tensor)
 
-    def test_random_gates_follow_the_seed(self, models: Path) -> None:
+    def test_random_gates_depend_on_the_seed(self, models: Path) -> None:
         model = made(models, recipe(entry("math"), entry("code"), gate_mode="random"), seed=3)
         torch.manual_seed(3)
         assert torch.equal(rows(model, "code"), torch.randn(2, 2, 32)[:, 1])
@@ -165,8 +165,8 @@ class TestTheModel:
             made(models, recipe(*TWO, dtype="float16"))
         assert sorted(path.name for path in models.iterdir()) == ["base", "code", "math", "moe.yaml"]
 
-    def test_what_does_not_matter_is_a_warning(self, models: Path) -> None:
-        with pytest.warns(UserWarning, match="architecture: mixtral says nothing here"):
+    def test_entries_without_effect_are_warned_of(self, models: Path) -> None:
+        with pytest.warns(UserWarning, match="architecture: mixtral has no effect"):
             made(models, recipe(*TWO, architecture="mixtral", gate_mode="random"))
 
     @pytest.mark.parametrize(
@@ -180,18 +180,18 @@ class TestTheModel:
             ("revision", "main"),
         ],
     )
-    def test_nothing_says_the_same_as_the_recipe(self, models: Path, option: str, value: object) -> None:
-        with pytest.raises(ValueError, match=f"A recipe says .* and {option} would"):
+    def test_conflicting_arguments(self, models: Path, option: str, value: object) -> None:
+        with pytest.raises(ValueError, match=f"A recipe defines .* conflicts with {option}"):
             made(models, recipe(*TWO), **{option: value})
 
-    def test_an_anchor_beside_it_is_refused_by_the_command(self, models: Path, capsys) -> None:
+    def test_a_conflicting_anchor(self, models: Path, capsys) -> None:
         (models / "moe.yaml").write_text(yaml.safe_dump(recipe(*TWO)))
         assert main(["graft", "base", "--recipe", "moe.yaml", "--out", "out"]) == 1
-        assert "and anchor would say it too" in capsys.readouterr().err
+        assert "so it conflicts with anchor" in capsys.readouterr().err
         assert main(["graft", "--out", "out"]) == 1
         assert "Neither an anchor nor a recipe" in capsys.readouterr().err
 
-    def test_public_text_can_come_along(self, models: Path) -> None:
+    def test_with_public_text(self, models: Path) -> None:
         (models / "public.txt").write_text("of all and nothing")
         made(models, recipe(*TWO, gate_mode="random"), public_data=["public.txt"])
         assert json.loads((models / "out" / "public_sample.jsonl").read_text()) == {"text": "of all and nothing"}
@@ -222,13 +222,13 @@ class TestNames:
         values = recipe(entry("a/math", **MATH), entry("b/math", **CODE), entry("c/Math", **STORY))
         assert names(values) == ["math", "math-2", "math-3"]
 
-    def test_a_name_of_its_own(self) -> None:
+    def test_given_names(self) -> None:
         assert names(recipe(entry("a/math", name="algebra", **MATH), entry("b/math", **CODE))) == ["algebra", "math"]
 
-    def test_the_base_model_is_public_whatever_it_is_called(self) -> None:
+    def test_the_base_model_is_always_public(self) -> None:
         read = parse_recipe(recipe(entry("base", name="story", **STORY), TWO[0]))
         assert [expert.name for expert in read.experts] == ["public", "math"]
-        assert read.notes == ["experts[0].name: story is the base model, which is called public in every FlexMoE."]
+        assert read.notes == ["experts[0].name: story is the base model, which is named public in FlexMoE models."]
         assert parse_recipe(recipe(entry("base", name="public", **STORY), TWO[0])).notes == []
 
     def test_revisions_and_mappings_are_sources(self) -> None:
@@ -250,20 +250,23 @@ class TestNames:
     ("values", "error"),
     [
         ([], "a recipe is a mapping with the keys base_model"),
-        (recipe(*TWO, tokenizer_source="union"), "unknown keys: tokenizer_source. There are base_model"),
+        (recipe(*TWO, tokenizer_source="union"), "unknown keys: tokenizer_source. Known keys: base_model"),
         (recipe(entry("math", prompts=["x"])), r"experts\[0\] has unknown keys: prompts"),
         ({"experts": [*TWO]}, "the recipe lacks base_model"),
         (recipe(), "experts: must be a list of at least one entry"),
         (recipe({"positive_prompts": ["x"]}), r"experts\[0\] lacks source_model"),
-        (recipe(*TWO, shared_experts=[TWO[0]]), "shared_experts: a FlexMoE has no experts that every token"),
+        (recipe(*TWO, shared_experts=[TWO[0]]), "shared_experts: a FlexMoE model has no shared experts"),
         (recipe(TWO[0], entry("code", residual_scale=0.1, **CODE)), r"experts\[1\]\.residual_scale: 0\.1"),
         (recipe(entry("code", noise_scale=0.5, **CODE)), r"experts\[0\]\.noise_scale: 0\.5"),
-        (recipe(*TWO, gate_mode="hiden"), "gate_mode: 'hiden' is none; there are hidden, hidden_last, hidden_avg"),
-        (recipe(*TWO, dtype="float17"), "dtype: 'float17' is none of torch's"),
-        (recipe(*TWO, dtype="nn"), "dtype: 'nn' is none of torch's"),
-        (recipe(*TWO, architecture="t5"), "architecture: 't5' is none of mixtral, deepseek moe"),
+        (
+            recipe(*TWO, gate_mode="hiden"),
+            "gate_mode: 'hiden' is unknown; available are hidden, hidden_last",
+        ),
+        (recipe(*TWO, dtype="float17"), "dtype: 'float17' is not a torch dtype"),
+        (recipe(*TWO, dtype="nn"), "dtype: 'nn' is not a torch dtype"),
+        (recipe(*TWO, architecture="t5"), "architecture: 't5' is not one of mixtral, deepseek moe"),
         (recipe(*TWO, experts_per_token=0), "experts_per_token: .* at least 1; got 0"),
-        (recipe(*TWO, experts_per_token="two"), "experts_per_token: .* whole number"),
+        (recipe(*TWO, experts_per_token="two"), "experts_per_token: .* must be an integer"),
         (recipe(*TWO, experts_per_token=3), "experts_per_token: 3, but there are 2 experts"),
         (recipe(TWO[0]), "experts_per_token: 2, its default, but there are 1 experts"),
         (recipe(entry("math"), TWO[1]), r"experts\[0\] has no positive_prompts, which gate_mode: hidden needs"),
@@ -271,24 +274,24 @@ class TestNames:
         (recipe(entry("math", positive_prompts="one"), TWO[1]), r"experts\[0\]\.positive_prompts: must be a list"),
         (recipe(entry("math", negative_prompts=[1], **CODE)), r"experts\[0\]\.negative_prompts: must be a list"),
         (recipe(entry("math+owner/lora", **MATH), TWO[1]), r"experts\[0\]\.source_model: an adapter \(owner/lora\)"),
-        (recipe(entry("a@b@c", **MATH), TWO[1]), r"experts\[0\]\.source_model: 'a@b@c' is no model"),
-        (recipe(entry(3, **MATH), TWO[1]), r"experts\[0\]\.source_model: 3 is no model"),
+        (recipe(entry("a@b@c", **MATH), TWO[1]), r"experts\[0\]\.source_model: 'a@b@c' is not a model"),
+        (recipe(entry(3, **MATH), TWO[1]), r"experts\[0\]\.source_model: 3 is not a model"),
         (recipe(entry("math", name="Math!", **MATH), TWO[1]), r"experts\[0\]\.name: 'Math!' is not an expert name"),
         (recipe(entry("math", name="public", **MATH), TWO[1]), r"experts\[0\]\.name: 'public' is the base model's"),
         (recipe(TWO[0], entry("code", name="math", **CODE)), r"experts\[1\]\.name: 'math' is taken"),
         (recipe(entry("base", **STORY), experts_per_token=1), "the only one is base_model itself"),
     ],
 )
-def test_what_cannot_be_done_is_said_by_its_key(values: Any, error: str) -> None:
+def test_errors_name_the_key(values: Any, error: str) -> None:
     with pytest.raises((ValueError, TypeError), match=error):
         parse_recipe(values)
 
 
-def test_scales_that_change_nothing_are_no_matter() -> None:
+def test_neutral_scales_are_accepted() -> None:
     assert parse_recipe(recipe(entry("math", noise_scale=0.0, residual_scale=1, **MATH), TWO[1])).notes == []
 
 
-def test_a_file_that_is_no_recipe_is_named(tmp_path: Path) -> None:
+def test_invalid_files(tmp_path: Path) -> None:
     (tmp_path / "moe.yaml").write_text("a: [b")
     with pytest.raises(ValueError, match=r"moe\.yaml: not YAML"):
         flexmoe.graft(None, tmp_path / "out", recipe=tmp_path / "moe.yaml")

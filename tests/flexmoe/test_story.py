@@ -19,8 +19,8 @@ from flexmoe.conversion.graft import graft
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.testing import perturb_expert, realigned, tiny_anchor
 from flexmoe_cli import main
-from tests.hub_server import HubServer, point_client_at
-from tests.letters import letter_tokenizer
+from tests.support.hub import HubServer, point_client_at
+from tests.support.letters import letter_tokenizer
 
 OWNERS = ("hospital", "publisher")
 

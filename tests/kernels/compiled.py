@@ -1,18 +1,16 @@
-"""Compiles the kernels for GPUs that need not be there, and says what came out: a program, and the table it reads.
+"""Compiles the kernels for GPUs that need not be present, and checks their machine code against requirements.
 
-    python -m tests.kernels.compiled --arch 90 --quick     # prints JSON: {case: what was measured}
+    python -m tests.kernels.compiled --arch 90 --quick     # prints JSON: {case: measurements}
 
-It must run without TRITON_INTERPRET, so tests start it as a process of its own (`measured`) and hold what it prints
-against what the cases promise. Each family of kernels has its cases in `cases_<family>.py` beside this file (a tuple
-`CASES`); they take constexprs and options from the function that the launcher takes them from, so what is checked is
-what is launched. Does not cover whether a kernel computes the right thing, or how fast.
+It has to run without TRITON_INTERPRET, so tests start it as a separate process (`measured`). Each operator has its
+cases in a module with a tuple `CASES`, which takes constexprs and options from the function that the launcher takes
+them from, so the checked kernel is the launched one. Does not cover whether a kernel is correct, or how fast it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -26,27 +24,27 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-FAMILIES = ("route", "decode", "low_rank", "prefill")
+MODULES = ("route.cases", "experts.cases_decode", "experts.cases_prefill", "low_rank.cases")
 OPTIONS = {"num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion"}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block may use
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as it is launched for one dtype and one class of shapes, and what must be true of its machine code.
+    """One kernel as it is launched for one dtype and one class of shapes, and the requirements on its machine code.
 
     Attributes:
-        name: family, kernel, dtype and what else tells it from the others: "route.few.bf16".
-        kernel: module in modeling/ and function: "kernels_route_flexmoe.route_few".
-        signature: Triton's type of each argument that is no constexpr, in order: {"x": "*bf16", "T": "i32"}.
+        name: operator, kernel, dtype and so on: "route.few.bf16".
+        kernel: module in flexmoe.kernels and function: "route.kernel.route_few".
+        signature: Triton's type of each argument that is not a constexpr, in order: {"x": "*bf16", "T": "i32"}.
         launch: the keyword arguments of the launch, constexprs and options, from the launcher's own function.
-        aligned: arguments that are multiples of 16 (numbers) or lie at such an address (pointers).
-        gpus: those that it is launched so on.
-        quick: among those that `make test` compiles, for one GPU; the soak test compiles all for all.
+        aligned: arguments that are multiples of 16 (numbers), or aligned to 16 bytes (pointers).
+        gpus: compute capabilities on which it is launched like this.
+        quick: whether `make test` compiles it, for one GPU; the soak test compiles all for all.
         max_registers: per thread.
         max_stack: bytes per thread that may be spilled, outside of loops.
-        wide_share: how much of the bytes that its load instructions name are loaded 16 at a time, at least.
-        products: for each GPU the instruction that its matrix products must be: {80: "mma.sync", 90: "wgmma"}.
+        wide_share: the least share of the bytes in its load instructions that are loaded 16 at a time.
+        products: the instruction of its matrix products by GPU: {80: "mma.sync", 90: "wgmma"}.
     """
 
     name: str
@@ -62,7 +60,7 @@ class Case:
     products: Mapping[int, str] = field(default_factory=dict)
 
     def failures(self, arch: int, found: Mapping[str, Any]) -> list[str]:
-        """What of the promises the measured values break, in words."""
+        """The requirements that the measurements violate, in words."""
         wide = found["loads"].get("16", 0) * 16 / max(1, sum(int(w) * n for w, n in found["loads"].items()))
         product = self.products.get(arch)
         broken = {
@@ -77,13 +75,12 @@ class Case:
 
 
 def cases() -> list[Case]:
-    """Those of all families that are there."""
-    names = [f"tests.kernels.cases_{family}" for family in FAMILIES]
-    return [case for name in names if importlib.util.find_spec(name) for case in importlib.import_module(name).CASES]
+    """Those of all operators."""
+    return [case for name in MODULES for case in importlib.import_module(f"tests.kernels.{name}").CASES]
 
 
 def measured(arch: int, quick: bool) -> dict[str, dict[str, Any]]:
-    """What this program prints: for each case's name, what `measure` found, and which promises that breaks."""
+    """The output of this program: by name of the case, the measurements, and the requirements that they violate."""
     command = [sys.executable, "-m", "tests.kernels.compiled", f"--arch={arch}", *(["--quick"] if quick else [])]
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
@@ -100,8 +97,8 @@ def measure(case: Case, arch: int) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    module, function = case.kernel.split(".")
-    kernel = getattr(importlib.import_module(f"flexmoe.modeling.{module}"), function)
+    module, _, function = case.kernel.rpartition(".")
+    kernel = getattr(importlib.import_module(f"flexmoe.kernels.{module}"), function)
     options = {name: value for name, value in case.launch.items() if name in OPTIONS}
     constexprs = {name: value for name, value in case.launch.items() if name not in OPTIONS}
     unknown = {*case.signature, *constexprs} ^ set(kernel.arg_names)
@@ -132,7 +129,7 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 
 def _loads(ptx: str) -> dict[str, int]:
-    """How many instructions load 1, 2, 4, 8 or 16 bytes from global memory, tables and scalars included."""
+    """The number of instructions that load 1, 2, 4, 8 or 16 bytes from global memory, tables and scalars included."""
     widths: Counter[int] = Counter()
     for vector, bits in re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.[bufs](\d+)\s", ptx):
         widths[int(vector or 1) * int(bits) // 8] += 1
@@ -149,7 +146,7 @@ def main() -> None:
     here = [case for case in cases() if arguments.arch in case.gpus]
     chosen = [case for case in here if (case.quick or not arguments.quick) and arguments.only in case.name]
     found = {case.name: measure(case, arguments.arch) for case in chosen}
-    # judged here, too: where the interpreter is on, as in tests, kernels are launched otherwise
+    # checked here, because launches differ in the interpreter, which is on in the tests
     broken = {case.name: case.failures(arguments.arch, found[case.name]) for case in chosen}
     json.dump({name: {**values, "broken": broken[name]} for name, values in found.items()}, sys.stdout, indent=1)
 

@@ -1,25 +1,32 @@
-"""What the kernels' tests need on a GPU, and a layer that those of the expert step share."""
+"""Settings that the tests of the kernels need on a GPU, and the fixtures that several of them share."""
 
 import os
 
 import pytest
 
-# Tests fill what nobody has written by asking for determinism, and cuBLAS must then be told how to be deterministic.
+# Tests fill uninitialised memory by requesting determinism, which cuBLAS then needs to be configured for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture
-def layer(monkeypatch):
-    """x [17, 40], weights [17, 4] and experts: token 0 goes to 0 and 1, token 1 to 1 alone, nobody to 3."""
-    import torch
+def ordered_products(monkeypatch):
+    """See `order_products`."""
+    from tests.kernels.experts.inputs import order_products
 
-    from tests.kernels.expert_witness import BIASES, Experts, draw_tokens, draw_weights, poison, seeded
+    order_products(monkeypatch)
 
-    kind = Experts([24, 136, 40, 16], 40, biases=BIASES)
-    generator = seeded("layer")
-    weights_TE = draw_weights(17, 4, 2, generator)
-    weights_TE[:, 3] = 0.0
-    weights_TE[0] = torch.tensor([0.3, 0.7, 0.0, 0.0])
-    weights_TE[1] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    poison(monkeypatch)
-    return draw_tokens(17, 40, torch.float32, generator), weights_TE, kind.draw(generator)
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Lists which operators run, through their CPU implementations."""
+    from flexmoe.kernels.experts import op as experts
+    from flexmoe.kernels.low_rank import op as low_rank
+    from flexmoe.kernels.route import op as route
+
+    made = []
+    for module, name in ((route, "ROUTE"), (experts, "MIX"), (low_rank, "MIX_LOW_RANK")):
+        operator = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda *args, operator=operator, name=name: made.append(name) or operator(*args)
+        )
+    return made

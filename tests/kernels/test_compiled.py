@@ -1,6 +1,6 @@
-"""What the kernels compile to for an H100: no spills, loads of 16 bytes, the tensor cores' instructions.
+"""The machine code of the kernels for an H100: no spills, loads of 16 bytes, instructions of the tensor cores.
 
-One dtype; all of them, and an A100, in `tests/soak/test_compiled_grid.py`.
+One dtype; all dtypes, and an A100, in `tests/soak/test_compiled_grid.py`.
 """
 
 import pytest
@@ -34,7 +34,7 @@ GOOD = {"registers": 64, "stack": 0, "shared": 0, "loads": {"16": 9, "4": 4}, "p
         {"products": []},
     ],
 )
-def test_each_promise_can_be_broken(change):
+def test_each_requirement_can_fail(change):
     case = Case("x", "", {}, {}, max_registers=64, wide_share=0.9, products={90: "mma.sync"})
     assert case.failures(90, GOOD) == []
     assert len(case.failures(90, GOOD | change)) == 1

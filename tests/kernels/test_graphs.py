@@ -1,4 +1,4 @@
-"""CUDA graphs of the kernels: what is data, what happens when an expert is swapped or gone, torch.compile's graphs.
+"""CUDA graphs of the kernels: masks are data, experts that are replaced or removed, the graphs of torch.compile.
 
 Nothing here runs without a GPU. What `CapturedForward` refuses is in `tests/flexmoe/test_graphs.py`.
 """
@@ -11,13 +11,15 @@ from transformers import StaticCache
 
 pytest.importorskip("triton")
 
-from flexmoe.graphs import CapturedForward
-from flexmoe.modeling import ops_flexmoe as ops
-from flexmoe.modeling.context_flexmoe import forward_scope
-from flexmoe.modeling.fused_flexmoe import redirecting
+from flexmoe.kernels.expert_pointers import ExpertPointers
+from flexmoe.kernels.experts.op import mix
+from flexmoe.kernels.graphs import CapturedForward
+from flexmoe.kernels.pointers import update_pointers
+from flexmoe.kernels.route.op import route
+from flexmoe.modeling.masking_flexmoe import ForwardContext, forward_scope
 from flexmoe.testing import TOLERANCES, perturb_expert, random_tokens, tiny_flexmoe
-from tests.kernels.expert_witness import DEVICE, Experts, draw_tokens, said, seeded
-from tests.kernels.router_inputs import draw
+from tests.kernels.experts.inputs import DEVICE, Experts, draw_tokens, mix_in_float64, seeded
+from tests.kernels.route.inputs import draw
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA graph is captured on a GPU"),
@@ -32,7 +34,7 @@ each_size = pytest.mark.parametrize("tokens", [FEW, MANY])
 
 
 def captured(run):
-    """`run` as a graph: what replays it, and its output, which each replay writes anew."""
+    """`run` as a graph: a function that replays it, and its output, which each replay overwrites."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
@@ -46,7 +48,7 @@ def captured(run):
 
 
 def distance(ours, theirs):
-    """Of roundings in between, elements near 0 have their share, so it is taken over all."""
+    """The relative error of all elements together: intermediate rounding makes that of elements near 0 large."""
     return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
@@ -62,30 +64,29 @@ def model():
     model = tiny_flexmoe("olmo2", OWNERS, num_experts_per_tok=2).to(DEVICE, BF16)
     for block in model.flexmoe_blocks():
         block.router.float()
-    model.config._flexmoe_implementation = "triton"
+    model.set_experts_implementation("flexmoe_triton")
     assert all(path.plan is not None for path in model.implementation_paths())
     return model
 
 
-def block_pass(block, x, mask, implementation="triton", names=NAMES):
-    """A block as a forward pass calls it; `mask`: bool [batch, experts], data."""
-    values = {"allowed": names, "row_mask": mask, "implementation": implementation}
-    with forward_scope(values):
+def block_pass(block, x, mask, implementation="flexmoe_triton", names=NAMES):
+    """A block as a forward pass calls it; `mask`: bool [batch, experts], which is data."""
+    with forward_scope(ForwardContext(names=names, row_mask=mask, implementation=implementation)):
         return block(x)
 
 
 @each_size
-def test_the_choice_of_experts_is_data(tokens):
+def test_offsets_are_data(tokens):
     inputs = draw(tokens, 7, 5, 136, "random", BF16)
     x, offset = inputs.x.to(DEVICE), inputs.offset.to(DEVICE)
     rows, biases = ([t.to(DEVICE) for t in tensors] for tensors in (inputs.rows, inputs.biases))
-    replay, routing = captured(lambda: ops.route(x, rows, biases, offset, 5, True))
+    replay, routing = captured(lambda: route(x, rows, biases, offset, 5, True))
     for seed in (1, 2):
         other = draw(tokens, 7, 5, 136, "fewer than k", BF16, seed=seed)
         x.copy_(other.x)
         offset.copy_(other.offset)
         replay()
-        for ours, theirs in zip(routing, ops.route(x, rows, biases, offset, 5, True), strict=True):
+        for ours, theirs in zip(routing, route(x, rows, biases, offset, 5, True), strict=True):
             assert torch.equal(ours, theirs)
         assert (routing.top_ids_TK == 7).any()
 
@@ -102,20 +103,20 @@ def test_a_block_is_replayed_under_other_masks(model, tokens):
         x.normal_()
         replay()
         assert torch.equal(output, block_pass(block, x, mask))
-        assert distance(output, block_pass(block, x, mask, "torch")) < 2e-2
+        assert distance(output, block_pass(block, x, mask, "eager")) < 2e-2
         outputs.append(output.clone())
     assert not torch.equal(*outputs)
 
 
 @each_size
-def test_an_expert_in_the_slot_of_another_is_run(tokens):
-    """The old one is gone, and its memory in other hands."""
+def test_an_expert_that_replaces_another_is_run(tokens):
+    """The old one's memory holds something else by then."""
     kind = Experts([136, 40, 24], 136, dtype=BF16)
     experts, new = kind.draw(seeded("old")), kind.draw(seeded("new"))
     x = draw_tokens(tokens, 136, BF16, seeded("x"))
     inputs = draw(tokens, 3, 2, 136)
-    routing = ops.route(x, *([t.to(DEVICE) for t in ts] for ts in (inputs.rows, inputs.biases)), None, 2, True)
-    replay, output = captured(lambda: ops.mix(x, routing, experts))
+    routing = route(x, *([t.to(DEVICE) for t in ts] for ts in (inputs.rows, inputs.biases)), None, 2, True)
+    replay, output = captured(lambda: mix(x, routing, experts))
     before = output.clone()
     moves = {}
     for name in ("gate", "up", "down"):
@@ -123,37 +124,38 @@ def test_an_expert_in_the_slot_of_another_is_run(tokens):
         old = getattr(experts, name)[1]
         getattr(experts, name)[1] = getattr(new, name)[1]
         old.fill_(float("nan"))
-    ops.redirect(moves)
+    update_pointers(moves)
     replay()
     assert not torch.equal(output, before)
-    assert torch.equal(output, ops.mix(x, routing, experts))
+    assert torch.equal(output, mix(x, routing, experts))
     torch.testing.assert_close(
-        output.double().cpu(), said(x, routing.weights_TE, experts), **TOLERANCES[BF16], equal_nan=False
+        output.double().cpu(), mix_in_float64(x, routing.weights_TE, experts), **TOLERANCES[BF16], equal_nan=False
     )
 
 
 @each_size
-def test_an_expert_that_is_gone_says_nan_to_those_who_ask_it(tokens):
+def test_a_removed_expert_gives_nan_to_its_tokens(tokens):
     kind = Experts([136, 40, 24], 136, dtype=BF16)
     experts = kind.draw(seeded("old"))
     x = draw_tokens(tokens, 136, BF16, seeded("x"))
     inputs = draw(tokens, 3, 2, 136)
-    routing = ops.route(x, *([t.to(DEVICE) for t in ts] for ts in (inputs.rows, inputs.biases)), None, 2, True)
-    replay, output = captured(lambda: ops.mix(x, routing, experts))
+    routing = route(x, *([t.to(DEVICE) for t in ts] for ts in (inputs.rows, inputs.biases)), None, 2, True)
+    replay, output = captured(lambda: mix(x, routing, experts))
     replay()
     before = output.clone()
-    ops.redirect({experts.down[1].data_ptr(): 0})
+    update_pointers({experts.down[1].data_ptr(): 0})
     replay()
     torch.cuda.synchronize()
-    asks = routing.weights_TE[:, 1] != 0
-    assert asks.any()
-    assert not asks.all()
-    assert output[asks].isnan().all()
-    assert torch.equal(output[~asks], before[~asks])
+    routed = routing.weights_TE[:, 1] != 0
+    assert routed.any()
+    assert not routed.all()
+    assert output[routed].isnan().all()
+    assert torch.equal(output[~routed], before[~routed])
 
 
 @each_size
-def test_a_block_follows_an_expert_that_is_replaced(model, tokens):
+def test_a_graph_of_a_block_follows_an_expert_that_is_replaced(model, tokens):
+    pointers = ExpertPointers(model)
     block = model.flexmoe_blocks()[0]
     x = torch.randn(1, tokens, block.hidden_size, device=DEVICE, dtype=BF16)
     mask = torch.ones(1, 4, dtype=torch.bool, device=DEVICE)
@@ -162,16 +164,16 @@ def test_a_block_follows_an_expert_that_is_replaced(model, tokens):
     network, row = copy.deepcopy(block.experts["math"]), copy.deepcopy(block.router["math"])
     for parameter in (*network.parameters(), *row.parameters()):
         parameter.data.normal_(std=0.3)
-    with redirecting(block):
-        block.experts["math"], block.router["math"] = network, row
-    for _ in range(8):  # whatever takes the memory that the old one had
+    block.experts["math"], block.router["math"] = network, row
+    assert pointers.update()
+    for _ in range(8):  # overwrites the memory of the old one
         torch.full((1 << 16,), float("nan"), device=DEVICE)
     replay()
     assert not torch.equal(output, before)
     assert torch.equal(output, block_pass(block, x, mask))
 
 
-def test_a_model_says_nan_after_one_was_removed(model):
+def test_a_graph_gives_nan_after_an_expert_was_removed(model):
     tokens = random_tokens(2, 7).to(DEVICE)
     forward = CapturedForward(model, input_ids=tokens, use_cache=False)
     assert forward().logits.isfinite().all()
@@ -179,7 +181,7 @@ def test_a_model_says_nan_after_one_was_removed(model):
     model.remove_expert("code")
     with pytest.raises(RuntimeError, match="capture it again"):
         forward()
-    forward._graph.replay()  # as somebody's own graph would be
+    forward._graph.replay()  # without its checks
     torch.cuda.synchronize()
     assert logits.isnan().any()
     again = CapturedForward(model, input_ids=tokens, use_cache=False)
@@ -196,8 +198,8 @@ def test_a_captured_forward_gives_the_models_logits(model):
         assert distance(forward(input_ids=other, expert_mask=mask).logits, expected) < 2e-2
 
 
-def test_a_captured_step_goes_on_where_the_cache_ends(model):
-    """The warm-up's tokens are not in it; a mask under which an expert is idle is captured for all."""
+def test_a_captured_step_continues_a_cache(model):
+    """The cache has no tokens of the warm-up; a mask that leaves an expert idle is captured with all experts."""
     tokens = random_tokens(2, 9).to(DEVICE)
     mask = model.expert_mask([["public", "math"], ["public"]])
     logits = {}
@@ -213,6 +215,23 @@ def test_a_captured_step_goes_on_where_the_cache_ends(model):
 
 
 @each_size
+def test_a_bare_graph_gives_nan_after_a_cast(model, tokens):
+    """Which moves every tensor; the graph does not read the freed memory."""
+    pointers = ExpertPointers(model)
+    block = model.flexmoe_blocks()[0]
+    x = torch.randn(1, tokens, block.hidden_size, device=DEVICE, dtype=BF16)
+    mask = torch.ones(1, 4, dtype=torch.bool, device=DEVICE)
+    replay, output = captured(lambda: block_pass(block, x, mask))
+    replay()
+    assert output.isfinite().all()
+    model.to(torch.float32)
+    assert not pointers.update()
+    replay()
+    torch.cuda.synchronize()
+    assert output.isnan().all()
+
+
+@each_size
 def test_low_rank_experts_are_captured(tokens):
     thin = {"name": "thin", "kind": "low_rank", "rank": [8, 8]}
     model = tiny_flexmoe("olmo2", ("math", thin, "code"), num_experts_per_tok=2).to(DEVICE, BF16)
@@ -224,12 +243,12 @@ def test_low_rank_experts_are_captured(tokens):
     for chosen in ([[1, 1, 0, 0], [0, 0, 1, 1]], [[0, 1, 1, 0], [1, 1, 1, 1]]):
         mask.copy_(torch.tensor(chosen, dtype=torch.bool))
         replay()
-        assert distance(output, block_pass(block, x, mask, "torch", names)) < 2e-2
+        assert distance(output, block_pass(block, x, mask, "eager", names)) < 2e-2
 
 
-def test_compiled_code_has_graphs_of_its_own(model):
-    """Steps on a static cache, in `mode="reduce-overhead"`, with none of its graphs given up."""
-    model.float()  # fused code rounds to bfloat16 elsewhere, and a token may then go to another expert
+def test_torch_compile_captures_graphs(model):
+    """Steps on a static cache, in `mode="reduce-overhead"`, without a skipped graph."""
+    model.float()  # fused code rounds to bfloat16 in other places, and a token may then be routed differently
     tokens = random_tokens(2, 12).to(DEVICE)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -248,8 +267,8 @@ def test_compiled_code_has_graphs_of_its_own(model):
     assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
 
 
-def test_a_perturbed_expert_is_heard(model):
-    """Its matrices are the same tensors with other values, which a graph reads where they lie."""
+def test_values_that_change_in_place_take_effect(model):
+    """A graph reads the same memory."""
     tokens = random_tokens(2, 3).to(DEVICE)
     forward = CapturedForward(model, input_ids=tokens, use_cache=False)
     before = forward().logits.clone()

@@ -1,9 +1,13 @@
-"""A whole model on the kernels: what modules say, text by greedy decoding, and an expert that is masked or removed."""
+"""A whole model on the kernels: the logits of modules, greedy decoding, and an expert that is masked or removed."""
 
 import pytest
 import torch
 
-from flexmoe.modeling import kernels_route_flexmoe, ops_flexmoe
+pytest.importorskip("triton")
+
+from flexmoe.kernels.experts import op as experts_op
+from flexmoe.kernels.route import kernel as route_kernel
+from flexmoe.kernels.route import op as route_op
 from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code")
@@ -12,11 +16,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture
 def model(monkeypatch):
-    if DEVICE == "cpu":  # the interpreter, in the place of the CPU's reference
-        monkeypatch.setattr(ops_flexmoe, "ROUTE", lambda *args: tuple(kernels_route_flexmoe.route(*args)))
-        monkeypatch.setattr(ops_flexmoe, "MIX", ops_flexmoe._mix_cuda)
+    if DEVICE == "cpu":  # the interpreter, instead of the reference
+        monkeypatch.setattr(route_op, "ROUTE", lambda *args: tuple(route_kernel.route(*args)))
+        monkeypatch.setattr(experts_op, "MIX", experts_op._mix_cuda)
     model = tiny_flexmoe("olmo2", OWNERS, num_experts_per_tok=2).to(DEVICE)
-    model.config._flexmoe_implementation = "triton"
+    model.set_experts_implementation("flexmoe_triton")
     return model
 
 
@@ -26,15 +30,15 @@ def logits(model, length: int, **kwargs: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("length", [3, 40])  # few tokens, and more than 64
-def test_kernels_say_what_modules_say(model, length):
+def test_logits_equal_those_of_modules(model, length):
     mask = model.expert_mask([["public", "math"], ["code"]])
     by_kernels = [logits(model, length), logits(model, length, expert_mask=mask)]
-    model.config._flexmoe_implementation = "torch"
+    model.set_experts_implementation("eager")
     by_modules = [logits(model, length), logits(model, length, expert_mask=mask)]
     torch.testing.assert_close(by_kernels, by_modules, **TOLERANCES[torch.float32])
 
 
-def test_masked_is_removed_although_it_holds_nan(model):
+def test_a_masked_expert_acts_as_removed_even_if_it_holds_nan(model):
     for block in model.flexmoe_blocks():
         for parameter in (*block.experts["code"].parameters(), *block.router["code"].parameters()):
             parameter.data.fill_(float("nan"))
@@ -48,8 +52,8 @@ def test_masked_is_removed_although_it_holds_nan(model):
     assert beside[1].isnan().all()
 
 
-def test_greedy_text(model):
+def test_greedy_decoding(model):
     tokens = random_tokens(2, 5).to(DEVICE)
     by_kernels = model.generate(tokens, max_new_tokens=4, do_sample=False)
-    model.config._flexmoe_implementation = "torch"
+    model.set_experts_implementation("eager")
     assert torch.equal(by_kernels, model.generate(tokens, max_new_tokens=4, do_sample=False))

@@ -1,6 +1,6 @@
-"""The configuration behaves as a user of the library expects: one object, whose anchor's fields are its own.
+"""`FlexMoeConfig` behaves like other configs of transformers, and gives access to the fields of its anchor's config.
 
-Does not cover which configs are refused (`test_loading`).
+Does not cover invalid configs (`test_loading`).
 """
 
 import json
@@ -33,19 +33,19 @@ def test_fields_of_the_anchor_are_read_and_written_through(family):
 
 
 @families
-def test_it_writes_itself_and_comes_back(family, tmp_path):
+def test_save_and_load_round_trip(family, tmp_path):
     config = config_of(family)
     assert json.loads(config.to_json_string())["anchor_config"]["model_type"] == family
     assert repr(config).startswith("FlexMoeConfig {")
     assert FlexMoeConfig.from_dict(config.to_diff_dict()).to_dict() == config.to_dict()
     config.save_pretrained(tmp_path)
-    once, twice = AutoConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)
-    assert once == twice
-    assert once.experts == config.experts
+    first, second = AutoConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert first == second
+    assert first.experts == config.experts
 
 
 @families
-def test_kwargs_override_what_is_stored(family, tmp_path):
+def test_kwargs_override_stored_fields(family, tmp_path):
     tiny_flexmoe(family, ["math"], num_experts_per_tok=1).save_pretrained(tmp_path)
     changes = {"num_experts_per_tok": 2, "use_cache": False}
     config, unused = AutoConfig.from_pretrained(tmp_path, **changes, nonsense=1, return_unused_kwargs=True)
@@ -57,7 +57,7 @@ def test_kwargs_override_what_is_stored(family, tmp_path):
 
 
 @families
-def test_attention_reaches_the_anchor(family, tmp_path):
+def test_attention_implementation_is_set_on_the_anchor(family, tmp_path):
     def used(model: FlexMoeForCausalLM) -> set[str]:
         return {part.config._attn_implementation for part in model.modules() if hasattr(part, "config")}
 
@@ -72,7 +72,7 @@ def test_attention_reaches_the_anchor(family, tmp_path):
 
 
 @families
-def test_auto_dtype_is_the_stored_one(family, tmp_path):
+def test_dtype_auto_is_the_stored_dtype(family, tmp_path):
     tiny_flexmoe(family, ["math"]).to(torch.bfloat16).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     assert model.dtype == model.config.dtype == model.config.anchor_config.dtype == torch.bfloat16
@@ -80,7 +80,7 @@ def test_auto_dtype_is_the_stored_one(family, tmp_path):
 
 
 @families
-def test_generation_settings_are_the_anchors_and_travel(family, tmp_path):
+def test_generation_config_comes_from_the_anchor_and_is_saved(family, tmp_path):
     model = tiny_flexmoe(family)
     assert (model.generation_config.bos_token_id, model.generation_config.eos_token_id) == (1, 2)
     model.generation_config.max_new_tokens = 7

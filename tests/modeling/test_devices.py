@@ -1,7 +1,7 @@
-"""Loading to devices and to disk, and experts that come and go while weights are offloaded.
+"""Loading with a device map, and adding and removing experts while weights are offloaded to disk.
 
-Two "devices" of one machine stand for several: the CPU, and the disk, whose weights are fetched by hooks. Does not
-cover several processes (`test_distributed`).
+The devices are the CPU and the disk, whose weights accelerate's hooks fetch. Does not cover several processes
+(`test_distributed`).
 """
 
 import pytest
@@ -21,23 +21,23 @@ def logits(model):
     return model(random_tokens(2, 9)).logits
 
 
-def parts(model: FlexMoeForCausalLM, inside: str = "") -> dict[str, str]:
-    """Where everything goes: to the CPU, except `inside` (a module's name), which goes to disk."""
+def device_map(model: FlexMoeForCausalLM, on_disk: str = "") -> dict[str, str]:
+    """A device map to the CPU, except for modules whose name contains `on_disk`."""
     name, base = next((name, part) for name, part in model.anchor.named_children() if part is model.base_model)
-    places = {f"anchor.{other}": "cpu" for other, _ in model.anchor.named_children() if other != name}
+    devices = {f"anchor.{other}": "cpu" for other, _ in model.anchor.named_children() if other != name}
     for child, module in base.named_children():
         if isinstance(module, torch.nn.ModuleList):
             for i, layer in enumerate(module):
                 for part, _ in layer.named_children():
-                    places[f"anchor.{name}.{child}.{i}.{part}"] = "cpu"
+                    devices[f"anchor.{name}.{child}.{i}.{part}"] = "cpu"
         else:
-            places[f"anchor.{name}.{child}"] = "cpu"
-    return {where: "disk" if inside and inside in where else place for where, place in places.items()}
+            devices[f"anchor.{name}.{child}"] = "cpu"
+    return {module: "disk" if on_disk and on_disk in module else device for module, device in devices.items()}
 
 
 OFFLOADED = {
-    "a layer": lambda model: parts(model, ".1."),
-    "every block": lambda model: parts(model, ".mlp"),
+    "a layer": lambda model: device_map(model, ".1."),
+    "every block": lambda model: device_map(model, ".mlp"),
     "everything": lambda model: {"": "disk"},
 }
 
@@ -48,7 +48,7 @@ def model_of(family: str) -> FlexMoeForCausalLM:
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
 @pytest.mark.parametrize("options", [{"device_map": "cpu"}, {"device_map": "auto"}, {"low_cpu_mem_usage": True}])
-def test_loaded_to_one_device(family, options, tmp_path):
+def test_loading_to_one_device(family, options, tmp_path):
     model = model_of(family)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
@@ -60,31 +60,31 @@ def test_loaded_to_one_device(family, options, tmp_path):
 @pytest.mark.parametrize(
     ("family", "offloaded"), [("llama", "a layer"), ("olmo2", "every block"), ("gpt2", "everything")]
 )
-def test_experts_come_and_go_while_weights_are_on_disk(family, offloaded, tmp_path):
+def test_adding_and_removing_experts_with_weights_on_disk(family, offloaded, tmp_path):
     model = model_of(family)
     model.save_pretrained(tmp_path / "model")
     package = model.save_expert("math", tmp_path / "package")
-    kept = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    away = AutoModelForCausalLM.from_pretrained(
+    in_memory = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    offloaded_model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=OFFLOADED[offloaded](model), offload_folder=tmp_path / "offload"
     )
-    assert any(parameter.is_meta for parameter in away.parameters())
-    assert torch.equal(logits(away), logits(kept))
+    assert any(parameter.is_meta for parameter in offloaded_model.parameters())
+    assert torch.equal(logits(offloaded_model), logits(in_memory))
 
-    again = away.save_expert("math", tmp_path / "package from disk")
-    assert (again / "expert.safetensors").read_bytes() == (package / "expert.safetensors").read_bytes()
-    for each in (away, kept):
-        each.remove_expert("math")
-    assert torch.equal(logits(away), logits(kept))
-    for each in (away, kept):
-        each.add_expert(package, name="algebra")
-        each.add_expert_copy("fresh")
-        each.rename_expert("code", "programs")
-    assert torch.equal(logits(away), logits(kept))
-    with away.only_experts("fresh"), kept.only_experts("fresh"):
-        assert torch.equal(logits(away), logits(kept))
+    saved_again = offloaded_model.save_expert("math", tmp_path / "package from disk")
+    assert (saved_again / "expert.safetensors").read_bytes() == (package / "expert.safetensors").read_bytes()
+    for model in (offloaded_model, in_memory):
+        model.remove_expert("math")
+    assert torch.equal(logits(offloaded_model), logits(in_memory))
+    for model in (offloaded_model, in_memory):
+        model.add_expert(package, name="algebra")
+        model.add_expert_copy("fresh")
+        model.rename_expert("code", "programs")
+    assert torch.equal(logits(offloaded_model), logits(in_memory))
+    with offloaded_model.only_experts("fresh"), in_memory.only_experts("fresh"):
+        assert torch.equal(logits(offloaded_model), logits(in_memory))
 
-    away.save_pretrained(tmp_path / "again")
-    saved, expected = load_file(tmp_path / "again" / "model.safetensors"), kept.state_dict()
-    assert set(saved) >= set(expected) - set(kept.all_tied_weights_keys)
+    offloaded_model.save_pretrained(tmp_path / "again")
+    saved, expected = load_file(tmp_path / "again" / "model.safetensors"), in_memory.state_dict()
+    assert set(saved) >= set(expected) - set(in_memory.all_tied_weights_keys)
     assert all(torch.equal(value, expected[name]) for name, value in saved.items())

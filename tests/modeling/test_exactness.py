@@ -1,11 +1,11 @@
-"""What is exact: the graft, the removal, the mask. Seven families, equality of bits unless a comment says why not."""
+"""Graft, removal and masking are exact, for seven families: bit-equal unless a comment gives the reason."""
 
 import pytest
 import torch
 from torch import nn
 
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
-from flexmoe.modeling.context_flexmoe import forward_scope
+from flexmoe.modeling.masking_flexmoe import ForwardContext, forward_scope
 from flexmoe.testing import ANCHOR_CONFIGS, TOLERANCES, random_tokens, tiny_anchor, tiny_flexmoe
 
 families = pytest.mark.parametrize("family", ANCHOR_CONFIGS)
@@ -22,12 +22,12 @@ def mask(model: FlexMoeForCausalLM, *rows: tuple[str, ...]) -> torch.Tensor:
 
 
 @families
-def test_graft_with_public_alone_is_the_anchor(family):
+def test_graft_with_public_alone_equals_the_anchor(family):
     assert torch.equal(logits(tiny_flexmoe(family)), logits(tiny_anchor(family)))
 
 
 @families
-def test_single_token_steps_of_the_graft_are_the_anchors(family):
+def test_single_token_steps_of_the_graft_equal_those_of_the_anchor(family):
     anchor, model = tiny_anchor(family), tiny_flexmoe(family)
     tokens = random_tokens(2, 9)
 
@@ -45,7 +45,7 @@ def test_single_token_steps_of_the_graft_are_the_anchors(family):
 
 
 @families
-def test_copies_of_public_are_the_anchor_where_the_block_renormalises(family):
+def test_copies_of_public_equal_the_anchor_with_renormalization(family):
     model = FlexMoeForCausalLM(FlexMoeConfig(anchor_config=tiny_anchor(family).config, norm_topk_prob=True)).eval()
     alone = logits(model)
     for name in OWNERS:
@@ -53,30 +53,30 @@ def test_copies_of_public_are_the_anchor_where_the_block_renormalises(family):
         for block in model.flexmoe_blocks():
             nn.init.normal_(block.router[name].weight)
     for k in (1, 2, 3, 4):
-        # a sum of weights that add to 1 rounds; the norms behind it scale that by up to some tens
+        # weights that sum to 1 up to rounding; the norms after the block scale the difference by some tens
         torch.testing.assert_close(logits(model, num_experts_per_tok=k), alone, rtol=1e-4, atol=1e-4)
 
 
 @families
-def test_default_renormalises_unless_a_norm_follows(family):
+def test_renormalization_is_the_default_unless_a_norm_follows(family):
     assert tiny_flexmoe(family).config.norm_topk_prob is (family not in {"olmo2", "gemma2"})
 
 
 @families
-def test_removed_is_never_had(family):
-    had, never = tiny_flexmoe(family, OWNERS), tiny_flexmoe(family, ["math", "legal"])
-    had.remove_expert("code")
-    assert had.config.to_dict() == never.config.to_dict()
-    ours, theirs = had.state_dict(), never.state_dict()
+def test_removed_equals_never_added(family):
+    removed, never = tiny_flexmoe(family, OWNERS), tiny_flexmoe(family, ["math", "legal"])
+    removed.remove_expert("code")
+    assert removed.config.to_dict() == never.config.to_dict()
+    ours, theirs = removed.state_dict(), never.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for k in (1, 2, 3):
-        assert torch.equal(logits(had, num_experts_per_tok=k), logits(never, num_experts_per_tok=k))
+        assert torch.equal(logits(removed, num_experts_per_tok=k), logits(never, num_experts_per_tok=k))
 
 
 @families
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_masked_is_removed(family, k):
+def test_masked_equals_removed(family, k):
     model = tiny_flexmoe(family, OWNERS, num_experts_per_tok=k)
     rest = ("public", "math", "legal")
     with model.only_experts(*rest):
@@ -94,13 +94,13 @@ def test_masked_is_removed(family, k):
 
 @families
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_beside_sequences_that_are_not_is_removed(family, dtype):
-    """With k = all, every expert sees as many tokens either way, so the products and their sum have the same bits."""
+def test_masked_in_one_sequence_of_a_batch_equals_removed(family, dtype):
+    """With k = all, each expert has the same number of tokens either way, so products and sums have the same bits."""
     model = tiny_flexmoe(family, OWNERS).to(dtype)
     rest = ("public", "math", "legal")
-    beside = logits(model, expert_mask=mask(model, rest, tuple(model.expert_names)))
+    mixed = logits(model, expert_mask=mask(model, rest, tuple(model.expert_names)))
     model.remove_expert("code")
-    assert torch.equal(beside[0], logits(model)[0])
+    assert torch.equal(mixed[0], logits(model)[0])
 
 
 @families
@@ -113,25 +113,25 @@ def test_masked_expert_may_hold_nan(family):
     masked = logits(model, expert_mask=mask(model, ("public", "code", "legal"), ("public", "legal")))
     assert torch.equal(masked, clean)
     assert clean.isfinite().all()
-    assert logits(model).isnan().any()  # unmasked, it does harm: the test can fail
-    beside = logits(model, expert_mask=mask(model, ("public", "code", "legal"), ("public", "math")))
-    torch.testing.assert_close(beside[0], clean[0], **TOLERANCES[torch.float32])  # one that may use it, in its batch
-    assert beside[1].isnan().all()
+    assert logits(model).isnan().any()  # without the mask the NaN spreads, so this test can fail
+    mixed = logits(model, expert_mask=mask(model, ("public", "code", "legal"), ("public", "math")))
+    torch.testing.assert_close(mixed[0], clean[0], **TOLERANCES[torch.float32])  # only the second may use "math"
+    assert mixed[1].isnan().all()
 
 
 @families
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_each_row_of_a_mask_is_that_row_alone(family, k):
+def test_each_sequence_of_a_masked_batch_equals_that_sequence_alone(family, k):
     model = tiny_flexmoe(family, OWNERS, num_experts_per_tok=k)
     tokens = random_tokens(3, 11)
     sets = [("public",), ("math", "code"), ("public", "math", "code", "legal")]
     with torch.no_grad():
-        together = model(tokens, expert_mask=mask(model, *sets)).logits
+        batched = model(tokens, expert_mask=mask(model, *sets)).logits
         for row, names in enumerate(sets):
             with model.only_experts(*names):
                 alone = model(tokens[row, None]).logits[0]
-            # another number of rows in a product may round otherwise, and sandwich norms amplify it
-            torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-4)
+            # matrix products over another number of tokens may round differently, and sandwich norms amplify that
+            torch.testing.assert_close(batched[row], alone, rtol=1e-4, atol=1e-4)
 
 
 def test_public_can_be_masked():
@@ -143,23 +143,25 @@ def test_public_can_be_masked():
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_row_mask_and_removal_give_the_same_weights_bit_for_bit(k, norm_topk_prob):
-    """Where sequences differ, the mask is -inf in the softmax; zeros in its sum must not change a bit."""
-    had = tiny_flexmoe("llama", OWNERS, num_experts_per_tok=k, norm_topk_prob=norm_topk_prob)
+def test_row_mask_and_removal_give_bit_equal_weights(k, norm_topk_prob):
+    """A mask that differs between sequences adds -inf before the softmax; its zeros must not change a bit."""
+    masked = tiny_flexmoe("llama", OWNERS, num_experts_per_tok=k, norm_topk_prob=norm_topk_prob)
     never = tiny_flexmoe("llama", ["math", "legal"], num_experts_per_tok=k, norm_topk_prob=norm_topk_prob)
     x = torch.randn(2, 501, 32, generator=torch.Generator().manual_seed(0))
     rows = torch.tensor([[True, True, False, True], [True, True, False, True]])
-    one, other = had.flexmoe_blocks()[0], never.flexmoe_blocks()[0]
+    with_code, without_code = masked.flexmoe_blocks()[0], never.flexmoe_blocks()[0]
     weights = []
-    for block, values in ((one, {"row_mask": rows}), (other, {})):
-        usage = _Keep()
-        with forward_scope({**values, "usage": [usage]}), torch.no_grad():
+    for block, mask in ((with_code, rows), (without_code, None)):
+        usage = _LastWeights()
+        with forward_scope(ForwardContext(row_mask=mask, usage=(usage,))), torch.no_grad():
             block(x)
         weights.append(usage.weights)
     assert torch.equal(weights[0][:, [0, 1, 3]], weights[1])
     assert not weights[0][:, 2].any()
 
 
-class _Keep:
+class _LastWeights:
+    """Keeps the routing weights of the last block that ran."""
+
     def record(self, layer, names, weights, token_mask):
         self.weights = weights

@@ -1,4 +1,4 @@
-"""One forward pass: k, masks, scopes, outputs, losses, checkpointing, threads, compilation."""
+"""The forward pass: k, masks, `only_experts`, outputs, losses, gradient checkpointing, threads, compilation."""
 
 import threading
 
@@ -23,7 +23,7 @@ def model() -> FlexMoeForCausalLM:
 
 
 class TestActiveExpertsPerToken:
-    def test_of_the_call_wins_over_the_config_and_is_not_kept(self, model):
+    def test_argument_overrides_the_config_for_one_call(self, model):
         by_config = logits(model)
         by_call = logits(model, num_experts_per_tok=1)
         assert not torch.equal(by_call, by_config)
@@ -31,26 +31,26 @@ class TestActiveExpertsPerToken:
         assert torch.equal(logits(model), by_call)
         assert torch.equal(logits(model, num_experts_per_tok=2), by_config)
 
-    def test_renormalisation_follows_the_config(self, model):
-        renormalised = logits(model)
+    def test_renormalization_follows_the_config(self, model):
+        renormalized = logits(model)
         model.config.norm_topk_prob = False
-        assert not torch.equal(logits(model), renormalised)
+        assert not torch.equal(logits(model), renormalized)
 
-    def test_more_than_there_are_is_clamped_and_kept(self, model):
+    def test_k_above_the_number_of_experts_is_clamped_and_kept_in_the_config(self, model):
         model.config.num_experts_per_tok = 50
         assert torch.equal(logits(model), logits(model, num_experts_per_tok=4))
         assert model.config.num_experts_per_tok == 50
 
 
-class TestScopes:
-    def test_a_rename_within_a_scope_changes_nothing(self, model):
+class TestOnlyExperts:
+    def test_rename_inside_the_context_changes_nothing(self, model):
         with model.only_experts("public", "math"):
             before = logits(model)
             model.rename_expert("math", "algebra")
             assert torch.equal(logits(model), before)
 
-    def test_an_active_set_is_a_set(self, model):
-        model.config.active_experts = ["code", "public", "math"]  # as a hand-written config.json may have it
+    def test_order_of_active_experts_does_not_matter(self, model):
+        model.config.active_experts = ["code", "public", "math"]  # as in a config.json written by hand
         out = model(random_tokens(2, 9), output_router_logits=True)
         assert out.router_logits[0][:, 3].isneginf().all()
         model.set_active_experts(["public", "math", "code"])
@@ -58,7 +58,7 @@ class TestScopes:
         assert torch.equal(out.logits, again.logits)
         assert torch.equal(out.router_logits[0], again.router_logits[0])
 
-    def test_scopes_narrow_each_other(self, model):
+    def test_nested_contexts_are_intersected(self, model):
         with model.only_experts("public", "math"):
             outer = logits(model)
             with model.only_experts("math", "code"):
@@ -67,47 +67,47 @@ class TestScopes:
         with model.only_experts("math"):
             assert torch.equal(logits(model), inner)
 
-    def test_scope_holds_for_its_own_model_only(self, model):
+    def test_context_applies_to_its_own_model_only(self, model):
         other = tiny_flexmoe("llama", OWNERS, num_experts_per_tok=2)
-        free = logits(other)
+        unrestricted = logits(other)
         with model.only_experts("math"):
-            assert torch.equal(logits(other), free)
+            assert torch.equal(logits(other), unrestricted)
 
-    def test_scope_that_contradicts_the_active_set(self, model):
+    def test_context_that_excludes_all_active_experts(self, model):
         model.set_active_experts(["public"])
         with model.only_experts("math"), pytest.raises(ValueError, match="No expert is allowed"):
             logits(model)
 
-    @pytest.mark.parametrize("names", [(), ("nobody",)])
-    def test_bad_names(self, model, names):
+    @pytest.mark.parametrize("names", [(), ("unknown",)])
+    def test_invalid_names(self, model, names):
         for call in (lambda: model.only_experts(*names), lambda: model.set_active_experts(list(names))):
-            with pytest.raises(ValueError, match=r"name at least one|has not"):
+            with pytest.raises(ValueError, match=r"name at least one|does not have"):
                 call()
 
-    def test_threads_do_not_meet(self, model):
+    def test_threads_are_independent(self, model):
         sets = [("public",), ("math",), ("code", "legal"), ("public", "legal")]
-        alone = []
+        expected = []
         for names in sets:
             with model.only_experts(*names):
-                alone.append(logits(model))
-        wrong = []
+                expected.append(logits(model))
+        failed = []
 
         def run(i):
             for _ in range(25):
                 with model.only_experts(*sets[i]):
-                    if not torch.equal(logits(model), alone[i]):
-                        wrong.append(i)
+                    if not torch.equal(logits(model), expected[i]):
+                        failed.append(i)
 
         threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert wrong == []
+        assert failed == []
 
 
 class TestOutputs:
-    def test_router_logits_have_all_columns(self, model):
+    def test_router_logits_have_a_column_for_each_expert(self, model):
         with model.only_experts("public", "legal"), torch.no_grad():
             out = model(random_tokens(2, 9), output_router_logits=True)
         assert len(out.router_logits) == 2
@@ -118,15 +118,15 @@ class TestOutputs:
         assert out.aux_loss.isfinite()
         assert out.z_loss.isfinite()
 
-    def test_coefficients_reach_the_loss(self, model):
+    def test_coefficients_scale_the_auxiliary_losses(self, model):
         tokens = random_tokens(2, 9)
-        plain = model(tokens, labels=tokens, output_router_logits=True)
+        without = model(tokens, labels=tokens, output_router_logits=True)
         model.config.router_aux_loss_coef, model.config.router_z_loss_coef = 0.5, 0.25
         out = model(tokens, labels=tokens, output_router_logits=True)
-        torch.testing.assert_close(out.loss, plain.loss + 0.5 * out.aux_loss + 0.25 * out.z_loss)
+        torch.testing.assert_close(out.loss, without.loss + 0.5 * out.aux_loss + 0.25 * out.z_loss)
         assert model(tokens, labels=tokens).aux_loss is None
 
-    def test_tuple(self, model):
+    def test_return_dict_false(self, model):
         out = model(random_tokens(2, 9), return_dict=False)
         assert isinstance(out, tuple)
         assert torch.equal(out[0], model(random_tokens(2, 9)).logits)
@@ -137,7 +137,7 @@ class TestOutputs:
         assert len(out.hidden_states) == 3
         torch.testing.assert_close(out.logits[:, 0], logits(model)[:, -1], **TOLERANCES[torch.float32])
 
-    def test_decoder_gives_the_hidden_states_of_the_causal_lm(self, model):
+    def test_flexmoe_model_gives_the_hidden_states_of_the_causal_lm(self, model):
         decoder = FlexMoeModel(model.config)
         decoder.load_state_dict({k: v for k, v in model.state_dict().items() if "lm_head" not in k})
         tokens = random_tokens(2, 9)
@@ -160,27 +160,27 @@ class TestTraining:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         assert trained == {name for name in dict(model.named_parameters()) if ".experts.math." in name}
 
-    def test_trained_expert_that_no_token_reaches_has_gradients(self, model):
+    def test_trained_expert_without_tokens_has_zero_gradients(self, model):
         model.freeze_except("math")
         for block in model.flexmoe_blocks():
             block.router["math"].bias.data.fill_(-1e4)
-        found = gradients(model, random_tokens(2, 9))
-        assert {name for name, p in model.named_parameters() if p.requires_grad} == set(found)
-        assert all(not gradient.any() for gradient in found.values())
+        grads = gradients(model, random_tokens(2, 9))
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == set(grads)
+        assert all(not gradient.any() for gradient in grads.values())
 
     @pytest.mark.parametrize("k", [1, 2, 4])
-    def test_checkpointing_recomputes_with_the_mask_and_k_of_the_first_pass(self, model, k):
+    def test_checkpointing_recomputes_with_the_mask_and_k_of_the_forward_pass(self, model, k):
         tokens = random_tokens(2, 9)
         model.config.router_aux_loss_coef = model.config.router_z_loss_coef = 0.1
         mask = model.expert_mask([["public", "math"], ["code", "legal"]])
-        plain = gradients(model, tokens, expert_mask=mask, num_experts_per_tok=k)
+        expected = gradients(model, tokens, expert_mask=mask, num_experts_per_tok=k)
         enable_checkpointing(model)
         checkpointed = gradients(model, tokens, expert_mask=mask, num_experts_per_tok=k)
-        assert plain.keys() == checkpointed.keys()
-        for name, gradient in plain.items():
+        assert expected.keys() == checkpointed.keys()
+        for name, gradient in expected.items():
             torch.testing.assert_close(checkpointed[name], gradient, msg=name)
 
-    def test_two_masks_under_one_backward(self, model):
+    def test_two_forward_passes_with_different_masks_and_one_backward(self, model):
         enable_checkpointing(model)
         tokens = random_tokens(2, 9)
         first, second = (gradients(model, tokens, expert_mask=model.expert_mask([s, s])) for s in (["math"], ["code"]))
@@ -196,14 +196,14 @@ class TestTraining:
         with pytest.raises(ValueError, match="use_reentrant"):
             enable_checkpointing(model, use_reentrant=True)
 
-    def test_autocast_leaves_the_router_in_float32(self, model):
+    def test_router_is_float32_under_autocast(self, model):
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
             out = model(random_tokens(2, 9), output_router_logits=True)
         assert all(layer.dtype == torch.float32 for layer in out.router_logits)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_compiles_into_one_graph(model, masked):
+def test_model_compiles_without_graph_breaks(model, masked):
     tokens = random_tokens(2, 9)
     kwargs = {"expert_mask": model.expert_mask([["public", "math"], ["code"]])} if masked else {}
     expected = logits(model, tokens, **kwargs)
@@ -211,7 +211,7 @@ def test_compiles_into_one_graph(model, masked):
     torch.testing.assert_close(logits(compiled, tokens, **kwargs), expected, **TOLERANCES[torch.float32])
 
 
-def test_compiled_and_masked_expert_may_hold_nan(model):
+def test_masked_expert_with_nan_in_a_compiled_model(model):
     for block in model.flexmoe_blocks():
         for parameter in block.experts["legal"].parameters():
             parameter.data.fill_(float("nan"))
@@ -220,11 +220,11 @@ def test_compiled_and_masked_expert_may_hold_nan(model):
     assert logits(compiled, expert_mask=mask).isfinite().all()
 
 
-def test_compiled_code_follows_the_active_set_and_refuses_scopes(model):
+def test_compiled_model_follows_the_active_set_and_refuses_only_experts(model):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    everyone = logits(compiled)
+    all_experts = logits(compiled)
     model.set_active_experts(["public", "code"])
     torch.testing.assert_close(logits(compiled), logits(model), **TOLERANCES[torch.float32])
-    assert not torch.allclose(logits(compiled), everyone)
+    assert not torch.allclose(logits(compiled), all_experts)
     with model.only_experts("code"), pytest.raises(Exception, match="cannot see the contexts"):
         logits(compiled)

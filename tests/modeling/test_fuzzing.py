@@ -1,6 +1,6 @@
-"""Hostile expert packages: 200 cases from fixed seeds, each refused in words or without effect (`tests/fuzzing.py`).
+"""Malicious expert packages: 200 cases from fixed seeds, each refused or without effect (`tests/support/fuzzing.py`).
 
-And the judge itself: what he must not let pass. Not here: 2,000 cases (`make soak`).
+Also tests that the harness detects each kind of failure. Does not cover 2,000 cases (`make soak`).
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from flexmoe.modeling import FlexMoeForCausalLM
-from flexmoe.modeling.packages_flexmoe import PackageError
-from tests import fuzzing
-from tests.mutators import MUTATORS
+from flexmoe.packages.package import PackageError
+from tests.support import fuzzing
+from tests.support.mutators import MUTATORS
 
 CASES = 200
 
@@ -24,7 +24,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fuzzing.make_world(tmp_path_factory.mktemp("world"))
 
 
-def test_hostile_packages_are_refused_in_words(world: Path, tmp_path: Path) -> None:
+def test_malicious_packages_are_refused(world: Path, tmp_path: Path) -> None:
     outcomes = fuzzing.run(fuzzing.make_cases(CASES), world, tmp_path)
     assert len(outcomes) == CASES
     assert {outcome.case.mutator for outcome in outcomes} == MUTATORS.keys()
@@ -58,7 +58,7 @@ def hoarding(model: FlexMoeForCausalLM, source: Path) -> None:
     raise PackageError(f"{source}: fault")
 
 
-def another(model: FlexMoeForCausalLM, source: Path) -> str:
+def adding_a_copy(model: FlexMoeForCausalLM, source: Path) -> str:
     return model.add_expert_copy("math")
 
 
@@ -67,24 +67,24 @@ def hanging(model: FlexMoeForCausalLM, source: Path) -> None:
         pass
 
 
-JUDGED: dict[str, tuple[Callable[..., Any], str, str]] = {
-    # what stands in for add_expert, the mutator before it, and the fault
-    "others' errors": (raising(KeyError("layers.0")), "truncation", "KeyError is no error of FlexMoE's"),
-    "errors of the system": (raising(FileNotFoundError(2, "No such file")), "truncation", "no error of FlexMoE's"),
-    "errors from others": (raising(ValueError("bad")), "truncation", "ValueError was raised by others"),
+HARNESS: dict[str, tuple[Callable[..., Any], str, str]] = {
+    # a replacement of add_expert, the mutator before it, and the fault
+    "errors of other libraries": (raising(KeyError("layers.0")), "truncation", "KeyError is not an error of FlexMoE"),
+    "errors of the system": (raising(FileNotFoundError(2, "No such file")), "truncation", "not an error of FlexMoE"),
+    "errors raised elsewhere": (raising(ValueError("bad")), "truncation", "ValueError was raised by another library"),
     "a changed model": (changing, "truncation", "the model changed: ['tensors']"),
-    "a litter": (littering, "truncation", "the disk changed: ['.math.flexmoe-0']"),
-    "a hoard": (hoarding, "truncation", "MB of memory; at most 64 are due"),
-    "a hang": (hanging, "truncation", "OutOfTime is no error"),
-    "a good package": (FlexMoeForCausalLM.add_expert, "index games", ""),
-    "another expert": (another, "index games", "expert 'math' has other tensors"),
-    "what must be refused": (another, "wrong hash", "it was accepted"),
+    "leftover files": (littering, "truncation", "the disk changed: ['.math.flexmoe-0']"),
+    "too much memory": (hoarding, "truncation", "MB of memory; at most 64 are allowed"),
+    "a hang": (hanging, "truncation", "OutOfTime is not an error"),
+    "a valid package": (FlexMoeForCausalLM.add_expert, "invalid index", ""),
+    "another expert": (adding_a_copy, "invalid index", "expert 'math' has other tensors"),
+    "an accepted attack": (adding_a_copy, "wrong hash", "it was accepted"),
 }
 
 
-@pytest.mark.parametrize("case", JUDGED)
-def test_the_judge(case: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    add, mutator, fault = JUDGED[case]
+@pytest.mark.parametrize("case", HARNESS)
+def test_the_harness_detects(case: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add, mutator, fault = HARNESS[case]
     monkeypatch.setattr(fuzzing, "CPU_SECONDS", 0.2)
     monkeypatch.setattr(FlexMoeForCausalLM, "add_expert", add)
     target = fuzzing.Target(world / "llama")
@@ -93,22 +93,22 @@ def test_the_judge(case: str, world: Path, tmp_path: Path, monkeypatch: pytest.M
     assert fuzzing.state_of(target.model) == target.before
 
 
-def test_a_message_names_the_package_and_is_a_paragraph(tmp_path: Path) -> None:
+def test_messages_name_the_package_and_are_readable(tmp_path: Path) -> None:
     for text, fault in {
         "no tensor": "names no file",
-        f"{tmp_path}: {'x' * 5000}": "no paragraph",
-        f"{tmp_path}: \x1b[2J": "no paragraph",
+        f"{tmp_path}: {'x' * 5000}": "not readable",
+        f"{tmp_path}: \x1b[2J": "not readable",
     }.items():
         with pytest.raises(PackageError) as caught:
             raise PackageError(text)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(fuzzing, "_is_raised_by_us", lambda error: True)
+            patch.setattr(fuzzing, "_is_raised_by_flexmoe", lambda error: True)
             assert fault in fuzzing.fault_of(caught.value, tmp_path)
 
 
-def test_a_process_that_dies_is_the_fault_of_its_case_alone(world: Path, tmp_path: Path) -> None:
-    deadly, harmless = (fuzzing.Case(number, "pipe", 0, "add_expert", 0) for number in range(2))
-    deadly = dataclasses.replace(deadly, mutator="no mutator")
-    first, second = fuzzing.run([deadly, harmless], world, tmp_path)
+def test_a_crash_is_the_failure_of_its_case_only(world: Path, tmp_path: Path) -> None:
+    crashing, harmless = (fuzzing.Case(number, "pipe", 0, "add_expert", 0) for number in range(2))
+    crashing = dataclasses.replace(crashing, mutator="no mutator")
+    first, second = fuzzing.run([crashing, harmless], world, tmp_path)
     assert first.fault == "the process hung or died (1)"
     assert not second.fault

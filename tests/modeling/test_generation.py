@@ -1,4 +1,4 @@
-"""Generation with chosen experts, and KV caches that know who filled them."""
+"""Generation with chosen experts, and the cache stamps that refuse a KV cache filled by other experts."""
 
 import copy
 import threading
@@ -37,35 +37,35 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_experts_for_all_is_removal_of_the_others(model, mode):
+def test_experts_for_all_prompts_equal_removal_of_the_others(model, mode):
     tokens = random_tokens(2, 7)
     chosen = generate(model, tokens, experts=["public", "code"], **MODES[mode])
-    everyone = generate(model, tokens, **MODES[mode])
+    all_experts = generate(model, tokens, **MODES[mode])
     model.remove_expert("math")
     model.remove_expert("legal")
     assert torch.equal(generate(model, tokens, **MODES[mode]), chosen)
-    assert not torch.equal(everyone, chosen)
+    assert not torch.equal(all_experts, chosen)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_experts_per_prompt_are_each_prompts_own(model, mode):
+def test_experts_per_prompt_equal_each_prompt_alone(model, mode):
     tokens = random_tokens(2, 7)
     sets = [["public", "code"], ["math"]]
-    together = generate(model, tokens, experts=sets, **MODES[mode])
+    batched = generate(model, tokens, experts=sets, **MODES[mode])
     for row, names in enumerate(sets):
         alone = generate(model, tokens[row, None], experts=names, **MODES[mode])
-        per_prompt = len(together) // 2
-        assert torch.equal(together[row * per_prompt : (row + 1) * per_prompt], alone)
+        per_prompt = len(batched) // 2
+        assert torch.equal(batched[row * per_prompt : (row + 1) * per_prompt], alone)
 
 
-def test_experts_and_the_active_set_are_both_obeyed(model):
+def test_experts_are_intersected_with_the_active_set(model):
     tokens = random_tokens(1, 7)
     expected = generate(model, tokens, experts=["code"])
     model.set_active_experts(["public", "code"])
     assert torch.equal(generate(model, tokens, experts=["code", "math"]), expected)
 
 
-def test_k_of_the_call(model):
+def test_k_as_an_argument(model):
     tokens = random_tokens(1, 7)
     by_call = generate(model, tokens, num_experts_per_tok=1)
     model.config.num_experts_per_tok = 1
@@ -78,7 +78,7 @@ def filled_cache(model, cache=None, **kwargs):
         return model(tokens, past_key_values=cache, use_cache=True, **kwargs).past_key_values
 
 
-def go_on(model, cache, **kwargs):
+def continue_with(model, cache, **kwargs):
     with torch.no_grad():
         return model(random_tokens(2, 1, seed=9), past_key_values=cache, **kwargs).logits
 
@@ -92,69 +92,69 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_cache_of_other_experts_is_refused(model, change):
+def test_cache_filled_by_other_experts_is_refused(model, change):
     cache = filled_cache(model)
-    go_on(model, cache)
+    continue_with(model, cache)
     CHANGES[change](model)
     with pytest.raises(ValueError, match="fresh cache"):
-        go_on(model, cache)
-    go_on(model, DynamicCache(config=model.config))
+        continue_with(model, cache)
+    continue_with(model, DynamicCache(config=model.config))
 
 
-def test_cache_with_another_mask_or_scope_is_refused(model):
-    one = model.expert_mask([["public"], ["math"]])
-    other = model.expert_mask([["math"], ["public"]])
-    cache = filled_cache(model, expert_mask=one)
-    go_on(model, cache, expert_mask=one)
-    for kwargs in ({"expert_mask": other}, {}):
+def test_cache_with_another_mask_or_context_is_refused(model):
+    first = model.expert_mask([["public"], ["math"]])
+    second = model.expert_mask([["math"], ["public"]])
+    cache = filled_cache(model, expert_mask=first)
+    continue_with(model, cache, expert_mask=first)
+    for kwargs in ({"expert_mask": second}, {}):
         with pytest.raises(ValueError, match="fresh cache"):
-            go_on(model, cache, **kwargs)
+            continue_with(model, cache, **kwargs)
     with model.only_experts("math"), pytest.raises(ValueError, match="fresh cache"):
-        go_on(model, cache)
+        continue_with(model, cache)
 
 
-def test_a_rename_keeps_caches_valid_and_a_copy_keeps_its_stamp(model):
+def test_renames_keep_caches_valid_and_copies_keep_the_stamp(model):
     cache = filled_cache(model)
-    twin = copy.deepcopy(cache)
-    expected = go_on(model, cache)
+    copied = copy.deepcopy(cache)
+    expected = continue_with(model, cache)
     model.rename_expert("math", "algebra")
-    assert torch.equal(go_on(model, twin), expected)
+    assert torch.equal(continue_with(model, copied), expected)
     model.remove_expert("algebra")
     with pytest.raises(ValueError, match="fresh cache"):
-        go_on(model, twin)
+        continue_with(model, copied)
 
 
-def test_a_walk_through_a_cache_finds_keys_and_values_only(model):
+def test_cache_holds_no_tensors_but_keys_and_values(model):
     cache = filled_cache(model, expert_mask=model.expert_mask([["public"], ["math"]]))
 
-    def tensors(thing):
-        if isinstance(thing, torch.Tensor):
-            return [thing]
-        inside = (
-            thing if isinstance(thing, list | tuple) else vars(thing).values() if hasattr(thing, "__dict__") else ()
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            return [value]
+        parts = (
+            value if isinstance(value, list | tuple) else vars(value).values() if hasattr(value, "__dict__") else ()
         )
-        return [tensor for part in inside for tensor in tensors(part)]
+        return [tensor for part in parts for tensor in tensors(part)]
 
     assert len(tensors(cache)) == 2 * model.config.num_hidden_layers
 
 
 def test_cache_of_another_model_is_refused(model):
     cache = filled_cache(model)
-    go_on(copy.deepcopy(model), copy.deepcopy(cache))
+    continue_with(copy.deepcopy(model), copy.deepcopy(cache))
     with pytest.raises(ValueError, match="fresh cache"):
-        go_on(tiny_flexmoe("llama", OWNERS, seed=1), cache)
+        continue_with(tiny_flexmoe("llama", OWNERS, seed=1), cache)
 
 
-def test_an_emptied_static_cache_starts_afresh(model):
+def test_reset_static_cache_can_be_filled_again(model):
     cache = filled_cache(model, StaticCache(config=model.config, max_cache_len=16))
     model.remove_expert("math")
     with pytest.raises(ValueError, match="fresh cache"):
-        go_on(model, cache)
+        continue_with(model, cache)
     cache.reset()
     filled_cache(model, cache)
 
 
-def test_generate_refuses_a_cache_of_others(model):
+def test_generate_refuses_a_cache_filled_by_other_experts(model):
     tokens = random_tokens(2, 7)
     cache = DynamicCache(config=model.config)
     generate(model, tokens, past_key_values=cache, experts=["public"])
@@ -163,7 +163,9 @@ def test_generate_refuses_a_cache_of_others(model):
         generate(model, longer, past_key_values=cache, experts=["math"])
 
 
-class Meddler(BaseStreamer):
+class ChangingStreamer(BaseStreamer):
+    """Calls `change` for each generated token."""
+
     def __init__(self, change):
         self.change, self.error = change, None
 
@@ -180,21 +182,38 @@ class Meddler(BaseStreamer):
 def test_changes_while_generating_are_refused(model, change):
     change = {**CHANGES, "rename": lambda model: model.rename_expert("math", "algebra")}[change]
     expected = generate(model, random_tokens(1, 7))
-    meddler = Meddler(lambda: change(model))
-    assert torch.equal(generate(model, random_tokens(1, 7), streamer=meddler), expected)
-    assert "while generate() runs" in str(meddler.error)
+    streamer = ChangingStreamer(lambda: change(model))
+    assert torch.equal(generate(model, random_tokens(1, 7), streamer=streamer), expected)
+    assert "while generate() runs" in str(streamer.error)
     change(model)
+
+
+CALLS = {
+    "add_expert": ["nowhere"],
+    "add_expert_copy": ["news"],
+    "remove_expert": ["math"],
+    "rename_expert": ["math", "algebra"],
+    "replace_expert": ["math", "nowhere"],
+    "set_active_experts": [["public"]],
+}
+
+
+@pytest.mark.parametrize("method", CALLS)
+def test_error_for_a_change_while_generating_names_the_method(model, method):
+    streamer = ChangingStreamer(lambda: getattr(model, method)(*CALLS[method]))
+    generate(model, random_tokens(1, 7), streamer=streamer)
+    assert str(streamer.error).startswith(f"{method} while generate() runs")
 
 
 def test_changes_from_another_thread_while_generating_are_refused(model):
     errors = []
 
-    def meddle():
+    def remove_in_thread():
         thread = threading.Thread(target=lambda: errors.append(_error_of(lambda: model.remove_expert("math"))))
         thread.start()
         thread.join()
 
-    generate(model, random_tokens(1, 7), streamer=Meddler(meddle))
+    generate(model, random_tokens(1, 7), streamer=ChangingStreamer(remove_in_thread))
     assert errors
     assert all(isinstance(error, RuntimeError) for error in errors)
     assert model.expert_names == ["public", *OWNERS]

@@ -1,6 +1,6 @@
-"""Killed while it writes, a command leaves the old folder or the new one: 20 kills, most at points all over its work.
+"""A command that is killed while it writes leaves either the old folder or the new one: 20 kills.
 
-Not here: 200 of them, and the other commands that write folders (`make soak`).
+Does not cover 200 kills, or the other commands that write folders (`make soak`).
 """
 
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import kills
+from tests.support import kills
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux exchanges two folders in one step")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can swap two folders atomically")
 
 COUNTS = {"save_expert": 7, "compose": 7, "graft": 6}
 
@@ -22,5 +22,5 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("command", COUNTS)
 def test_a_kill_leaves_the_old_folder_or_the_new_one(command: str, world: Path, tmp_path: Path) -> None:
-    found = list(kills.kill(command, COUNTS[command], world, tmp_path))
-    assert sum(one.writing for one in found) >= len(found) / 3, found
+    results = list(kills.kill(command, COUNTS[command], world, tmp_path))
+    assert sum(kill.writing for kill in results) >= len(results) / 3, results

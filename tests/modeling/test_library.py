@@ -1,7 +1,7 @@
-"""What the library offers for any causal LM, done to a FlexMoE: attention, embeddings, precision, outputs, export.
+"""Features that transformers offers for any causal LM: attention, embeddings, dtypes, outputs, `torch.export`.
 
-Two anchors stand for the two kinds of block, renormalised or not. Does not cover generation (`test_decoding`,
-`test_generation`), devices (`test_devices`) and training (`test_trainer`).
+Two anchors: one whose routing weights are renormalized, and one whose are not. Does not cover generation
+(`test_decoding`, `test_generation`), devices (`test_devices`) and training (`test_trainer`).
 """
 
 import pytest
@@ -29,7 +29,7 @@ def logits(model, tokens=TOKENS, **kwargs):
 @families
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_every_attention_equals_eager(family, attention, tmp_path):
+def test_attention_implementations_equal_eager(family, attention, tmp_path):
     model_of(family).save_pretrained(tmp_path)
     eager, other = (
         AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name) for name in ("eager", attention)
@@ -45,24 +45,24 @@ def test_every_attention_equals_eager(family, attention, tmp_path):
 
 
 @families
-def test_hidden_states_and_attentions_are_the_anchors(family):
+def test_hidden_states_and_attentions_equal_those_of_the_anchor(family):
     anchor, model = tiny_anchor(family), tiny_flexmoe(family)
     for dense in (anchor, model):
         dense.set_attn_implementation("eager")
-    wanted = {"output_hidden_states": True, "output_attentions": True}
-    theirs, ours = anchor(TOKENS, **wanted), model(TOKENS, **wanted)
+    outputs = {"output_hidden_states": True, "output_attentions": True}
+    theirs, ours = anchor(TOKENS, **outputs), model(TOKENS, **outputs)
     assert [x.shape for x in ours.hidden_states] == [(2, 9, 32)] * 3
     assert [x.shape for x in ours.attentions] == [(2, 4, 9, 9)] * 2
     for name in ("hidden_states", "attentions"):
-        assert all(torch.equal(mine, their) for mine, their in zip(ours[name], theirs[name], strict=True))
+        assert all(torch.equal(our, their) for our, their in zip(ours[name], theirs[name], strict=True))
 
 
 @families
 def test_logits_to_keep(family):
-    model, everything = model_of(family), logits(model_of(family))
-    torch.testing.assert_close(logits(model, logits_to_keep=3), everything[:, -3:], **TOLERANCES[torch.float32])
+    model, all_logits = model_of(family), logits(model_of(family))
+    torch.testing.assert_close(logits(model, logits_to_keep=3), all_logits[:, -3:], **TOLERANCES[torch.float32])
     some = torch.tensor([0, 5])
-    torch.testing.assert_close(logits(model, logits_to_keep=some), everything[:, some], **TOLERANCES[torch.float32])
+    torch.testing.assert_close(logits(model, logits_to_keep=some), all_logits[:, some], **TOLERANCES[torch.float32])
 
 
 @families
@@ -71,11 +71,11 @@ def test_half_precision(family, dtype, tmp_path):
     model = model_of(family)
     model.save_pretrained(tmp_path)
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
-    made = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-    for each in (half, made):
+    from_config = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    for each in (half, from_config):
         dtypes = {".router." in name: parameter.dtype for name, parameter in each.named_parameters()}
         assert dtypes == {True: torch.float32, False: dtype}
-    # the weights themselves are rounded, not only the products
+    # the weights are rounded, too, not only the products
     torch.testing.assert_close(logits(half).float(), logits(model), rtol=0.1, atol=0.05)
     half(TOKENS, labels=TOKENS, output_router_logits=True).loss.backward()
     assert {p.grad.dtype for p in half.parameters() if p.grad is not None} == {dtype, torch.float32}
@@ -90,7 +90,7 @@ def with_tied_head(family: str, experts: tuple[str, ...] = OWNERS) -> FlexMoeFor
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2", "gpt2"])
-def test_tied_head_stays_tied(family, tmp_path):
+def test_tied_head_is_kept(family, tmp_path):
     model = with_tied_head(family)
     assert model.config.tie_word_embeddings
     model.resize_token_embeddings(VOCABULARY + 5)
@@ -121,12 +121,12 @@ def test_resized_embeddings(family, size, tmp_path):
 
 
 @families
-def test_export_with_shapes_left_open(family):
+def test_export_with_dynamic_shapes(family):
     model = tiny_flexmoe(family, ["math"], num_experts_per_tok=1)
     mask = model.expert_mask([["public", "math"], ["math"]])
-    open_shape = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    dynamic = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     example = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "expert_mask": mask, "use_cache": False}
-    shapes = {"input_ids": open_shape, "attention_mask": open_shape, "expert_mask": {0: torch.export.Dim.AUTO}}
+    shapes = {"input_ids": dynamic, "attention_mask": dynamic, "expert_mask": {0: torch.export.Dim.AUTO}}
     exported = torch.export.export(model, (), example, dynamic_shapes={**shapes, "use_cache": None}).module()
     for tokens, rows in ((TOKENS, [0, 1]), (random_tokens(3, 14), [1, 0, 1])):
         inputs = {"attention_mask": torch.ones_like(tokens), "expert_mask": mask[rows], "use_cache": False}

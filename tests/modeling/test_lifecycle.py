@@ -1,4 +1,4 @@
-"""Experts come, go, change places and names, on a live model; what fails leaves no trace."""
+"""Adding, removing, replacing and renaming experts of a loaded model; calls that fail change nothing."""
 
 import copy
 import hashlib
@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexmoe.modeling import ExpertPackage, FlexMoeConfig, FlexMoeForCausalLM
+from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
+from flexmoe.packages.package import ExpertPackage
 from flexmoe.testing import ANCHOR_CONFIGS, perturb_expert, random_tokens, tiny_flexmoe
-from tests.mutators.packages import read_file, read_tensors, write_file, write_tensors
+from tests.support.mutators.packages import read_file, read_tensors, write_file, write_tensors
 
 OWNERS = ("math", "code", "legal")
 FINGERPRINT = {"repo": "org/anchor", "revision": "abc", "fingerprint": "f" * 64, "model_type": "llama"}
@@ -28,11 +29,11 @@ def snapshot(model: FlexMoeForCausalLM) -> tuple:
 
 
 def assert_unchanged(model: FlexMoeForCausalLM, before: tuple) -> None:
-    config, names, state, was = before
+    config, names, state, expected = before
     assert model.config.to_dict() == config
     assert list(model.state_dict()) == names
     assert all(torch.equal(model.state_dict()[name], state[name]) for name in names)
-    assert torch.equal(logits(model), was)
+    assert torch.equal(logits(model), expected)
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def model() -> FlexMoeForCausalLM:
 
 
 @pytest.mark.parametrize("family", ANCHOR_CONFIGS)
-def test_a_saved_expert_is_the_same_elsewhere(family, tmp_path):
+def test_saved_expert_gives_the_same_model_when_added(family, tmp_path):
     model, empty = tiny_flexmoe(family, OWNERS), tiny_flexmoe(family)
     for name in OWNERS:
         assert empty.add_expert(model.save_expert(name, tmp_path / name)) == name
@@ -49,19 +50,19 @@ def test_a_saved_expert_is_the_same_elsewhere(family, tmp_path):
     assert torch.equal(logits(empty), logits(model))
 
 
-def test_what_a_package_says_travels_with_the_expert(model, tmp_path):
+def test_manifest_is_kept_by_add_and_save(model, tmp_path):
     model.save_expert("math", tmp_path / "a", license="cc-by-4.0", data_statement="Proofs.", version="2.1.0")
-    bare = tiny_flexmoe("llama", anchor=FINGERPRINT)
-    bare.add_expert(tmp_path / "a", name="algebra")
-    bare.save_expert("algebra", tmp_path / "b")
-    one, other = (ExpertPackage.open(tmp_path / folder).manifest for folder in "ab")
-    assert other.name == "algebra"
-    assert {**one.to_dict(), "name": "algebra"} == other.to_dict()
-    assert one.ffn == {"class": "LlamaMLP", "hidden": 32, "intermediate": [64, 64]}
-    assert one.anchor == FINGERPRINT
+    other = tiny_flexmoe("llama", anchor=FINGERPRINT)
+    other.add_expert(tmp_path / "a", name="algebra")
+    other.save_expert("algebra", tmp_path / "b")
+    first, second = (ExpertPackage.open(tmp_path / folder).manifest for folder in "ab")
+    assert second.name == "algebra"
+    assert {**first.to_dict(), "name": "algebra"} == second.to_dict()
+    assert first.ffn == {"class": "LlamaMLP", "hidden": 32, "intermediate": [64, 64]}
+    assert first.anchor == FINGERPRINT
 
 
-def test_order_is_the_order_of_adding(model, tmp_path):
+def test_experts_are_in_the_order_of_adding(model, tmp_path):
     packages = {name: model.save_expert(name, tmp_path / name) for name in OWNERS}
     other = tiny_flexmoe("llama", anchor=FINGERPRINT)
     for name in ("legal", "math", "code"):
@@ -69,7 +70,7 @@ def test_order_is_the_order_of_adding(model, tmp_path):
     assert other.expert_names == ["public", "legal", "math", "code"]
 
 
-def test_replace_keeps_place_and_name(model, tmp_path):
+def test_replace_keeps_position_and_name(model, tmp_path):
     other = tiny_flexmoe("llama", ["code"], anchor=FINGERPRINT)
     perturb_expert(other, "code", seed=5)
     package = other.save_expert("code", tmp_path / "new", version="2.0.0")
@@ -81,7 +82,7 @@ def test_replace_keeps_place_and_name(model, tmp_path):
     assert torch.equal(block.router["math"].weight, theirs.router["code"].weight)
 
 
-def test_rename_changes_no_logit_and_no_place(model):
+def test_rename_keeps_logits_and_position(model):
     model.set_active_experts(["public", "code"])
     before = logits(model)
     model.rename_expert("code", "programs")
@@ -92,13 +93,26 @@ def test_rename_changes_no_logit_and_no_place(model):
     assert torch.equal(logits(model), before)
 
 
-def test_remove_takes_the_name_out_of_the_active_set(model):
+def test_serials_identify_experts_across_renames_but_not_replacements(model, tmp_path):
+    package = model.save_expert("math", tmp_path / "math")
+    before = {name: model.serial_of(name) for name in model.expert_names}
+    model.add_expert_copy("news")
+    model.add_expert(package, name="algebra")
+    model.replace_expert("math", package)
+    model.rename_expert("code", "programs")
+    after = {name: model.serial_of(name) for name in model.expert_names}
+    assert after["programs"] == before["code"]
+    assert after["math"] != before["math"]
+    assert len(set(after.values()) | {before["math"], None}) == len(after) + 2
+
+
+def test_remove_updates_the_active_set(model):
     model.set_active_experts(["public", "code", "math"])
     model.remove_expert("code")
     assert model.active_experts == ["public", "math"]
 
 
-def test_added_experts_take_the_dtype_and_mode_of_the_model(model, tmp_path):
+def test_added_experts_have_the_dtype_and_mode_of_the_model(model, tmp_path):
     package = model.save_expert("math", tmp_path / "math")
     other = tiny_flexmoe("llama", anchor=FINGERPRINT).to(torch.bfloat16).train()
     other.add_expert(package)
@@ -107,7 +121,7 @@ def test_added_experts_take_the_dtype_and_mode_of_the_model(model, tmp_path):
     assert block.experts["math"].training
 
 
-def test_copy_of_public_starts_as_public(model):
+def test_copy_of_public_has_its_weights(model):
     model.add_expert_copy("news")
     for block in model.flexmoe_blocks():
         for (name, value), public in zip(
@@ -118,14 +132,14 @@ def test_copy_of_public_starts_as_public(model):
         assert not block.router["news"].weight.any()
 
 
-BAD_NAMES = ["", "Math", "1math", "a--b", "math", "public", "keys", "default", "base_layer", "x" * 65, "a.b"]
+INVALID_NAMES = ["", "Math", "1math", "a--b", "math", "public", "keys", "default", "base_layer", "x" * 65, "a.b"]
 
 
-@pytest.mark.parametrize("name", BAD_NAMES)
-def test_bad_names_change_nothing(model, tmp_path, name):
+@pytest.mark.parametrize("name", INVALID_NAMES)
+def test_invalid_names_change_nothing(model, tmp_path, name):
     package = model.save_expert("math", tmp_path / "math")
     before = snapshot(model)
-    if name:  # an empty name means the package's own
+    if name:  # an empty name stands for the package's own
         with pytest.raises(ValueError, match=r"name|already"):
             model.add_expert(package, name=name)
     for call in (model.add_expert_copy, lambda new: model.rename_expert("code", new)):
@@ -135,8 +149,8 @@ def test_bad_names_change_nothing(model, tmp_path, name):
 
 
 @pytest.mark.parametrize("call", ["remove_expert", "rename_expert", "replace_expert", "save_expert"])
-@pytest.mark.parametrize("name", ["public", "nobody"])
-def test_public_and_strangers_cannot_be_changed(model, tmp_path, call, name):
+@pytest.mark.parametrize("name", ["public", "unknown"])
+def test_public_and_unknown_experts_are_refused(model, tmp_path, call, name):
     arguments = {"remove_expert": ()}.get(call, (str(tmp_path / "somewhere"),))
     before = snapshot(model)
     with pytest.raises(ValueError, match=r"cannot be|no expert"):
@@ -144,10 +158,10 @@ def test_public_and_strangers_cannot_be_changed(model, tmp_path, call, name):
     assert_unchanged(model, before)
 
 
-def test_the_only_active_expert_stays(model):
+def test_the_only_active_expert_cannot_be_removed(model):
     model.set_active_experts(["math"])
     before = snapshot(model)
-    with pytest.raises(ValueError, match="only active expert"):
+    with pytest.raises(ValueError, match="no active expert is left"):
         model.remove_expert("math")
     assert_unchanged(model, before)
 
@@ -173,7 +187,7 @@ def _other_hidden_size(folder, tmp_path):
     return narrow.save_expert("math", tmp_path / "narrow")
 
 
-def _last_bit(folder, tmp_path):
+def _flipped_bit(folder, tmp_path):
     path = folder / "expert.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -181,13 +195,13 @@ def _last_bit(folder, tmp_path):
     return folder
 
 
-def _hole(folder, tmp_path):
-    """A tensor of 1 TB that takes no room on the disk, and would in memory."""
-    path, grown = folder / "expert.safetensors", "layers.1.ffn.up_proj.weight"
-    write_tensors(path, sorted(read_tensors(path), key=lambda tensor: tensor.name == grown))  # the last one
+def _sparse_file(folder, tmp_path):
+    """A tensor of 1 TB in a sparse file, which takes no disk space but would not fit into memory."""
+    path, name = folder / "expert.safetensors", "layers.1.ffn.up_proj.weight"
+    write_tensors(path, sorted(read_tensors(path), key=lambda tensor: tensor.name == name))  # the last one
     header, data = read_file(path)
-    begin, _ = header[grown]["data_offsets"]
-    header[grown] |= {"shape": [1 << 38], "data_offsets": [begin, begin + (1 << 40)]}
+    begin, _ = header[name]["data_offsets"]
+    header[name] |= {"shape": [1 << 38], "data_offsets": [begin, begin + (1 << 40)]}
     write_file(path, header, data[:begin])
     os.truncate(path, path.stat().st_size + (1 << 40))
     return folder
@@ -206,43 +220,43 @@ def _too_large(name):
     return make
 
 
-UNFIT = {
+UNSUITABLE = {
     "another anchor": (_other_fingerprint, "f{64}|a{64}"),
     "another hidden size": (_other_hidden_size, r"shape"),
     "fewer layers": (_edit_manifest(layers=[0]), r"layer"),
     "unknown kind": (_edit_manifest(kind="sparse"), r"kind"),
-    "a flipped bit": (_last_bit, r"SHA-256"),
-    "a hole": (_hole, r"up_proj.weight has shape \[274877906944\]"),
-    "a number too large": (_too_large("layers.1.ffn.up_proj.weight"), "up_proj.weight' holds numbers too large"),
-    "a number too large in a row": (_too_large("layers.1.router.weight"), "router.weight' holds numbers too large"),
+    "a flipped bit": (_flipped_bit, r"SHA-256"),
+    "a sparse file": (_sparse_file, r"up_proj.weight has shape \[274877906944\]"),
+    "a value too large": (_too_large("layers.1.ffn.up_proj.weight"), "up_proj.weight' holds numbers too large"),
+    "a value too large in a row": (_too_large("layers.1.router.weight"), "router.weight' holds numbers too large"),
 }
 
 
-@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize("case", UNSUITABLE)
 @pytest.mark.parametrize("call", ["add_expert", "replace_expert"])
-def test_packages_that_do_not_fit_change_nothing(model, tmp_path, case, call):
-    spoil, words = UNFIT[case]
-    folder = spoil(model.save_expert("math", tmp_path / "math"), tmp_path)
+def test_unsuitable_packages_change_nothing(model, tmp_path, case, call):
+    make, message = UNSUITABLE[case]
+    folder = make(model.save_expert("math", tmp_path / "math"), tmp_path)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=words) as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         model.add_expert(folder, name="news") if call == "add_expert" else model.replace_expert("code", folder)
     assert str(folder) in str(caught.value)
     assert_unchanged(model, before)
 
 
-def test_a_name_that_is_taken_names_the_package(model, tmp_path):
+def test_error_for_an_existing_name_names_the_package(model, tmp_path):
     folder = model.save_expert("math", tmp_path / "math")
     with pytest.raises(ValueError, match="has an expert 'math' already") as caught:
         model.add_expert(folder)
     assert str(folder) in str(caught.value)
 
 
-def test_missing_package_says_so(model, tmp_path):
+def test_missing_package_is_refused(model, tmp_path):
     with pytest.raises(FileNotFoundError):
         model.add_expert(tmp_path / "nowhere")
 
 
-def test_saving_over_something_needs_to_be_said(model, tmp_path):
+def test_overwriting_a_package_needs_overwrite(model, tmp_path):
     folder = model.save_expert("math", tmp_path / "math")
     with pytest.raises(FileExistsError):
         model.save_expert("code", folder)
@@ -251,7 +265,7 @@ def test_saving_over_something_needs_to_be_said(model, tmp_path):
     assert ExpertPackage.open(folder).manifest.name == "code"
 
 
-def test_an_adapter_around_an_expert_is_not_saved_as_the_expert(model, tmp_path):
+def test_expert_with_a_replaced_layer_is_not_saved(model, tmp_path):
     block = model.flexmoe_blocks()[0]
     block.experts["math"].up_proj = torch.nn.Sequential(block.experts["math"].up_proj)
     with pytest.raises(ValueError, match="adapter"):

@@ -1,4 +1,4 @@
-"""Checkpoints: both classes and the Auto classes load them, everything comes back, nothing is silently missing."""
+"""Checkpoints: loading with both classes and the Auto classes, round trips, and checkpoints that are refused."""
 
 import json
 
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import flexmoe
 from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, find_ffn_sites
-from flexmoe.modeling.identity_flexmoe import live_fingerprint
+from flexmoe.modeling.fingerprint_flexmoe import live_fingerprint
 from flexmoe.testing import ANCHOR_CONFIGS, random_tokens, realigned, tiny_anchor, tiny_flexmoe
 
 OWNERS = ("math", "code-2")
@@ -41,7 +41,7 @@ def test_both_classes_load_the_same_checkpoint(family, tmp_path):
 
 
 @families
-def test_a_decoders_checkpoint_loads_as_a_causal_lm_but_for_an_untied_head(family, tmp_path):
+def test_checkpoint_of_flexmoe_model_loads_as_a_causal_lm_without_an_untied_head(family, tmp_path):
     model = tiny_flexmoe(family, OWNERS)
     model.save_pretrained(tmp_path / "causal")
     AutoModel.from_pretrained(tmp_path / "causal").save_pretrained(tmp_path / "decoder")
@@ -53,7 +53,7 @@ def test_a_decoders_checkpoint_loads_as_a_causal_lm_but_for_an_untied_head(famil
         assert name in head or torch.equal(value, model.state_dict()[name])
 
 
-def test_everything_in_the_config_comes_back(tmp_path):
+def test_config_round_trip(tmp_path):
     records = ["public", {"name": "math", "version": "2.0.0", "license": "mit", "training": {"tokens": 5}}, "code-2"]
     model = tiny_flexmoe("olmo2")
     config = flexmoe.FlexMoeConfig(
@@ -72,11 +72,11 @@ def test_everything_in_the_config_comes_back(tmp_path):
     for key in ("experts", "active_experts", "num_experts_per_tok", "norm_topk_prob", "anchor", "public_sample"):
         assert getattr(again, key) == getattr(config, key), key
     assert again.router_aux_loss_coef == 0.01
-    ignored = {"dtype": None, "architectures": None}  # filled in by saving
+    ignored = {"dtype": None, "architectures": None}  # set by saving
     assert {**again.anchor_config.to_dict(), **ignored} == {**model.config.anchor_config.to_dict(), **ignored}
 
 
-def test_the_donors_config_is_left_alone():
+def test_config_of_the_dense_model_is_not_changed():
     anchor = tiny_anchor("llama")
     before = logits(anchor), anchor.config.to_dict(), anchor.config._attn_implementation
     FlexMoeForCausalLM(flexmoe.FlexMoeConfig(anchor_config=anchor.config))
@@ -85,7 +85,7 @@ def test_the_donors_config_is_left_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rows_stay_float32_when_the_rest_is_cast(tmp_path, dtype):
+def test_router_rows_stay_float32_in_half_precision(tmp_path, dtype):
     model = tiny_flexmoe("llama", OWNERS)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -97,15 +97,15 @@ def test_rows_stay_float32_when_the_rest_is_cast(tmp_path, dtype):
 
 
 def edit(folder, change_tensors=None, change_config=None):
-    """Changes a checkpoint of one file or of several; an index then lists what is there."""
+    """Changes a checkpoint, and updates its index if it is sharded."""
     if change_tensors:
-        where = {}
+        weight_map = {}
         for file in folder.glob("*.safetensors"):
             tensors = change_tensors(load_file(file))
             save_file(tensors, file, metadata={"format": "pt"})
-            where |= dict.fromkeys(tensors, file.name)
+            weight_map |= dict.fromkeys(tensors, file.name)
         if (index := folder / "model.safetensors.index.json").exists():
-            index.write_text(json.dumps({**json.loads(index.read_text()), "weight_map": where}))
+            index.write_text(json.dumps({**json.loads(index.read_text()), "weight_map": weight_map}))
     if change_config:
         path = folder / "config.json"
         path.write_text(json.dumps(change_config(json.loads(path.read_text()))))
@@ -132,23 +132,26 @@ DAMAGE = {
     "one matrix": ({"change_tensors": without(NARROW)}, rf"lacks tensors of .*\['math'\].*{NARROW}"),
     "a router row": ({"change_tensors": without("layers.0.mlp.router.code-2.")}, r"lacks tensors of .*\['code-2'\]"),
     "public's network": ({"change_tensors": without(".experts.public.")}, r"lacks tensors of .*\['public'\]"),
-    "a name in the config": ({"change_config": with_experts("public", "math")}, r"\['code-2'\], which .* not name"),
-    "a stranger in the config": (
+    "no name in the config": ({"change_config": with_experts("public", "math")}, r"\['code-2'\], which .* not name"),
+    "an unknown name in the config": (
         {"change_config": with_experts("public", *OWNERS, "zoology")},
         r"lacks tensors of .*\['zoology'\]",
     ),
-    "another name in the config": (
+    "another name instead of one in the config": (
         {"change_config": with_experts("public", "math", "zoology")},
         r"lacks tensors of .*\['zoology'\]",
     ),
-    "an active stranger in the config": (
+    "an unknown active name in the config": (
         {"change_config": lambda config: {**config, "active_experts": ["public", "zoology"]}},
         r"active_experts names \['zoology'\]",
     ),
-    "a narrower matrix": ({"change_tensors": narrowed(NARROW)}, r"has shape \[64, 31\], the config says \[64, 32\]"),
+    "a narrower matrix": (
+        {"change_tensors": narrowed(NARROW)},
+        r"has shape \[64, 31\], the config requires \[64, 32\]",
+    ),
     "a narrower row": (
         {"change_tensors": narrowed("layers.0.mlp.router.math.weight")},
-        r"has shape \[1, 31\], the config says \[1, 32\]",
+        r"has shape \[1, 31\], the config requires \[1, 32\]",
     ),
 }
 
@@ -156,17 +159,17 @@ DAMAGE = {
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("cls", [FlexMoeForCausalLM, FlexMoeModel])
-def test_config_and_tensors_that_disagree_are_refused(tmp_path, damage, cls, sharded):
-    changes, words = DAMAGE[damage]
+def test_mismatch_of_config_and_tensors_is_refused(tmp_path, damage, cls, sharded):
+    changes, message = DAMAGE[damage]
     tiny_flexmoe("llama", OWNERS).save_pretrained(tmp_path, **({"max_shard_size": "60KB"} if sharded else {}))
     assert (len(list(tmp_path.glob("*.safetensors"))) > 2) == sharded
     edit(tmp_path, **changes)
     for ignore in (False, True):
-        with pytest.raises((ValueError, StrictDataclassError), match=words):
+        with pytest.raises((ValueError, StrictDataclassError), match=message):
             cls.from_pretrained(tmp_path, ignore_mismatched_sizes=ignore)
 
 
-def test_other_shapes_outside_of_experts_are_refused_unless_asked_for(tmp_path):
+def test_mismatched_sizes_outside_experts_need_ignore_mismatched_sizes(tmp_path):
     tiny_flexmoe("llama", OWNERS).save_pretrained(tmp_path)
     edit(tmp_path, change_tensors=narrowed("self_attn.o_proj"))
     with pytest.raises(RuntimeError, match=r"has shape \[32, 31\], .* \[32, 32\] \(and 1 more\).*at random"):
@@ -176,14 +179,14 @@ def test_other_shapes_outside_of_experts_are_refused_unless_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("cls", [FlexMoeForCausalLM, FlexMoeModel, flexmoe.FlexMoeConfig])
-def test_a_dense_checkpoint_is_not_a_flexmoe(tmp_path, cls):
+def test_dense_checkpoint_is_refused(tmp_path, cls):
     tiny_anchor("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"'llama' model, not of a FlexMoE\. .*flexmoe\.graft"):
         cls.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "message"),
     [
         ({"experts": ["math"]}, "first expert"),
         ({"experts": ["public", "math", "math"]}, "must differ"),
@@ -194,17 +197,17 @@ def test_a_dense_checkpoint_is_not_a_flexmoe(tmp_path, cls):
         ({"anchor_config": {"model_type": "nothing"}}, "does not know"),
     ],
 )
-def test_configs_that_make_no_sense_say_why(fields, words):
-    with pytest.raises((ValueError, StrictDataclassError), match=words):
+def test_invalid_configs_are_refused(fields, message):
+    with pytest.raises((ValueError, StrictDataclassError), match=message):
         flexmoe.FlexMoeConfig(**fields)
 
 
-def test_experts_that_are_no_list_are_refused():
+def test_experts_must_be_a_list():
     with pytest.raises((TypeError, StrictDataclassError)):
         flexmoe.FlexMoeConfig(experts="public")
 
 
-UNFIT_ANCHORS = {
+UNSUPPORTED_ANCHORS = {
     "mixtral": "mixture of experts already",
     "olmoe": "mixture of experts already",
     "flex_olmo": "mixture of experts already",
@@ -214,25 +217,25 @@ UNFIT_ANCHORS = {
 }
 
 
-@pytest.mark.parametrize("model_type", UNFIT_ANCHORS)
-def test_models_that_cannot_be_an_anchor_say_why(model_type):
+@pytest.mark.parametrize("model_type", UNSUPPORTED_ANCHORS)
+def test_unsupported_anchors_are_refused(model_type):
     config = AutoConfig.for_model(model_type)
-    with pytest.raises(UnsupportedAnchorError, match=UNFIT_ANCHORS[model_type]):
+    with pytest.raises(UnsupportedAnchorError, match=UNSUPPORTED_ANCHORS[model_type]):
         flexmoe.modeling.build_on_meta(config)
 
 
 @families
-def test_names_go_both_ways(family):
+def test_tensor_names_map_both_ways(family):
     anchor = tiny_anchor(family)
     model = tiny_flexmoe(family, OWNERS)
     dense, ours = set(anchor.state_dict()), set(model.state_dict())
     names = flexmoe.modeling.NameMap(find_ffn_sites(anchor))
     assert {names.to_flexmoe(name) for name in dense} <= ours
     assert {names.to_dense(names.to_flexmoe(name)) for name in dense} == dense
-    others = ours - {names.to_flexmoe(name) for name in dense}
-    assert others
-    assert all(".router." in name or ".experts.math." in name or ".experts.code-2." in name for name in others)
-    assert {names.to_dense(name) for name in others} == {None}
+    added = ours - {names.to_flexmoe(name) for name in dense}
+    assert added
+    assert all(".router." in name or ".experts.math." in name or ".experts.code-2." in name for name in added)
+    assert {names.to_dense(name) for name in added} == {None}
 
 
 class TestModifiedAnchor:
@@ -242,7 +245,7 @@ class TestModifiedAnchor:
         model.config.anchor = {"repo": "org/a", "revision": "1", "fingerprint": fingerprint, "dtype": dtype, **anchor}
         return model, fingerprint
 
-    def test_untouched_keeps_its_fingerprint(self, tmp_path, caplog):
+    def test_unmodified_anchor_keeps_its_fingerprint(self, tmp_path, caplog):
         model, fingerprint = self.graft()
         model.remove_expert("math")
         model.save_pretrained(tmp_path)
@@ -250,7 +253,7 @@ class TestModifiedAnchor:
         assert "modified" not in caplog.text
 
     @pytest.mark.parametrize("part", ["embed_tokens", "experts.public.up_proj", "lm_head"])
-    def test_modified_says_so_and_refuses_the_experts_of_the_original(self, tmp_path, caplog, part):
+    def test_modified_anchor_warns_and_refuses_experts_of_the_original(self, tmp_path, caplog, part):
         model, fingerprint = self.graft()
         package = model.save_expert("math", tmp_path / "math")
         parameter = next(p for name, p in model.named_parameters() if part in name)
@@ -263,7 +266,7 @@ class TestModifiedAnchor:
         with pytest.raises(ValueError, match="another anchor"):
             again.add_expert(package, name="news")
 
-    def test_a_cast_is_no_modification(self, tmp_path):
+    def test_cast_is_not_a_modification(self, tmp_path):
         model, fingerprint = self.graft()
         model.to(torch.bfloat16).save_pretrained(tmp_path)
         assert AutoConfig.from_pretrained(tmp_path).anchor["fingerprint"] == fingerprint

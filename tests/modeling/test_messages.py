@@ -1,7 +1,7 @@
-"""A plain session with a FlexMoE says nothing that its user can't act on: no warning, no log line.
+"""Ordinary use of a FlexMoE prints no warning and no log line.
 
-It runs in a process of its own, because the library says many things only once. Does not cover what is said on purpose
-(a modified anchor, in `test_loading`; adapters that take several owners' modules, in `test_adapters`).
+Runs in a new process, because transformers logs many messages only once. Does not cover intended warnings (a modified
+anchor, in `test_loading`; adapters on several owners, in `test_adapters`).
 """
 
 import os
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SESSION = """
+PROGRAM = """
 import sys
 from pathlib import Path
 
@@ -38,10 +38,10 @@ model = AutoModelForCausalLM.from_pretrained(folder / "model")
 tokenizer = AutoTokenizer.from_pretrained(folder / "model")
 prompt = tokenizer("Find x: x", return_tensors="pt")
 options = {"max_new_tokens": 3}
-for way in ({}, {"do_sample": True}, {"num_beams": 2}, {"cache_implementation": "static"}, {"experts": ["public"]}):
-    model.generate(**prompt, **options, **way)
-speaker = pipeline("text-generation", model=str(folder / "model"), device="cpu")
-speaker(["Find", "x"], batch_size=2, **options)
+for mode in ({}, {"do_sample": True}, {"num_beams": 2}, {"cache_implementation": "static"}, {"experts": ["public"]}):
+    model.generate(**prompt, **options, **mode)
+generator = pipeline("text-generation", model=str(folder / "model"), device="cpu")
+generator(["Find", "x"], batch_size=2, **options)
 pipeline("feature-extraction", model=str(folder / "model"), device="cpu")("Find")
 
 model.freeze_except("math")
@@ -56,20 +56,20 @@ model.save_pretrained(folder / "again")
 """
 
 
-# What other libraries say when they are imported, whatever the model: a pattern, and who says it.
-OF_OTHERS = {
-    r"^Failed to load \S*torchao": "torchao, of kernels for GPUs that are not there",
-    r"torch/utils/_pytree\.py.* is an Enum subclass": "torch, of enumerations in torchao",
-    r"^Skipping import of cpp extensions": "torchao, of a torch that is older than its kernels",
+# Messages of other libraries that do not depend on the model: a pattern, and the library.
+FROM_LIBRARIES = {
+    r"^Failed to load \S*torchao": "torchao, about kernels for missing GPUs",
+    r"torch/utils/_pytree\.py.* is an Enum subclass": "torch, about enumerations in torchao",
+    r"^Skipping import of cpp extensions": "torchao, with a torch that is older than its kernels",
     r"generation-related arguments|Both `max_new_tokens`|clean_up_tokenization": "transformers 5.17's text pipeline",
 }
 
 
-def test_a_plain_session_is_silent(tmp_path: Path) -> None:
-    quiet = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    session = subprocess.run(
-        [sys.executable, "-c", SESSION, str(tmp_path)], env=quiet, capture_output=True, text=True, timeout=300
+def test_ordinary_use_prints_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
     )
-    assert session.returncode == 0, session.stderr
-    ours = [line for line in session.stderr.splitlines() if not any(re.search(said, line) for said in OF_OTHERS)]
-    assert ours == []
+    assert process.returncode == 0, process.stderr
+    lines = process.stderr.splitlines()
+    assert [line for line in lines if not any(re.search(pattern, line) for pattern in FROM_LIBRARIES)] == []

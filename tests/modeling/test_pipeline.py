@@ -29,10 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_it_says_what_generate_says(folder: Path) -> None:
-    speaker = pipeline("text-generation", model=str(folder), device="cpu")
-    assert isinstance(speaker.model, FlexMoeForCausalLM)
-    (answer,) = speaker(PROMPT, return_full_text=False, **OPTIONS)
+def test_pipeline_equals_generate(folder: Path) -> None:
+    generator = pipeline("text-generation", model=str(folder), device="cpu")
+    assert isinstance(generator.model, FlexMoeForCausalLM)
+    (answer,) = generator(PROMPT, return_full_text=False, **OPTIONS)
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(PROMPT, return_tensors="pt")
@@ -41,8 +41,8 @@ def test_it_says_what_generate_says(folder: Path) -> None:
 
 
 def test_several_prompts_and_a_choice_of_experts(folder: Path) -> None:
-    speaker = pipeline("text-generation", model=str(folder), device="cpu")
-    alone = [speaker(text, experts=["public"], **OPTIONS)[0]["generated_text"] for text in (PROMPT, "2")]
-    together = speaker([PROMPT, "2"], experts=["public"], batch_size=2, **OPTIONS)
-    assert [answers[0]["generated_text"] for answers in together] == alone
-    assert speaker(PROMPT, **OPTIONS)[0]["generated_text"] != alone[0]
+    generator = pipeline("text-generation", model=str(folder), device="cpu")
+    one_by_one = [generator(text, experts=["public"], **OPTIONS)[0]["generated_text"] for text in (PROMPT, "2")]
+    batched = generator([PROMPT, "2"], experts=["public"], batch_size=2, **OPTIONS)
+    assert [answers[0]["generated_text"] for answers in batched] == one_by_one
+    assert generator(PROMPT, **OPTIONS)[0]["generated_text"] != one_by_one[0]

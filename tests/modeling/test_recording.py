@@ -1,6 +1,6 @@
-"""What is recorded, compiled or as a CUDA graph, waits for nothing on the device and copies nothing to it.
+"""A forward pass that is compiled or captured as a CUDA graph does not synchronize with the device.
 
-On a CPU: nobody waits there, so it is told by the operations that would make one wait.
+On a CPU, where nothing synchronizes: the test looks for operations that would.
 """
 
 import pytest
@@ -8,69 +8,75 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from flexmoe.modeling.context_flexmoe import is_recording, rehearsal
-from flexmoe.modeling.selection_flexmoe import select_experts
+from flexmoe.modeling.masking_flexmoe import is_capturing, select_experts, warmup
 from flexmoe.testing import random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code", "legal")
 LOW_RANK = {"name": "thin", "kind": "low_rank", "rank": [2, 2]}
 aten = torch.ops.aten
-WAITING = {aten._local_scalar_dense, aten.nonzero, aten.lift_fresh, aten.masked_select, aten.bincount, aten.equal}
+SYNCHRONIZING = {
+    aten._local_scalar_dense,
+    aten.nonzero,
+    aten.lift_fresh,
+    aten.masked_select,
+    aten.bincount,
+    aten.equal,
+}
 
 
-class Watch(TorchDispatchMode):
-    """Lists which operations would wait for the device, or for a copy of numbers that the host has made."""
+class Synchronizations(TorchDispatchMode):
+    """Lists operations that would wait for the device, or for a copy of numbers from the host."""
 
     def __init__(self):
         super().__init__()
-        self.waited = []
+        self.operations = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in WAITING or (func.overloadpacket is aten.index and made_by_host(args[1])):
-            self.waited.append(str(func))
+        if func.overloadpacket in SYNCHRONIZING or (func.overloadpacket is aten.index and from_host(args[1])):
+            self.operations.append(str(func))
         return func(*args, **kwargs or {})
 
 
-def made_by_host(indices):
-    """Masks have as many rows as they find ones; a list becomes a tensor of its own, [N]; ids are [T, K]."""
+def from_host(indices):
+    """Masks give data-dependent shapes; a list becomes a new tensor [N]; ids are [T, K]."""
     return any(index is not None and (index.dtype == torch.bool or index.dim() < 2) for index in indices)
 
 
-def waited(run):
-    with torch.no_grad(), Watch() as watch:
+def synchronizations(run):
+    with torch.no_grad(), Synchronizations() as mode:
         run()
-    return watch.waited
+    return mode.operations
 
 
-def test_the_watch_sees_what_waits():
+def test_synchronizations_are_found():
     x = torch.rand(3, 4)
-    for wait in (lambda: x[:, [0, 2]], lambda: x[x > 2], lambda: x[0, 0].item(), lambda: torch.tensor([1])):
-        assert waited(wait)
+    for synchronize in (lambda: x[:, [0, 2]], lambda: x[x > 2], lambda: x[0, 0].item(), lambda: torch.tensor([1])):
+        assert synchronizations(synchronize)
 
 
 @pytest.mark.parametrize(
-    "experts", [OWNERS, ("math", LOW_RANK, "code"), (LOW_RANK,)], ids=["full", "both", "low rank"]
+    "experts", [OWNERS, ("math", LOW_RANK, "code"), (LOW_RANK,)], ids=["full", "full and low-rank", "low-rank"]
 )
-@pytest.mark.parametrize("implementation", ["triton", "torch"])
-def test_a_pass_waits_for_nothing(experts, implementation, monkeypatch):
-    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # transformers asks CUDA itself
+@pytest.mark.parametrize("implementation", ["flexmoe_triton", "eager"])
+def test_forward_pass_does_not_synchronize(experts, implementation, monkeypatch):
+    monkeypatch.setattr(masking_utils, "is_tracing", lambda *_: True)  # otherwise transformers queries CUDA
     model = tiny_flexmoe("olmo2", experts, num_experts_per_tok=2)
-    model.config._flexmoe_implementation = implementation
+    model.set_experts_implementation(implementation)
     tokens = random_tokens(2, 5)
     mask = model.expert_mask([["public", "math"] if "math" in experts else ["public"], model.expert_names])
-    with rehearsal():
-        assert waited(lambda: model(tokens, expert_mask=mask, use_cache=False)) == []
-    assert waited(lambda: model(tokens, expert_mask=mask, use_cache=False)) != []
+    with warmup():
+        assert synchronizations(lambda: model(tokens, expert_mask=mask, use_cache=False)) == []
+    assert synchronizations(lambda: model(tokens, expert_mask=mask, use_cache=False)) != []
 
 
-def test_a_rehearsal_leaves_out_nobody():
-    """As a recording: who is idle under this mask may take part under the next."""
+def test_warmup_selects_all_experts():
+    """As a capture does: an expert that this mask excludes may be allowed by the next."""
     model = tiny_flexmoe("olmo2", OWNERS)
     mask = model.expert_mask([["public"], ["public", "code"]])
-    with rehearsal():
-        assert is_recording()
+    with warmup():
+        assert is_capturing()
         selection = select_experts(model, 2, mask)
-    assert not is_recording()
+    assert not is_capturing()
     assert selection.names == ("public", *OWNERS)
     assert torch.equal(selection.row_mask, mask)
     assert select_experts(model, 2, mask).names == ("public", "code")

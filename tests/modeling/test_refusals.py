@@ -1,6 +1,6 @@
-"""Calls that make no sense say what was given, what is allowed and what to do: one table, for both models.
+"""Invalid arguments raise errors with the given value and the allowed ones, for both model classes.
 
-Not here: checkpoints (`test_loading.py`), names in lifecycle calls (`test_lifecycle.py`), KV caches
+Does not cover checkpoints (`test_loading.py`), names in lifecycle calls (`test_lifecycle.py`) and KV caches
 (`test_generation.py`).
 """
 
@@ -29,16 +29,16 @@ def without_rows(*rows: int) -> torch.Tensor:
 
 
 ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    # of a forward pass, and of generate
+    # of forward and generate
     "k = 0": ({"num_experts_per_tok": 0}, ValueError, "at least 1; got 0"),
     "k < 0": ({"num_experts_per_tok": -3}, ValueError, "at least 1; got -3"),
-    "k a truth value": ({"num_experts_per_tok": True}, TypeError, r"whole number, at least 1; got True \(bool\)"),
-    "k a fraction": ({"num_experts_per_tok": 1.5}, TypeError, r"whole number, at least 1; got 1.5 \(float\)"),
-    "k a word": ({"num_experts_per_tok": "2"}, TypeError, r"whole number, at least 1; got '2' \(str\)"),
-    "k a tensor": ({"num_experts_per_tok": torch.tensor(2)}, TypeError, r"whole number.*Tensor"),
+    "k is a bool": ({"num_experts_per_tok": True}, TypeError, r"integer, at least 1; got True \(bool\)"),
+    "k is a float": ({"num_experts_per_tok": 1.5}, TypeError, r"integer, at least 1; got 1.5 \(float\)"),
+    "k is a string": ({"num_experts_per_tok": "2"}, TypeError, r"integer, at least 1; got '2' \(str\)"),
+    "k is a tensor": ({"num_experts_per_tok": torch.tensor(2)}, TypeError, r"integer.*Tensor"),
     "a mask without a batch": ({"expert_mask": ones(4)}, ValueError, r"shape \[4\]; expected \[2, 4\]"),
-    "a mask for one": ({"expert_mask": ones(1, 4)}, ValueError, r"shape \[1, 4\]; expected \[2, 4\]"),
-    "a mask for three": ({"expert_mask": ones(3, 4)}, ValueError, r"shape \[3, 4\]; expected \[2, 4\]"),
+    "a mask for one sequence": ({"expert_mask": ones(1, 4)}, ValueError, r"shape \[1, 4\]; expected \[2, 4\]"),
+    "a mask for three sequences": ({"expert_mask": ones(3, 4)}, ValueError, r"shape \[3, 4\]; expected \[2, 4\]"),
     "a column too many": ({"expert_mask": ones(2, 5)}, ValueError, r"\[2, 5\]; .*'public', 'math', 'code', 'legal'"),
     "a column too few": ({"expert_mask": ones(2, 3)}, ValueError, r"shape \[2, 3\]; expected \[2, 4\]"),
     "a mask per token": ({"expert_mask": ones(2, 5, 4)}, ValueError, r"shape \[2, 5, 4\]; expected \[2, 4\]"),
@@ -52,20 +52,23 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 
 EXPERTS: dict[str, tuple[Any, type[Exception], str]] = {
     # of generate
-    "nobody": ([], ValueError, "names no expert: name at least one of"),
-    "a stranger": (["nobody"], ValueError, r"\['nobody'\], which this model has not"),
-    "nobody for one prompt": ([["public"], []], ValueError, r"experts\[1\] names no expert"),
-    "a stranger for one prompt": ([["public"], ["nobody"]], ValueError, r"experts\[1\] names \['nobody'\]"),
-    "lists for three": ([["public"]] * 3, ValueError, r"shape \[3, 4\]; expected \[2, 4\]"),
-    "a name alone": ("math", TypeError, "the string 'math'"),
+    "no names": ([], ValueError, "names no expert: name at least one of"),
+    "an unknown name": (["unknown"], ValueError, r"\['unknown'\], which this model does not have"),
+    "no names for one prompt": ([["public"], []], ValueError, r"experts\[1\] names no expert"),
+    "an unknown name for one prompt": ([["public"], ["unknown"]], ValueError, r"experts\[1\] names \['unknown'\]"),
+    "lists for three prompts": ([["public"]] * 3, ValueError, r"shape \[3, 4\]; expected \[2, 4\]"),
+    "a name instead of a list": ("math", TypeError, "the string 'math'"),
 }
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "k = 0": ({"num_experts_per_tok": 0}, "at least 1; got 0"),
     "k < 0": ({"num_experts_per_tok": -1}, "at least 1; got -1"),
-    "k a truth value": ({"num_experts_per_tok": True}, r"(expected int, got bool|got True \(bool\))"),
-    "k a fraction": ({"num_experts_per_tok": 2.0}, "expected int, got float"),
-    "an active stranger": ({"active_experts": ["public", "zoology"]}, r"\['zoology'\], which this model has not"),
+    "k is a bool": ({"num_experts_per_tok": True}, r"(expected int, got bool|got True \(bool\))"),
+    "k is a float": ({"num_experts_per_tok": 2.0}, "expected int, got float"),
+    "an unknown active name": (
+        {"active_experts": ["public", "zoology"]},
+        r"\['zoology'\], which this model does not have",
+    ),
 }
 
 
@@ -77,61 +80,65 @@ def models() -> dict[type, FlexMoeForCausalLM | FlexMoeModel]:
     return {FlexMoeForCausalLM: causal, FlexMoeModel: decoder}
 
 
-def refused(call: Callable[[], object], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
+def assert_raises(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         call()
 
 
 @pytest.mark.parametrize("cls", [FlexMoeForCausalLM, FlexMoeModel])
 @pytest.mark.parametrize("case", ARGUMENTS)
-def test_arguments_of_a_forward_pass(models, cls, case):
-    arguments, error, words = ARGUMENTS[case]
-    refused(lambda: models[cls](TOKENS, **arguments), error, words)
+def test_arguments_of_forward(models, cls, case):
+    arguments, error, message = ARGUMENTS[case]
+    assert_raises(lambda: models[cls](TOKENS, **arguments), error, message)
 
 
 @pytest.mark.parametrize("case", ARGUMENTS)
 def test_arguments_of_generate(models, case):
-    arguments, error, words = ARGUMENTS[case]
+    arguments, error, message = ARGUMENTS[case]
     generate = models[FlexMoeForCausalLM].generate
-    refused(lambda: generate(TOKENS, max_new_tokens=1, num_beams=2, **arguments), error, words)
+    assert_raises(lambda: generate(TOKENS, max_new_tokens=1, num_beams=2, **arguments), error, message)
     if "expert_mask" in arguments:
-        refused(lambda: generate(TOKENS, max_new_tokens=1, experts=["public"], **arguments), error, words)
+        assert_raises(lambda: generate(TOKENS, max_new_tokens=1, experts=["public"], **arguments), error, message)
 
 
 @pytest.mark.parametrize("case", EXPERTS)
 def test_experts_of_generate(models, case):
-    experts, error, words = EXPERTS[case]
-    refused(lambda: models[FlexMoeForCausalLM].generate(TOKENS, experts=experts, max_new_tokens=1), error, words)
+    experts, error, message = EXPERTS[case]
+    assert_raises(
+        lambda: models[FlexMoeForCausalLM].generate(TOKENS, experts=experts, max_new_tokens=1), error, message
+    )
 
 
-def test_experts_and_a_mask_that_do_not_meet(models):
+def test_experts_and_mask_without_a_common_expert(models):
     model = models[FlexMoeForCausalLM]
     mask = model.expert_mask([["public"], ["code"]])
-    refused(lambda: model.generate(TOKENS, experts=["public"], expert_mask=mask), ValueError, r"sequence\(s\) \[1\]")
+    assert_raises(
+        lambda: model.generate(TOKENS, experts=["public"], expert_mask=mask), ValueError, r"sequence\(s\) \[1\]"
+    )
 
 
 @pytest.mark.parametrize("case", CONFIGS)
 def test_configs(case):
-    fields, words = CONFIGS[case]
-    refused(lambda: FlexMoeConfig(experts=["public", "math"], **fields), StrictDataclassError, words)
+    fields, message = CONFIGS[case]
+    assert_raises(lambda: FlexMoeConfig(experts=["public", "math"], **fields), StrictDataclassError, message)
 
 
 @pytest.mark.parametrize("cls", [FlexMoeForCausalLM, FlexMoeModel])
 @pytest.mark.parametrize("k", [0, -1])
-def test_k_that_was_set_in_a_config_by_hand(models, cls, k):
+def test_invalid_k_set_on_the_config_of_a_model(models, cls, k):
     model = models[cls]
     model.config.num_experts_per_tok = k
     try:
-        refused(lambda: model(TOKENS), ValueError, f"at least 1; got {k}")
+        assert_raises(lambda: model(TOKENS), ValueError, f"at least 1; got {k}")
     finally:
         model.config.num_experts_per_tok = 2
 
 
-def test_mask_and_active_set_that_do_not_meet(models):
+def test_mask_and_active_set_without_a_common_expert(models):
     model = models[FlexMoeForCausalLM]
     model.set_active_experts(["code"])
     try:
         mask = model.expert_mask([["math"], ["math"]])
-        refused(lambda: model(TOKENS, expert_mask=mask), ValueError, r"no active expert .*active are \['code'\]")
+        assert_raises(lambda: model(TOKENS, expert_mask=mask), ValueError, r"no active expert .*active are \['code'\]")
     finally:
         model.set_active_experts(None)

@@ -1,4 +1,4 @@
-"""The code that travels beside a checkpoint: what is written, who runs it, and what it does without the package."""
+"""Remote code: the files that are saved with a checkpoint, and what a model does without the package."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from flexmoe.conversion.graft import graft
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM, FlexMoeModel, modeling_flexmoe
 from flexmoe.modeling.configuration_flexmoe import AUTO_MAP
 from flexmoe.testing import perturb_expert, random_tokens, realigned, tiny_anchor, tiny_flexmoe
-from tests.hub_server import HubServer, point_client_at
+from tests.support.hub import HubServer, point_client_at
 
 SCRIPT = Path(__file__).with_name("without_flexmoe.py")
 MODELING = Path(modeling_flexmoe.__file__)
@@ -35,37 +35,37 @@ def auto_map(folder: Path) -> dict[str, str]:
     return json.loads((folder / "config.json").read_text())["auto_map"]
 
 
-class TestWhatIsWritten:
+class TestSavedFiles:
     @pytest.mark.parametrize("cls", [FlexMoeForCausalLM, FlexMoeModel])
-    def test_all_three_classes_whichever_was_saved(self, cls, tmp_path):
+    def test_auto_map_names_all_three_classes(self, cls, tmp_path):
         cls(tiny_flexmoe("llama", ("math",)).config).save_pretrained(tmp_path)
         assert auto_map(tmp_path) == AUTO_MAP
         assert code_in(tmp_path) == CODE
         for name in CODE:
             assert (tmp_path / name).read_bytes() == (MODELING.parent / name).read_bytes()
 
-    def test_the_map_names_classes_that_are_there(self):
+    def test_auto_map_names_existing_classes(self):
         for reference in AUTO_MAP.values():
             module, name = reference.split(".")
             assert f"class {name}(" in (MODELING.parent / f"{module}.py").read_text()
 
-    def test_conversions_write_it_too_and_drop_an_older_copys_files(self, world, tmp_path):
+    def test_conversions_write_the_code_and_drop_files_of_an_older_version(self, world, tmp_path):
         for folder in (world.grafted, world.merged, remove(world.merged, "code", tmp_path / "without")):
             assert code_in(folder) == CODE
             assert auto_map(folder) == AUTO_MAP
         older = shutil.copytree(world.merged, tmp_path / "older")
-        (older / "kernels_flexmoe.py").write_text("a file that this version has no more")
+        (older / "kernels_flexmoe.py").write_text("a file that this version does not have")
         (older / "modeling_flexmoe.py").write_text("an older copy")
         config = json.loads((older / "config.json").read_text())
         del config["auto_map"]
         (older / "config.json").write_text(json.dumps(config))
-        again = remove(older, "code", tmp_path / "again")
-        assert code_in(again) == CODE
-        assert {p.name: p.read_bytes() for p in again.iterdir()} == {
+        updated = remove(older, "code", tmp_path / "updated")
+        assert code_in(updated) == CODE
+        assert {p.name: p.read_bytes() for p in updated.iterdir()} == {
             p.name: p.read_bytes() for p in (tmp_path / "without").iterdir()
         }
 
-    def test_an_anchor_that_came_with_code_lends_none(self, tmp_path):
+    def test_auto_map_of_the_anchor_is_ignored(self, tmp_path):
         anchor = tiny_anchor("llama").config
         anchor.auto_map = {"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"}
         config = FlexMoeConfig(anchor_config=anchor)
@@ -77,7 +77,7 @@ class TestWhatIsWritten:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> SimpleNamespace:
-    """A dense anchor, its graft, the packages math and code, and their model: merged, and by reference."""
+    """A dense anchor, its graft, the packages math and code, and their model: merged and as a composition."""
     folder = tmp_path_factory.mktemp("world")
     tiny_anchor("llama").save_pretrained(folder / "anchor")
     graft(folder / "anchor", folder / "grafted")
@@ -92,7 +92,7 @@ def world(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, grafted=folder / "grafted", merged=merged, sources=sources)
 
 
-def test_with_the_package_its_own_classes_win(world):
+def test_classes_of_the_package_are_preferred(world):
     assert type(AutoConfig.from_pretrained(world.merged, trust_remote_code=True)) is FlexMoeConfig
     for auto, cls in ((AutoModel, FlexMoeModel), (AutoModelForCausalLM, FlexMoeForCausalLM)):
         assert type(auto.from_pretrained(world.merged, trust_remote_code=True)) is cls
@@ -102,14 +102,14 @@ def test_with_the_package_its_own_classes_win(world):
 
 
 @pytest.fixture(scope="module")
-def reader(world, tmp_path_factory) -> SimpleNamespace:
-    """What `without_flexmoe.py` found, on folders and against a Hub on the loopback."""
-    out = tmp_path_factory.mktemp("reader")
+def without_package(world, tmp_path_factory) -> SimpleNamespace:
+    """The results of `without_flexmoe.py`, on folders and with a fake Hub."""
+    out = tmp_path_factory.mktemp("without-package")
     with HubServer().running() as hub:
         for name in ("anchor", "math", "code", "merged"):
             hub.push_folder(f"lab/{name}", world.folder / name)
-        by_ids = push_composition(world, hub, out)
-        hub.push_folder("lab/composition", by_ids)
+        by_id = push_composition(world, hub, out)
+        hub.push_folder("lab/composition", by_id)
         job = {
             "tokens": random_tokens(2, 9).tolist(),
             "merged": str(world.merged),
@@ -133,14 +133,15 @@ def reader(world, tmp_path_factory) -> SimpleNamespace:
             env=environment, cwd=out, capture_output=True, text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-4000:]
-        asked = {request.split(" ")[1] for request in hub.requests}
-    found = json.loads((out / "found.json").read_text())
-    return SimpleNamespace(out=out, found=found, logits=load_file(out / "logits.safetensors"), asked=asked)
+        requested = {request.split(" ")[1] for request in hub.requests}
+    results = json.loads((out / "results.json").read_text())
+    logits = load_file(out / "logits.safetensors")
+    return SimpleNamespace(out=out, results=results, logits=logits, requested=requested)
 
 
 def push_composition(world: SimpleNamespace, hub: HubServer, folder: Path) -> Path:
-    """The composition of the world as it would be if everything had come from the Hub."""
-    copy = shutil.copytree(world.folder / "composition", folder / "by-ids")
+    """A copy of the composition that refers to Hub repositories instead of folders."""
+    copy = shutil.copytree(world.folder / "composition", folder / "by-id")
     config = json.loads((copy / "config.json").read_text())
     parts = {"anchor": config["composition"]["anchor"], **config["composition"]["experts"]}
     for name, entry in parts.items():
@@ -151,53 +152,70 @@ def push_composition(world: SimpleNamespace, hub: HubServer, folder: Path) -> Pa
 
 
 @torch.no_grad()
-def logits_of(folder: Path, without: str | None = None) -> torch.Tensor:
+def logits_of(folder: Path, remove: str | None = None) -> torch.Tensor:
     model = realigned(FlexMoeForCausalLM.from_pretrained(folder))
-    if without:
-        model.remove_expert(without)
+    if remove:
+        model.remove_expert(remove)
     return model(random_tokens(2, 9)).logits
 
 
 class TestWithoutThePackage:
-    def test_nothing_but_transformers_was_there(self, reader):
-        assert reader.found["absent but imported"] == []
-        assert reader.found["class"] == ["transformers_modules", "FlexMoeForCausalLM"]
-        assert reader.found["config"] == ["public", "math", "code"]
+    def test_only_transformers_is_used(self, without_package):
+        assert without_package.results["hidden but imported"] == []
+        assert without_package.results["class"] == ["transformers_modules", "FlexMoeForCausalLM"]
+        assert without_package.results["config"] == ["public", "math", "code"]
 
-    def test_it_computes_what_the_package_computes(self, reader, world):
-        everyone = logits_of(world.merged)
-        same = {name: value for name, value in reader.logits.items() if name not in ("decoder", "without code")}
-        assert len(same) == 10
-        for name, value in same.items():
-            assert torch.equal(value, everyone), name
-        assert torch.equal(reader.logits["without code"], logits_of(world.merged, without="code"))
+    def test_logits_equal_those_of_the_package(self, without_package, world):
+        expected = logits_of(world.merged)
+        without_code = {"masked code", "inactive code", "without code", "saved without code"}
+        complete = {
+            name: value for name, value in without_package.logits.items() if name not in without_code | {"decoder"}
+        }
+        assert len(complete) == 9
+        for name, value in complete.items():
+            assert torch.equal(value, expected), name
+        for name in without_code:
+            assert torch.equal(without_package.logits[name], logits_of(world.merged, remove="code")), name
         with torch.no_grad():
             hidden = realigned(FlexMoeModel.from_pretrained(world.merged))(random_tokens(2, 9)).last_hidden_state
-        assert torch.equal(reader.logits["decoder"], hidden)
+        assert torch.equal(without_package.logits["decoder"], hidden)
 
-    def test_it_generates_with_the_experts_that_are_named(self, reader, world):
+    def test_generate_with_chosen_experts(self, without_package, world):
         model = FlexMoeForCausalLM.from_pretrained(world.merged)
         chosen = model.generate(random_tokens(2, 9), experts=["public", "math"], max_new_tokens=5, do_sample=False)
-        assert chosen.tolist() == reader.found["generated"]
+        assert chosen.tolist() == without_package.results["generated"]
 
-    @pytest.mark.parametrize("saved", ["saved", "saved-from-hub", "by-reference"])
-    def test_what_it_saves_has_the_code_and_loads_anywhere(self, reader, saved):
-        assert code_in(reader.out / saved) == CODE
-        assert auto_map(reader.out / saved) == AUTO_MAP
-        assert torch.equal(logits_of(reader.out / saved), reader.logits["merged"])
+    def test_calls_that_need_the_package_are_refused(self, without_package):
+        assert len(without_package.results["refused"]) == 10
+        for name, message in without_package.results["refused"].items():
+            assert message.startswith(f"{name} needs the package flexmoe"), name
+            assert message.endswith("pip install flexmoe"), name
 
-    def test_a_package_and_a_composition_come_from_the_hub(self, reader):
-        assert reader.found["source"] == "lab/code"
+    def test_eager_is_the_only_implementation(self, without_package):
+        assert without_package.results["implementation"] == "eager"
+        assert without_package.results["other implementation"] == (
+            "experts_implementation='flexmoe_cpu' is not available for FlexMoE: use one of ['eager']. The package "
+            "flexmoe adds others: pip install flexmoe, import flexmoe."
+        )
+
+    @pytest.mark.parametrize("saved", ["saved", "saved-from-hub", "composition"])
+    def test_saved_folders_contain_the_code_and_load_with_the_package(self, without_package, saved):
+        assert code_in(without_package.out / saved) == CODE
+        assert auto_map(without_package.out / saved) == AUTO_MAP
+        assert torch.equal(logits_of(without_package.out / saved), without_package.logits["merged"])
+
+    def test_packages_and_compositions_load_from_the_hub_after_importing_flexmoe(self, without_package):
+        assert without_package.results["source"] == "lab/code"
         for file in ("lab/code/resolve", "lab/composition/resolve", "lab/anchor/resolve", "lab/math/resolve"):
-            assert any(file in path for path in reader.asked), file
+            assert any(file in path for path in without_package.requested), file
 
-    def test_the_package_wins_once_it_is_imported_and_serves_the_older_model(self, reader):
-        assert reader.found["the package's class"]
-        assert reader.found["usage"] == 18
-        assert reader.found["named by an opened package"] == "again"
+    def test_importing_flexmoe_extends_a_model_loaded_from_remote_code(self, without_package):
+        assert without_package.results["the package's class"]
+        assert without_package.results["usage"] == 18
+        assert without_package.results["name of an opened package"] == "again"
 
 
-def test_an_expert_package_is_no_model(world, tmp_path, monkeypatch):
+def test_expert_package_is_not_loaded_as_a_model(world, tmp_path, monkeypatch):
     package = world.folder / "math"
     with HubServer().running() as hub:
         point_client_at(hub.url, monkeypatch)

@@ -1,23 +1,18 @@
-"""The routing reference against the library's softmax and top-k in float64, and its table of cases."""
+"""The routing functions against softmax and top-k of torch in float64, and single cases: ties, masks, NaN, losses."""
 
 import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from flexmoe.modeling.routing_flexmoe import (
-    ExpertTensors,
-    load_balancing_loss,
-    mix,
-    route,
-    route_logits,
-    route_one,
-    router_z_loss,
-)
+from flexmoe.cpu.forward import route_one
+from flexmoe.kernels.experts.reference import ExpertTensors, mix
+from flexmoe.kernels.route.reference import route
+from flexmoe.modeling.routing_flexmoe import load_balancing_loss, route_logits, router_z_loss
 
 INF = float("inf")
 
 
-def witness(logits: torch.Tensor, k: int, renormalize: bool) -> torch.Tensor:
+def reference(logits: torch.Tensor, k: int, renormalize: bool) -> torch.Tensor:
     probs = torch.softmax(logits.double(), -1)
     weights, chosen = probs.topk(min(k, logits.shape[-1]), -1)
     if renormalize:
@@ -30,29 +25,29 @@ def witness(logits: torch.Tensor, k: int, renormalize: bool) -> torch.Tensor:
 def test_route_is_softmax_then_top_k(experts, k, renormalize):
     logits = torch.randn(257, experts, generator=torch.Generator().manual_seed(experts)) * 3
     weights = route_logits(logits, k, renormalize)
-    torch.testing.assert_close(weights.double(), witness(logits, k, renormalize), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(weights.double(), reference(logits, k, renormalize), rtol=1e-5, atol=1e-7)
     assert weights.dtype == torch.float32
     assert ((weights > 0).sum(-1) == min(k, experts)).all()
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize(("experts", "k"), [(1, 1), (2, 1), (3, 2), (7, 5), (12, 12), (63, 4), (64, 8), (3, 9)])
-def test_one_token_is_routed_as_many_are(experts, k, renormalize):
+def test_routing_one_token_equals_routing_a_batch(experts, k, renormalize):
     logits = torch.randn(129, experts, generator=torch.Generator().manual_seed(experts)) * 3
     logits[::3] = logits[::3].round()  # ties
     logits[::5, experts // 2 :] = -INF
-    together = route_logits(logits, k, renormalize)
-    alone = torch.tensor([route_one(row, k, renormalize) for row in logits.tolist()])
-    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-7)
-    assert torch.equal(alone != 0, together != 0)
+    batched = route_logits(logits, k, renormalize)
+    one_by_one = torch.tensor([route_one(row, k, renormalize) for row in logits.tolist()])
+    torch.testing.assert_close(one_by_one, batched, rtol=1e-5, atol=1e-7)
+    assert torch.equal(one_by_one != 0, batched != 0)
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize("row", [[-INF] * 3, [0.0, float("nan"), -INF], [INF, 0.0, 1.0], [INF, -INF, INF]])
-def test_one_token_with_numbers_that_are_none(row, renormalize):
-    together = route_logits(torch.tensor([row]), 2, renormalize)[0]
-    assert together.isnan().all() or not together.any()
-    torch.testing.assert_close(torch.tensor(route_one(row, 2, renormalize)), together, equal_nan=True)
+def test_routing_one_token_with_nan_or_infinities(row, renormalize):
+    batched = route_logits(torch.tensor([row]), 2, renormalize)[0]
+    assert batched.isnan().all() or not batched.any()
+    torch.testing.assert_close(torch.tensor(route_one(row, 2, renormalize)), batched, equal_nan=True)
 
 
 def test_half_precision_logits_are_routed_in_float32():
@@ -65,13 +60,13 @@ def test_ties_go_to_the_lowest_index():
     assert route_logits(torch.tensor([[0.0, 1.0, 1.0, 1.0]]), 2, True).tolist() == [[0, 0.5, 0.5, 0]]
 
 
-def test_masked_experts_weigh_nothing_and_change_no_bit():
+def test_masked_experts_have_weight_zero_and_change_no_bit():
     logits = torch.randn(129, 12)
     allowed = torch.tensor([0, 2, 3, 7, 11])
     offset = torch.full((129, 12), -INF)
     offset[:, allowed] = 0
     for k in (1, 3, 5):
-        weights = route_logits(logits, k, True, offset)
+        weights = route_logits(logits + offset, k, True)
         assert torch.equal(weights[:, allowed], route_logits(logits[:, allowed], k, True))
         assert not weights[:, [1, 4, 5, 6, 8, 9, 10]].any()
 
@@ -79,12 +74,7 @@ def test_masked_experts_weigh_nothing_and_change_no_bit():
 def test_fewer_allowed_than_k_and_none_at_all():
     logits = torch.zeros(2, 4)
     offset = torch.tensor([[0.0, -INF, -INF, 0.0], [-INF] * 4])
-    assert route_logits(logits, 3, True, offset).tolist() == [[0.5, 0, 0, 0.5], [0, 0, 0, 0]]
-
-
-def test_finite_offsets_are_evidence():
-    logits, offset = torch.randn(5, 3), torch.randn(5, 3)
-    assert torch.equal(route_logits(logits, 2, True, offset), route_logits(logits + offset, 2, True))
+    assert route_logits(logits + offset, 3, True).tolist() == [[0.5, 0, 0, 0.5], [0, 0, 0, 0]]
 
 
 def test_nan_stays_in_its_row():
@@ -101,14 +91,14 @@ def test_gradients(k, renormalize):
     logits = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     ours = logits.float().requires_grad_()
     theirs = logits.clone().requires_grad_()
-    toward = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    (route_logits(ours, k, renormalize) * toward.float()).sum().backward()
-    (witness(theirs, k, renormalize) * toward).sum().backward()
+    grad_output = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (route_logits(ours, k, renormalize) * grad_output.float()).sum().backward()
+    (reference(theirs, k, renormalize) * grad_output).sum().backward()
     torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_load_balancing_loss_is_the_librarys(padded):
+def test_load_balancing_loss_equals_that_of_transformers(padded):
     logits = tuple(torch.randn(24, 6, generator=torch.Generator().manual_seed(i)) for i in range(3))
     attention_mask = torch.ones(2, 12, dtype=torch.long)
     attention_mask[0, :5] = 0
@@ -117,7 +107,7 @@ def test_load_balancing_loss_is_the_librarys(padded):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_z_loss_leaves_padding_and_masked_experts_out():
+def test_z_loss_ignores_padding_and_masked_experts():
     logits = torch.randn(5, 3)
     with_masked = torch.cat([logits, torch.full((5, 1), -INF)], -1)
     expected = logits[1:].exp().sum(-1).log().square().mean()
@@ -125,9 +115,15 @@ def test_z_loss_leaves_padding_and_masked_experts_out():
     torch.testing.assert_close(router_z_loss([with_masked], keep), expected)
 
 
+def test_losses_bring_the_logits_of_all_layers_to_the_device_of_the_first():
+    logits = [torch.ones(5, 3, device="meta"), torch.ones(5, 3)]
+    assert load_balancing_loss(logits, 2).device.type == "meta"
+    assert router_z_loss(logits).device.type == "meta"
+
+
 @pytest.mark.parametrize("renormalize", [True, False])
 @pytest.mark.parametrize(("tokens", "experts", "k"), [(0, 3, 2), (1, 1, 1), (5, 7, 5), (33, 64, 8), (4, 3, 9)])
-def test_slots_say_what_the_dense_weights_say(tokens, experts, k, renormalize):
+def test_slots_equal_the_dense_weights(tokens, experts, k, renormalize):
     generator = torch.Generator().manual_seed(experts)
     x = torch.randn(tokens, 16, generator=generator, dtype=torch.bfloat16)
     rows = [torch.randn(1, 16, generator=generator) for _ in range(experts)]
@@ -138,16 +134,16 @@ def test_slots_say_what_the_dense_weights_say(tokens, experts, k, renormalize):
     torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
     assert top_ids.dtype == torch.int32
     assert top_ids.shape == (tokens, min(k, experts))
-    spread = torch.zeros(tokens, experts + 1).scatter(1, top_ids.long(), top_weights)
-    assert torch.equal(spread[:, :-1], weights)
+    from_slots = torch.zeros(tokens, experts + 1).scatter(1, top_ids.long(), top_weights)
+    assert torch.equal(from_slots[:, :-1], weights)
     assert (top_weights.diff(dim=-1) <= 0).all()
     assert ((top_ids == experts) == (top_weights == 0)).all()
 
 
-def test_rows_that_are_no_numbers_have_slots():
+def test_tokens_with_nan_logits_have_slots():
     x, offset = torch.ones(3, 2), torch.zeros(3, 4)
     rows = [torch.ones(1, 2) * scale for scale in (1.0, 2.0, float("nan"), 3.0)]
-    offset[0, 2] = -INF  # the row of NaN is not allowed here
+    offset[0, 2] = -INF  # the expert with a NaN row is masked here
     offset[2] = -INF
     routing = route(x, rows, [torch.zeros(1)] * 4, offset, 3, True)
     assert routing.top_ids_TK.tolist() == [[3, 1, 0], [0, 1, 2], [4, 4, 4]]
@@ -156,13 +152,13 @@ def test_rows_that_are_no_numbers_have_slots():
     assert not routing.weights_TE[2].any()
 
 
-def test_a_token_hears_nothing_of_experts_it_does_not_go_to():
+def test_nan_in_an_expert_does_not_reach_tokens_without_it():
     x = torch.randn(3, 8)
-    broken = torch.full((8, 8), float("nan"))
-    sound = torch.randn(8, 8)
-    experts = ExpertTensors(up=[sound, broken], down=[sound, broken], activation="relu")
+    nan = torch.full((8, 8), float("nan"))
+    matrix = torch.randn(8, 8)
+    experts = ExpertTensors(up=[matrix, nan], down=[matrix, nan], activation="relu")
     weights = torch.tensor([[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]])
-    said = mix(x, weights, experts)
-    torch.testing.assert_close(said[0], (x[0] @ sound.T).relu() @ sound.T)
-    assert said[1].isnan().all()
-    assert not said[2].any()
+    output = mix(x, weights, experts)
+    torch.testing.assert_close(output[0], (x[0] @ matrix.T).relu() @ matrix.T)
+    assert output[1].isnan().all()
+    assert not output[2].any()

@@ -1,6 +1,6 @@
-"""transformers' own Trainer on a FlexMoE: one expert learns, nothing else does, and a resumed run ends bit-equal.
+"""transformers' Trainer on a FlexMoE: one expert is trained, nothing else changes, and resumed runs are bit-equal.
 
-Does not cover this project's own recipe (`tests/flexmoe/test_training.py`) and several processes.
+Does not cover `flexmoe.train_expert` (`tests/training/test_experts.py`) and several processes.
 """
 
 from pathlib import Path
@@ -28,24 +28,24 @@ def weights(model: FlexMoeForCausalLM) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2"])
-def test_only_the_expert_learns_and_a_resumed_run_ends_the_same(family, tmp_path):
-    whole = trainer_of(family, tmp_path / "whole")
-    before = weights(whole.model)
-    whole.train()
-    after = weights(whole.model)
+def test_only_the_expert_is_trained_and_resuming_gives_the_same_weights(family, tmp_path):
+    uninterrupted = trainer_of(family, tmp_path / "uninterrupted")
+    before = weights(uninterrupted.model)
+    uninterrupted.train()
+    after = weights(uninterrupted.model)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    trained = {name for name, parameter in whole.model.named_parameters() if parameter.requires_grad}
+    trained = {name for name, parameter in uninterrupted.model.named_parameters() if parameter.requires_grad}
     assert changed == trained == {name for name in before if ".math." in name}
-    assert len(whole.optimizer.state_dict()["state"]) == len(trained)
+    assert len(uninterrupted.optimizer.state_dict()["state"]) == len(trained)
 
     resumed = trainer_of(family, tmp_path / "resumed")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "uninterrupted" / "checkpoint-2"))
     assert all(torch.equal(value, after[name]) for name, value in weights(resumed.model).items())
-    ends = [trainer.state.log_history[-2]["loss"] for trainer in (whole, resumed)]
-    assert ends[0] == ends[1]
+    losses = [trainer.state.log_history[-2]["loss"] for trainer in (uninterrupted, resumed)]
+    assert losses[0] == losses[1]
 
 
-# the older name where the newer is not known yet; the newer warns of the older
+# The new name of the option if this version has it, because it deprecates the old one.
 CHECKPOINTING = next(
     name
     for name in ("activation_checkpointing", "gradient_checkpointing")
@@ -55,13 +55,13 @@ CHECKPOINTING = next(
 
 @pytest.mark.parametrize("option", ["bf16", CHECKPOINTING])
 def test_options_of_the_trainer(option, tmp_path):
-    plain = trainer_of("llama", tmp_path / "plain", max_steps=2, save_strategy="no")
+    default = trainer_of("llama", tmp_path / "default", max_steps=2, save_strategy="no")
     other = trainer_of("llama", tmp_path / "other", max_steps=2, save_strategy="no", **{option: True})
-    before = weights(plain.model)
-    for trainer in (plain, other):
+    before = weights(default.model)
+    for trainer in (default, other):
         trainer.train()
     rtol = 0.1 if option == "bf16" else 1e-4
     for name, value in weights(other.model).items():
         assert (".math." in name) == (not torch.equal(value, before[name])), name
-    losses = [trainer.state.log_history[1]["loss"] for trainer in (plain, other)]
+    losses = [trainer.state.log_history[1]["loss"] for trainer in (default, other)]
     assert losses[1] == pytest.approx(losses[0], rel=rtol)

@@ -1,4 +1,4 @@
-"""FlexOlmo's own class is the independent witness: the same weights give the same logits."""
+"""Against `FlexOlmoForCausalLM` of transformers as independent reference: the same weights give the same logits."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def flex_olmo(k: int, norm_topk_prob: bool) -> FlexOlmoForCausalLM:
     model = FlexOlmoForCausalLM(
         FlexOlmoConfig(**SIZES, num_experts=4, num_experts_per_tok=k, norm_topk_prob=norm_topk_prob)
     ).eval()
-    for layer in model.model.layers:  # its initialisation leaves the experts all but switched off
+    for layer in model.model.layers:  # as initialized, the experts hardly change the output
         for parameter in (layer.mlp.gate.weight, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
             torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -40,9 +40,9 @@ def as_flexmoe(source: FlexOlmoForCausalLM, k: int, norm_topk_prob: bool) -> Fle
     )
     model = FlexMoeForCausalLM(config).eval()
     shared = {f"anchor.{name}": value for name, value in source.state_dict().items() if ".mlp." not in name}
-    left = model.load_state_dict(shared, strict=False)
-    assert not left.unexpected_keys
-    assert all(".mlp." in name for name in left.missing_keys)
+    result = model.load_state_dict(shared, strict=False)
+    assert not result.unexpected_keys
+    assert all(".mlp." in name for name in result.missing_keys)
     for layer, block in zip(source.model.layers, model.flexmoe_blocks(), strict=True):
         for i, name in enumerate(NAMES):
             gate, up = layer.mlp.experts.gate_up_proj[i].chunk(2)
@@ -56,13 +56,13 @@ def as_flexmoe(source: FlexOlmoForCausalLM, k: int, norm_topk_prob: bool) -> Fle
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 @pytest.mark.parametrize("k", [1, 2, 4])
 @torch.no_grad()
-def test_flex_olmo_copied_gives_its_logits(k, norm_topk_prob):
+def test_logits_and_losses_equal_those_of_flex_olmo(k, norm_topk_prob):
     source = flex_olmo(k, norm_topk_prob)
     model = as_flexmoe(source, k, norm_topk_prob)
     tokens = random_tokens(3, 40)
     theirs = source(tokens, output_router_logits=True)
     ours = model(tokens, output_router_logits=True)
     assert (ours.logits - theirs.logits).abs().max() <= 1e-5
-    for mine, their in zip(ours.router_logits, theirs.router_logits, strict=True):
-        assert (mine - their).abs().max() <= 1e-5
+    for our, their in zip(ours.router_logits, theirs.router_logits, strict=True):
+        assert (our - their).abs().max() <= 1e-5
     torch.testing.assert_close(ours.aux_loss, theirs.aux_loss, rtol=1e-5, atol=1e-6)

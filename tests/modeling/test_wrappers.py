@@ -1,7 +1,7 @@
-"""Nothing around a row or a matrix is silently passed over: adapters, parametrisations, hooks, quantisation, offload.
+"""Adapters, parametrizations, hooks, quantized layers and offload on a row or matrix of one expert take effect.
 
-Each wrapper goes around one module of "math" in the first layer. Where it changes the value, logits move; what belongs
-to the others keeps its bits; and a masked expert is not run, wrapped or not.
+Each wraps one module of "math" in the first layer. When it changes the output of that module, the logits change; the
+other experts keep their bits; and the module is not called while "math" is masked.
 """
 
 import warnings
@@ -26,8 +26,8 @@ BLOCK = "anchor.model.layers.0.mlp"
 Change = Callable[[], object]
 
 
-class Doubled(nn.Module):
-    """A parametrisation by a factor, 1 at first."""
+class Factor(nn.Module):
+    """A parametrization that multiplies by a factor, initially 1."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class Doubled(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A stand-in for quantised layers: 8-bit weights, no floating-point parameter, none called `weight`."""
+    """A quantized linear layer: 8-bit weights, no floating-point parameter, and no parameter called `weight`."""
 
-    def __init__(self, plain: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.scale = plain.weight.detach().abs().max() / 127
-        self.packed = nn.Parameter((plain.weight / self.scale).round().to(torch.int8), requires_grad=False)
-        self.shift = None if plain.bias is None else plain.bias.detach()
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.packed = nn.Parameter((linear.weight / self.scale).round().to(torch.int8), requires_grad=False)
+        self.shift = None if linear.bias is None else linear.bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.packed.to(x.dtype) * self.scale, self.shift)
@@ -60,14 +60,14 @@ def dora(model: FlexMoeForCausalLM, path: str, folder: Path) -> Change:
 
 
 def modules_to_save(model: FlexMoeForCausalLM, path: str, folder: Path) -> Change:
-    # a target is needed: one of the same owner in the other layer, whose adapter adds zero
+    # PEFT needs a target module: one of the same expert in the other layer, whose adapter adds zero
     target = rf".*\.1\.mlp\.experts\.{path.split('.')[6]}\.down_proj"
     peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=target, modules_to_save=[path]))
-    return lambda: doubled(model.get_submodule(path).modules_to_save["default"])
+    return lambda: double(model.get_submodule(path).modules_to_save["default"])
 
 
-def parametrisation(model: FlexMoeForCausalLM, path: str, folder: Path) -> Change:
-    factor = Doubled()
+def parametrization(model: FlexMoeForCausalLM, path: str, folder: Path) -> Change:
+    factor = Factor()
     parametrize.register_parametrization(model.get_submodule(path), "weight", factor)
     return lambda: nn.init.constant_(factor.factor, 2.0)
 
@@ -110,49 +110,49 @@ def offloaded_to_disk(model: FlexMoeForCausalLM, path: str, folder: Path) -> Cha
 
 def torch_dynamic(model: FlexMoeForCausalLM, path: str, folder: Path) -> Change:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch means to move it to torchao
+        warnings.simplefilter("ignore")  # deprecated in torch in favor of torchao
         from torch.ao.quantization import quantize_dynamic
 
-        plain = nn.Sequential(model.get_submodule(path))
-        model.set_submodule(path, quantize_dynamic(plain, {nn.Linear}, dtype=torch.qint8)[0])
+        linear = nn.Sequential(model.get_submodule(path))
+        model.set_submodule(path, quantize_dynamic(linear, {nn.Linear}, dtype=torch.qint8)[0])
     return lambda: None
 
 
-def stand_in(model: FlexMoeForCausalLM, path: str, folder: Path) -> Change:
+def int8_linear(model: FlexMoeForCausalLM, path: str, folder: Path) -> Change:
     model.set_submodule(path, Int8Linear(model.get_submodule(path)))
     return lambda: None
 
 
-def doubled(module: nn.Linear) -> None:
+def double(module: nn.Linear) -> None:
     module.weight.data.mul_(2)
 
 
 WRAPPERS: dict[str, tuple[Callable[..., Change], bool]] = {
-    # how it is wrapped, and whether wrapping alone leaves every bit as it was
+    # a function that wraps the module, and whether wrapping alone changes no bit
     "LoRA": (lora, True),
-    "DoRA": (dora, False),  # divides by a norm and multiplies with it
+    "DoRA": (dora, False),  # divides by a norm and multiplies by it
     "modules_to_save": (modules_to_save, True),
-    "parametrisation": (parametrisation, True),
+    "parametrization": (parametrization, True),
     "weight_norm": (weight_norm, False),  # likewise
     "forward hook": (forward_hook, True),
     "forward pre-hook": (forward_pre_hook, True),
     "offload to CPU": (offloaded_to_cpu, True),
     "offload to disk": (offloaded_to_disk, True),
-    "dynamic quantisation": (torch_dynamic, False),
-    "quantised stand-in": (stand_in, False),
+    "dynamic quantization": (torch_dynamic, False),
+    "quantized linear": (int8_linear, False),
 }
 
 
 @torch.no_grad()
 def run(model: FlexMoeForCausalLM, k: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and the router logits of the first layer: its input is the same whatever stands in it."""
+    """Logits, and the router logits of the first layer, whose input does not depend on the experts."""
     out = model(random_tokens(2, 9), num_experts_per_tok=k, output_router_logits=True)
     return out.logits, out.router_logits[0]
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_what_is_around_a_module_counts_and_nothing_else_changes(wrapper, place, tmp_path):
+def test_wrapped_module_takes_effect_and_other_experts_do_not_change(wrapper, place, tmp_path):
     model, path = tiny_flexmoe("llama", ["math", "code"]), f"{BLOCK}.{PLACES[place]}"
     logits, rows = run(model)
     with model.only_experts(*OTHERS):
@@ -177,53 +177,53 @@ def test_what_is_around_a_module_counts_and_nothing_else_changes(wrapper, place,
     run(model)
     assert len(calls) == 1
     with model.only_experts(*OTHERS):
-        for one, other in zip(run(model), without, strict=True):
-            assert torch.equal(one, other)
+        for masked, expected in zip(run(model), without, strict=True):
+            assert torch.equal(masked, expected)
     assert len(calls) == 1
 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapped_public_network_is_copied_without_its_wrapper(wrapper, place, tmp_path):
+def test_wrapped_public_network_is_copied_without_its_wrapper(wrapper, place, tmp_path):
     model = tiny_flexmoe("llama", ["math"])
     model.get_submodule(f"{BLOCK}.router.public").weight.data.fill_(0.1)  # DoRA and weight_norm divide by its norm
     WRAPPERS[wrapper][0](model, f"{BLOCK}.{PLACES[place]}".replace("math", "public"), tmp_path)
-    plain = tiny_flexmoe("llama").flexmoe_blocks()[0].experts["public"]
-    if place == "matrix" and wrapper == "quantised stand-in":
+    unwrapped = tiny_flexmoe("llama").flexmoe_blocks()[0].experts["public"]
+    if place == "matrix" and wrapper == "quantized linear":
         model.add_expert_copy("news")
         experts = model.flexmoe_blocks()[0].experts
         public, news = experts["public"].state_dict(), experts["news"].state_dict()
-        assert list(public) == list(news) != list(plain.state_dict())
+        assert list(public) == list(news) != list(unwrapped.state_dict())
         assert all(torch.equal(public[key], news[key]) for key in public)
         return
-    if place == "matrix" and wrapper == "dynamic quantisation":
-        with pytest.raises(ValueError, match=r"no tensor 'up_proj\.weight'"):
+    if place == "matrix" and wrapper == "dynamic quantization":
+        with pytest.raises(ValueError, match=r"no longer has a tensor 'up_proj\.weight'"):
             model.add_expert_copy("news")
         assert model.expert_names == ["public", "math"]
         return
     model.add_expert_copy("news")
     block = model.flexmoe_blocks()[0]
-    assert list(block.experts["news"].state_dict()) == list(plain.state_dict())
+    assert list(block.experts["news"].state_dict()) == list(unwrapped.state_dict())
     for key, value in block.experts["news"].state_dict().items():
-        torch.testing.assert_close(value, plain.state_dict()[key], msg=key)
+        torch.testing.assert_close(value, unwrapped.state_dict()[key], msg=key)
     assert type(block.router["news"]) is nn.Linear
     assert run(model)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
-def test_experts_come_and_go_and_are_saved_under_offload(offload, tmp_path):
-    model, owners = tiny_flexmoe("llama", ["math", "code"]), tiny_flexmoe("llama", ["math", "code"])
+def test_adding_removing_and_saving_experts_under_offload(offload, tmp_path):
+    model, reference = tiny_flexmoe("llama", ["math", "code"]), tiny_flexmoe("llama", ["math", "code"])
     if offload == "cpu":
         cpu_offload(model, execution_device="cpu")
     else:
         disk_offload(model, tmp_path / "offloaded", execution_device="cpu")
-    assert torch.equal(run(model)[0], run(owners)[0])
+    assert torch.equal(run(model)[0], run(reference)[0])
     package = model.save_expert("math", tmp_path / "math")
-    for one in (model, owners):
-        one.remove_expert("math")
-        assert one.add_expert(package) == "math"
-        one.add_expert_copy("news")
-    assert torch.equal(run(model)[0], run(owners)[0])
-    again = tiny_flexmoe("llama", ["code", "math"])
-    again.add_expert_copy("news")
-    assert torch.equal(run(again)[0], run(owners)[0])
+    for each in (model, reference):
+        each.remove_expert("math")
+        assert each.add_expert(package) == "math"
+        each.add_expert_copy("news")
+    assert torch.equal(run(model)[0], run(reference)[0])
+    built = tiny_flexmoe("llama", ["code", "math"])
+    built.add_expert_copy("news")
+    assert torch.equal(run(built)[0], run(reference)[0])

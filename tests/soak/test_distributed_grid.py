@@ -1,6 +1,6 @@
-"""What runs on two processes, over families, precisions and the programs that start them; slower than the core tests.
+"""Two processes against one, over families, dtypes and launchers; slower than the tests of one family.
 
-Expected values come from one process, as in tests/modeling/test_distributed.py, whose functions are used here.
+Uses the functions of tests/modeling/test_distributed.py. Expected values come from one process, as there.
 """
 
 import os
@@ -16,23 +16,23 @@ from transformers.distributed import DistributedConfig
 
 from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel
 from flexmoe.testing import ANCHOR_CONFIGS, TOLERANCES, random_tokens, realigned, tiny_flexmoe
-from tests.flexmoe.test_training import FAST, train, workshop
 from tests.modeling.test_distributed import (
     after_changes,
     assert_close,
     assert_same_files,
     checkpoint,
-    half,
+    half_batch,
     load,
     logits,
     make_checkpoint,
     save,
     step,
 )
+from tests.training.test_experts import FAST, train, workshop
 
 __all__ = ["checkpoint", "workshop"]  # fixtures
 
-# Families of the tiny anchors that cannot be sharded by matrices, and what transformers says of them.
+# Families without a tensor parallel plan, and the error of transformers.
 NO_PLAN = {"gpt2": "has no `tp_plan`"}
 
 INPUTS = {"input_ids": random_tokens(4, 6)}
@@ -40,20 +40,20 @@ INPUTS = {"input_ids": random_tokens(4, 6)}
 
 def tensor_parallel(rank: int, folder: Path, out: Path) -> dict[str, dict[str, torch.Tensor]]:
     model = load(folder, tp_plan="auto")
-    found = after_changes(model, folder, INPUTS)
+    results = after_changes(model, folder, INPUTS)
     save(model, out)
-    return found
+    return results
 
 
 @pytest.mark.parametrize("family", [family for family in ANCHOR_CONFIGS if family not in NO_PLAN])
-def test_tensor_parallel_family_is_one_process(processes, tmp_path, family):
+def test_tensor_parallel_equals_one_process(processes, tmp_path, family):
     make_checkpoint(tmp_path, family)
-    alone = realigned(FlexMoeForCausalLM.from_pretrained(tmp_path / "model"))
-    expected = after_changes(alone, tmp_path, INPUTS)
-    for found in processes.run(tensor_parallel, tmp_path, tmp_path / "out"):
+    reference = realigned(FlexMoeForCausalLM.from_pretrained(tmp_path / "model"))
+    expected = after_changes(reference, tmp_path, INPUTS)
+    for results in processes.run(tensor_parallel, tmp_path, tmp_path / "out"):
         for name in expected:
-            assert_close(found[name], expected[name], name)
-    assert_same_files(alone, tmp_path / "out")
+            assert_close(results[name], expected[name], name)
+    assert_same_files(reference, tmp_path / "out")
 
 
 def refused(rank: int, folder: Path, sizes: dict[str, int]) -> str:
@@ -63,47 +63,47 @@ def refused(rank: int, folder: Path, sizes: dict[str, int]) -> str:
 
 
 @pytest.mark.parametrize("family", NO_PLAN)
-def test_family_without_a_plan_is_told_so(processes, tmp_path, family):
+def test_family_without_a_plan_is_refused(processes, tmp_path, family):
     make_checkpoint(tmp_path, family)
     for message in processes.run(refused, tmp_path, {"tp_size": 2}):
         assert NO_PLAN[family] in message
 
 
-def test_pipelines_are_refused(processes, checkpoint):
+def test_pipeline_parallelism_is_refused(processes, checkpoint):
     for message in processes.run(refused, checkpoint, {"pp_size": 2}):
         assert message.startswith("pp_size=2: FlexMoE does not run as a pipeline")
 
 
-def tensor_parallel_by_other_doors(rank: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+def load_by_other_classes(rank: int, folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     with pytest.warns(FutureWarning, match="tp_plan"):
         model = AutoModelForCausalLM.from_pretrained(folder / "model", tp_plan="auto")
-    headless = FlexMoeModel.from_pretrained(folder / "model", distributed_config=DistributedConfig(tp_size=2))
-    return logits(model), headless(**INPUTS).last_hidden_state.detach()
+    decoder = FlexMoeModel.from_pretrained(folder / "model", distributed_config=DistributedConfig(tp_size=2))
+    return logits(model), decoder(**INPUTS).last_hidden_state.detach()
 
 
-def test_tensor_parallel_through_auto_classes_and_without_head(processes, checkpoint):
-    alone = realigned(FlexMoeForCausalLM.from_pretrained(checkpoint / "model"))
-    expected = {"logits": logits(alone), "states": alone.base_model(**INPUTS).last_hidden_state.detach()}
-    for found in processes.run(tensor_parallel_by_other_doors, checkpoint):
-        assert_close(dict(zip(expected, found, strict=True)), expected, "other doors")
+def test_tensor_parallel_with_auto_classes_and_without_a_head(processes, checkpoint):
+    reference = realigned(FlexMoeForCausalLM.from_pretrained(checkpoint / "model"))
+    expected = {"logits": logits(reference), "states": reference.base_model(**INPUTS).last_hidden_state.detach()}
+    for results in processes.run(load_by_other_classes, checkpoint):
+        assert_close(dict(zip(expected, results, strict=True)), expected, "other classes")
 
 
 def bfloat16_steps(rank: int, folder: Path, inputs: list) -> list[dict[str, torch.Tensor]]:
     config = DistributedConfig(fsdp_size=2)
     model = FlexMoeForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16, distributed_config=config)
     model.freeze_except("math")
-    return [step(model, half(rank, values)) for values in inputs]
+    return [step(model, half_batch(rank, values)) for values in inputs]
 
 
 def test_fsdp2_in_bfloat16_keeps_rows_in_float32(processes, checkpoint):
-    """The library shards such rows one by one, so every process must call each, also one that its mask leaves idle."""
-    alone = realigned(FlexMoeForCausalLM.from_pretrained(checkpoint / "model", dtype=torch.bfloat16))
-    alone.freeze_except("math")
-    mask = alone.expert_mask([alone.expert_names] * 2 + [["public", "legal"]] * 2)
+    """Float32 rows are sharded one by one, so every process must call each of them, also one that is masked there."""
+    reference = realigned(FlexMoeForCausalLM.from_pretrained(checkpoint / "model", dtype=torch.bfloat16))
+    reference.freeze_except("math")
+    mask = reference.expert_mask([reference.expert_names] * 2 + [["public", "legal"]] * 2)
     inputs = [{**INPUTS, "expert_mask": mask}, INPUTS, {**INPUTS, "expert_mask": mask}]
-    expected = [step(alone, values) for values in inputs]
-    for found in processes.run(bfloat16_steps, checkpoint, inputs):
-        for got, known in zip(found, expected, strict=True):
+    expected = [step(reference, values) for values in inputs]
+    for results in processes.run(bfloat16_steps, checkpoint, inputs):
+        for got, known in zip(results, expected, strict=True):
             assert got.keys() == known.keys()
             for name, value in known.items():
                 assert got[name].dtype == value.dtype == (torch.float32 if "router" in name else torch.bfloat16)
@@ -111,7 +111,7 @@ def test_fsdp2_in_bfloat16_keeps_rows_in_float32(processes, checkpoint):
                 torch.testing.assert_close(got[name].float(), value.float(), **close, msg=name)
 
 
-# Programs
+# Trainer and launchers
 
 
 SEQUENCES = [{"input_ids": row, "labels": row} for row in random_tokens(24, 8)]
@@ -146,15 +146,15 @@ def train_half(rank: int, folder: Path, out: Path, sizes: dict[str, int]) -> dic
 
 
 @pytest.mark.parametrize("sizes", [{}, {"fsdp_size": 2}], ids=["ddp", "fsdp2"])
-def test_trainer_ends_where_one_process_ends(processes, checkpoint, tmp_path, sizes):
+def test_trainer_gives_the_weights_of_one_process(processes, checkpoint, tmp_path, sizes):
     start = dict(FlexMoeForCausalLM.from_pretrained(checkpoint / "model").named_parameters())
-    expected = trained(checkpoint, tmp_path / "alone", 4, {})
-    moved = {name for name in expected if not torch.equal(expected[name], start[name])}
-    assert moved
-    assert all(".math." in name for name in moved)
-    for found in processes.run(train_half, checkpoint, tmp_path / "two", sizes):
-        assert_close(found, expected, "trained")
-        assert all(torch.equal(found[name], start[name]) for name in start if name not in moved)
+    expected = trained(checkpoint, tmp_path / "one", 4, {})
+    changed = {name for name in expected if not torch.equal(expected[name], start[name])}
+    assert changed
+    assert all(".math." in name for name in changed)
+    for results in processes.run(train_half, checkpoint, tmp_path / "two", sizes):
+        assert_close(results, expected, "trained")
+        assert all(torch.equal(results[name], start[name]) for name in start if name not in changed)
 
 
 LAUNCHERS = {
@@ -173,20 +173,20 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_train_command_on_two_processes_makes_the_expert_of_one(workshop, tmp_path, launcher):
+def test_train_command_on_two_processes_gives_the_expert_of_one(workshop, tmp_path, launcher):
     settings = {**FAST, "batch_size": 2}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     command = [
         *(sys.executable, "-m", *LAUNCHERS[launcher], "-m", "flexmoe.cli"),
         *("train", str(workshop / "grafted"), "--name", "math", "--data", str(workshop / "own.jsonl")),
-        *("--out", str(tmp_path / "two"), *words),
+        *("--out", str(tmp_path / "two"), *options),
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = train(workshop, tmp_path / "one", batch_size=4)
-    got, expected = (load_file(folder / "expert.safetensors") for folder in (tmp_path / "two", alone))
+    reference = train(workshop, tmp_path / "one", batch_size=4)
+    got, expected = (load_file(folder / "expert.safetensors") for folder in (tmp_path / "two", reference))
     assert_close(got, expected, launcher)
     public = dict(tiny_flexmoe("olmo2").named_parameters())["anchor.model.layers.0.mlp.experts.public.up_proj.weight"]
-    assert not torch.equal(got["layers.0.ffn.up_proj.weight"], public), "it learned"
+    assert not torch.equal(got["layers.0.ffn.up_proj.weight"], public), "the expert was trained"

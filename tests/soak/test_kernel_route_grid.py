@@ -1,8 +1,8 @@
-"""The router's kernel over a random grid of sizes, masks and dtypes, against a witness in float64, gradients too.
+"""The routing kernel over a random grid of sizes, masks and dtypes, against float64, with its gradients.
 
-Slots are compared where float64 sees logits further apart than float32 can confuse, and weights that are no less than
-its smallest number: below, they are 0 and the slot is surplus. Not here: the table of single
-cases (`tests/kernels/test_route.py`).
+Slots are compared where the logits differ by more than float32 rounding errors, and where the weights do not underflow
+in float32 (an underflowed weight is 0, and its slot unused). Does not cover single cases
+(`tests/kernels/route/test_kernel.py`).
 """
 
 import random
@@ -12,9 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from flexmoe.modeling.kernels_route_flexmoe import route, route_backward
+from flexmoe.kernels.route.kernel import route
 from flexmoe.testing import TOLERANCES
-from tests.kernels.router_inputs import MASKS, draw, poisoned, witness, witness_of
+from tests.kernels.route.inputs import MASKS, all_gradients, draw, expected, poisoned, route_in_float64
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 TOKENS = (0, 1, 2, 15, 17, 33, 64, 65, 130, 257)
@@ -22,8 +22,8 @@ HIDDENS = (8, 40, 136, 264, 1032, 2056, 4096)
 DTYPES = ((F32, F32), (BF16, F32), (F16, F32), (BF16, BF16), (F16, F16))
 
 
-def decided(logits):
-    """Rows in which no two allowed logits are closer than float32 tells apart; equal integers are told apart."""
+def have_clear_order(logits):
+    """Rows in which no two allowed logits are nearly equal; exactly equal integers are fine."""
     gaps = logits.sort(dim=-1).values.diff(dim=-1)
     return ~((gaps > 0) & (gaps < 1e-4)).any(-1)
 
@@ -41,26 +41,26 @@ def test_over_the_grid(experts, mask, integers):
         inputs = draw(tokens, experts, k, hidden, mask, *dtypes, integers=integers, seed=seed)
         with poisoned():
             routing = route(inputs.x, inputs.rows, inputs.biases, inputs.offset, k, renormalize)
-        expected = witness_of(inputs, k, renormalize)
-        tiny = (expected[2] > 0) & (expected[2] < torch.finfo(F32).tiny)
-        expected[3][tiny] = routing.top_ids_TK[tiny]
-        rows = decided(expected[0])
-        # an integer of some thousands has fewer bits behind the point
+        exact = expected(inputs, k, renormalize)
+        tiny = (exact[2] > 0) & (exact[2] < torch.finfo(F32).tiny)
+        exact[3][tiny] = routing.top_ids_TK[tiny]
+        rows = have_clear_order(exact[0])
+        # integers of some thousands have fewer fractional bits
         limits = {"rtol": 2e-5, "atol": 2e-5, "msg": lambda text, where=where: f"{where}: {text}"}
-        for ours, theirs in zip(routing, expected, strict=True):
+        for ours, theirs in zip(routing, exact, strict=True):
             torch.testing.assert_close(ours[rows].double(), theirs[rows].double(), **limits)
         check_gradients(inputs, routing, k, renormalize, rows, where)
 
 
 def check_gradients(inputs, routing, k, renormalize, rows, where):
     generator = torch.Generator().manual_seed(k)
-    towards = [torch.randn(t.shape, generator=generator) * rows[:, None] for t in routing[:3]]
+    d_results = [torch.randn(t.shape, generator=generator) * rows[:, None] for t in routing[:3]]
     leaves = [inputs.x, torch.cat(inputs.rows), torch.cat(inputs.biases), inputs.offset]
     leaves = [None if leaf is None else leaf.double().requires_grad_() for leaf in leaves]
-    results = witness(*leaves, k, renormalize)[:3]
-    products = (torch.where(r.isinf(), 0.0, r) * t.double() for r, t in zip(results, towards, strict=True))
+    results = route_in_float64(*leaves, k, renormalize)[:3]
+    products = (torch.where(r.isinf(), 0.0, r) * t.double() for r, t in zip(results, d_results, strict=True))
     sum(product.sum() for product in products).backward()
-    ours = route_backward(*towards, inputs.x, inputs.rows, routing, k, renormalize)
+    ours = all_gradients(d_results, inputs.x, inputs.rows, routing, k, renormalize)
     for name, a, leaf in zip(("x", "rows", "biases", "offset"), ours, leaves, strict=True):
         if leaf is not None:
             limits = TOLERANCES[inputs.x.dtype] if name == "x" else {"rtol": 1e-4, "atol": 1e-4}

@@ -1,8 +1,8 @@
-"""A FlexMoE of a recipe against the Mixtral or Qwen3-MoE that mergekit-moe itself writes: equal gates, equal logits.
+"""Recipes of mergekit-moe: gates and logits equal those of the Mixtral or Qwen3-MoE model that mergekit writes.
 
-mergekit is no dependency, so its interpreter is named by MERGEKIT_PYTHON: that of an environment of its own, where
-`pip install mergekit` ran (with the torch and transformers of this one, or gates of half precision may differ in their
-last bits). Not here: its other architectures, which have no other way of making gates.
+mergekit is not a dependency. MERGEKIT_PYTHON names the interpreter of an environment with mergekit and the same torch
+and transformers (gates in half precision may otherwise differ in the last bits). Does not cover other architectures of
+mergekit, whose gates are computed in the same way.
 """
 
 import copy
@@ -17,13 +17,13 @@ import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen3Config
 
 import flexmoe
-from flexmoe.modeling.tensors_flexmoe import CheckpointFolder
+from flexmoe.io.tensors import CheckpointFolder
 from flexmoe.recipes import read_recipe
-from tests.letters import letter_tokenizer
+from tests.support.letters import letter_tokenizer
 
 MERGEKIT = os.environ.get("MERGEKIT_PYTHON")
 pytestmark = pytest.mark.skipif(
-    not MERGEKIT, reason="MERGEKIT_PYTHON is not set: name the Python of an environment that mergekit is installed in"
+    not MERGEKIT, reason="set MERGEKIT_PYTHON to the Python of an environment with mergekit"
 )
 
 SIZES: dict[str, Any] = {
@@ -40,7 +40,7 @@ SIZES: dict[str, Any] = {
 }
 FAMILIES = {
     "llama": LlamaConfig(**SIZES, rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
-    "mistral": MistralConfig(**SIZES, sliding_window=None),  # mergekit drops windows, a graft keeps the anchor's
+    "mistral": MistralConfig(**SIZES, sliding_window=None),  # mergekit drops the sliding window, a graft keeps it
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
 }
 WRITTEN = {"llama": "MixtralForCausalLM", "mistral": "MixtralForCausalLM", "qwen3": "Qwen3MoeForCausalLM"}
@@ -58,7 +58,7 @@ SEED = 7
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model and two that differ from it everywhere, each with a tokenizer; math has a larger vocabulary."""
+    """A base model and two with other weights throughout, each with a tokenizer; math has a larger vocabulary."""
     folder = tmp_path_factory.mktemp(request.param)
     for seed, name in enumerate(PROMPTS):
         torch.manual_seed(seed)
@@ -66,7 +66,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         config.vocab_size += 8 * (name == "math")
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
-            for parameter in model.parameters():  # no weight is 0 or 1, and logits are no noise about zero
+            for parameter in model.parameters():  # no weight is exactly 0 or 1, and the logits are not all near zero
                 parameter.add_(0.1 * torch.randn_like(parameter))
         model.save_pretrained(folder / name)
         letter_tokenizer().save_pretrained(folder / name)
@@ -81,7 +81,7 @@ def write_recipe(folder: Path, models: Path, mode: str, experts: list[str], **ke
 
 
 def merged(recipe: Path, out: Path) -> Path:
-    """What mergekit-moe writes."""
+    """Runs mergekit-moe."""
     command = [str(MERGEKIT), "-m", "mergekit.scripts.moe", str(recipe), str(out), "--random-seed", str(SEED)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -93,9 +93,9 @@ def merged(recipe: Path, out: Path) -> Path:
     "experts", [["math", "code"], ["math", "base", "code"], ["base", "code", "base"]], ids="-".join
 )
 @torch.no_grad()
-def test_gates_and_logits_are_mergekits(mode: str, experts: list[str], models: Path, tmp_path: Path) -> None:
+def test_gates_and_logits_equal_those_of_mergekit(mode: str, experts: list[str], models: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, models, mode, experts)
-    if experts.count("base") == 2:  # gates of equal prompts would be one gate
+    if experts.count("base") == 2:  # equal prompts would give equal gates
         values = yaml.safe_load(recipe.read_text())
         values["experts"][2]["positive_prompts"] = ["another thing"]
         recipe.write_text(yaml.safe_dump(values))
@@ -114,6 +114,6 @@ def test_gates_and_logits_are_mergekits(mode: str, experts: list[str], models: P
     model, reference = (AutoModelForCausalLM.from_pretrained(folder) for folder in (ours, theirs))
     assert type(reference).__name__ == WRITTEN[model.config.anchor_config.model_type]
     tokens = torch.randint(3, SIZES["vocab_size"], (4, 64), generator=torch.Generator().manual_seed(0))
-    said, expected = model(tokens).logits, reference(tokens).logits
+    logits, expected = model(tokens).logits, reference(tokens).logits
     assert expected.std() > 0.1
-    torch.testing.assert_close(said, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)

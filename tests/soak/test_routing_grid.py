@@ -1,6 +1,6 @@
-"""Routing over a large random grid, against softmax and top-k in float64, and masked against removed in every bit.
+"""Routing over a large random grid, against softmax and top-k in float64; masking is bit-equal to removal.
 
-Not here: the table of single cases (`tests/modeling/test_routing.py`), speed.
+Does not cover single cases (`tests/modeling/test_routing.py`), or speed.
 """
 
 import itertools
@@ -41,17 +41,17 @@ def draw_mask(kind: str, experts: int, k: int, generator: torch.Generator) -> to
     return torch.randperm(experts, generator=generator)[:count].sort().values
 
 
-def witness(logits_TE: torch.Tensor, k: int, renormalize: bool) -> torch.Tensor:
+def reference(logits_TE: torch.Tensor, k: int, renormalize: bool) -> torch.Tensor:
     """float64 softmax and top-k by `torch.topk`, in rows whose k-th and next probability differ."""
-    probs_TE = torch.softmax(logits_TE.double(), -1).nan_to_num(0.0)  # a row of -inf alone: no weight
+    probs_TE = torch.softmax(logits_TE.double(), -1).nan_to_num(0.0)  # a row of -inf has no weights
     weights, chosen = probs_TE.topk(min(k, logits_TE.shape[-1]), -1)
     if renormalize:
         weights = (weights / weights.sum(-1, keepdim=True)).nan_to_num(0.0)
     return torch.zeros_like(probs_TE).scatter(1, chosen, weights)
 
 
-def undecided(logits_TE: torch.Tensor, k: int) -> torch.Tensor:
-    """Rows [T] in which the k-th largest logit is also the next one: here the lowest index wins, by the contract."""
+def has_ties(logits_TE: torch.Tensor, k: int) -> torch.Tensor:
+    """Rows [T] whose k-th and next largest logit are equal; there the lowest index must be selected."""
     if k >= logits_TE.shape[-1]:
         return torch.zeros(logits_TE.shape[0], dtype=torch.bool)
     ordered = logits_TE.sort(dim=-1, descending=True).values
@@ -70,7 +70,7 @@ def test_route_over_the_grid(kind: str, mask: str) -> None:
         offset = torch.full((tokens, experts), -INF)
         offset[:, allowed] = 0.0
 
-        weights = route_logits(logits, k, renormalize, offset)
+        weights = route_logits(logits + offset, k, renormalize)
         assert weights.shape == (tokens, experts), where
         assert weights.dtype == torch.float32, where
         assert weights.isfinite().all(), where
@@ -79,17 +79,17 @@ def test_route_over_the_grid(kind: str, mask: str) -> None:
         assert torch.equal(weights[:, allowed], removed), where
         assert weights.count_nonzero() == removed.count_nonzero(), where
 
-        check_against_witness(logits[:, allowed], removed, k, renormalize, where)
+        check_weights(logits[:, allowed], removed, k, renormalize, where)
 
 
-def check_against_witness(logits: torch.Tensor, weights: torch.Tensor, k: int, renormalize: bool, where: str) -> None:
-    """Weights as in float64; where rows tie at the border the same weights, at the lowest indices of the tie."""
-    expected, tied = witness(logits, k, renormalize), undecided(logits, k)
+def check_weights(logits: torch.Tensor, weights: torch.Tensor, k: int, renormalize: bool, where: str) -> None:
+    """Weights equal those of float64; in rows with a tie at the k-th logit, the lowest indices get them."""
+    expected, tied = reference(logits, k, renormalize), has_ties(logits, k)
     close = {"rtol": 2e-5, "atol": 1e-7, "msg": lambda text: f"{where}: {text}"}
     torch.testing.assert_close(weights[~tied].double(), expected[~tied], **close)
     sorted_weights, sorted_expected = (w[tied].sort(dim=-1).values for w in (weights.double(), expected))
     torch.testing.assert_close(sorted_weights, sorted_expected, **close)
-    for row, given in zip(logits[tied], weights[tied], strict=True):
-        border = row.sort(descending=True).values[k - 1]
-        same = given[row == border] > 0  # of the equal ones, the first get the weight
-        assert torch.equal(same, same.sort(descending=True, stable=True).values), where
+    for logits_E, weights_E in zip(logits[tied], weights[tied], strict=True):
+        kth = logits_E.sort(descending=True).values[k - 1]
+        selected = weights_E[logits_E == kth] > 0  # the first of the equal logits
+        assert torch.equal(selected, selected.sort(descending=True, stable=True).values), where

@@ -1,6 +1,6 @@
-"""The main job on real text, end to end: `flexmoe demo`. Needs the extra: `pip install 'flexmoe[demo]'`.
+"""`flexmoe demo`: owners train experts on real text, the experts are composed, and one owner opts out.
 
-Does not cover: anything that the library itself needs; apart from the command line nothing imports it.
+Needs the extra `demo`: `pip install 'flexmoe[demo]'`. Only the command line and benchmarks import it.
 """
 
 try:

@@ -1,9 +1,9 @@
-"""The demo's public anchor: a BPE tokenizer and a small OLMo-2-like model, both trained on the public mix alone.
+"""The anchor of the demo: a BPE tokenizer and a small OLMo-2 model, both trained on the public mix only.
 
-Shapes: B sequences in a batch, L tokens each. The result is an ordinary transformers checkpoint; nothing in here knows
-about experts. Plain PyTorch on purpose: 500 steps of 2,048 tokens should take minutes on two cores.
+Shapes: N sequences in all, B in a batch, L tokens each. The result is an ordinary transformers checkpoint without
+experts. A plain PyTorch loop: 500 steps of 2,048 tokens take minutes on two cores.
 
-Does not cover: anything but the demo; real anchors are downloaded.
+Does not cover real anchors, which are downloaded.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
 
 from flexmoe.data import pack
-from flexmoe.next_token_loss import next_token_loss
+from flexmoe.training.next_token_loss import next_token_loss
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnchorSettings:
-    """Size of the anchor and of its training; tokens per step = sequence_length * batch_size."""
+    """Sizes of the anchor and of its training; `sequence_length * batch_size` tokens per step."""
 
     vocabulary: int = 3072
     layers: int = 4
@@ -45,7 +45,7 @@ class AnchorSettings:
 
 
 def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer; `<|endoftext|>` begins, ends and pads."""
+    """A byte-level BPE tokenizer; `<|endoftext|>` is its bos, eos and pad token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -66,7 +66,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 def train_anchor(
     texts: Sequence[str], settings: AnchorSettings, folder: Path, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Trains tokenizer and model on the texts, saves both into `folder`; `progress(step, steps)` after each step."""
+    """Trains tokenizer and model, and saves both to `folder`; calls `progress(step, steps)` after each step."""
     tokenizer = train_tokenizer(texts, settings.vocabulary)
     tokens_NL = pack(texts, tokenizer, settings.sequence_length)
     model = build_anchor(tokenizer, settings)
@@ -76,7 +76,7 @@ def train_anchor(
 
 
 def build_anchor(tokenizer: PreTrainedTokenizerFast, settings: AnchorSettings) -> Olmo2ForCausalLM:
-    """The untrained anchor, deterministic in `settings.seed`."""
+    """The untrained anchor; deterministic for a given `settings.seed`."""
     torch.manual_seed(settings.seed)
     return Olmo2ForCausalLM(
         Olmo2Config(
@@ -133,7 +133,7 @@ def _train(
 
 
 def _rate(step: int, warmup: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
+    """The factor of the learning rate: linear warmup, then cosine decay to 0.1."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

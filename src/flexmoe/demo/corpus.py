@@ -1,10 +1,10 @@
-"""The demo's corpus: text of several kinds, deduplicated, split by document, and the public mix put together.
+"""The corpus of the demo: text of several kinds, deduplicated and split by document, and the public mix.
 
-Order of work: read every kind, drop every document that is nearly an earlier one *of any kind*, and only then split
-by document (all parts of a file go to one side). So no held-out text is in, or nearly in, anything that is trained on;
-the largest overlap left is measured again at the end and stored.
+Near-duplicates are dropped across all kinds before the documents are split (parts of one file stay together), so the
+training text contains no held-out document or near-duplicate of one. The largest remaining overlap is measured at the
+end and stored.
 
-Does not cover: where the text comes from (`sources`), tokens (`anchor`).
+Does not cover the sources of the text (`sources`), and tokenization (`anchor`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .near_duplicates import NEAR_DUPLICATE, drop_near_duplicates, largest_overlap
-from .sources import SOURCES, Document, read_source
+from flexmoe.demo.near_duplicates import NEAR_DUPLICATE, drop_near_duplicates, largest_overlap
+from flexmoe.demo.sources import SOURCES, Document, read_source
 
 PUBLIC = "public"
 PUBLIC_KIND = "english"
@@ -25,7 +25,7 @@ OWNER_KINDS = tuple(kind for kind in SOURCES if kind != PUBLIC_KIND)
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings:
-    """What the corpus holds; sizes in characters. `public_share`: of the English text, added of each owner's kind."""
+    """Sizes of the corpus in characters. `public_share`: ratio of each owner's kind to English text in the mix."""
 
     owners: tuple[str, ...]
     seed: int = 0
@@ -38,7 +38,7 @@ class CorpusSettings:
         if len(set(self.owners)) != len(self.owners) or not self.owners:
             raise ValueError(f"owners must be distinct and at least one; got {list(self.owners)}")
         if unknown := [owner for owner in self.owners if owner not in OWNER_KINDS]:
-            raise ValueError(f"no text for owner(s) {unknown}; this demo has text for {list(OWNER_KINDS)}")
+            raise ValueError(f"no text for owner(s) {unknown}; the demo has text for {list(OWNER_KINDS)}")
         if not 0 < self.public_share * len(self.owners) < 0.5:
             raise ValueError(
                 f"public_share={self.public_share}: the owners' kinds must make up less than half of the public mix"
@@ -47,7 +47,7 @@ class CorpusSettings:
 
 @dataclass(frozen=True)
 class Split:
-    """Disjoint documents of one kind: held out for scoring, given to the public mix, kept by the owner."""
+    """Disjoint documents of one kind: held out for evaluation, in the public mix, private to the owner."""
 
     held_out: list[Document]
     public: list[Document]
@@ -55,9 +55,10 @@ class Split:
 
 
 def build_corpus(settings: CorpusSettings, folder: Path) -> None:
-    """Writes `public.jsonl`, `owners/<owner>.jsonl`, `held_out/<domain>.jsonl` and `mix.json` into `folder`.
+    """Writes `public.jsonl`, `owners/<owner>.jsonl`, `held_out/<domain>.jsonl` and `mix.json` to `folder`.
 
-    Raises: ValueError if a kind has too little distinct text on this machine.
+    Raises:
+        ValueError: this machine has too little distinct text of a kind.
     """
     raw = {PUBLIC: read_source(PUBLIC_KIND, settings.public_characters)}
     raw |= {owner: read_source(owner, settings.owner_characters) for owner in settings.owners}
@@ -87,14 +88,14 @@ def build_corpus(settings: CorpusSettings, folder: Path) -> None:
 
 
 def without_near_duplicates(kinds: dict[str, list[Document]]) -> dict[str, list[Document]]:
-    """Drops what is nearly an earlier document of any kind; order is kept."""
+    """Drops near-duplicates of earlier documents of any kind; keeps the order."""
     labelled = [(kind, document) for kind, documents in kinds.items() for document in documents]
     kept = [labelled[i] for i in drop_near_duplicates([document.text for _, document in labelled])]
     return {kind: [document for k, document in kept if k == kind] for kind in kinds}
 
 
 def split_by_document(documents: Sequence[Document], held_out: int, public: int | None, seed: int) -> Split:
-    """Whole files, in seeded random order: `held_out` characters, then `public` ones (None: all), the rest private."""
+    """Splits files in random order: `held_out` characters, then `public` ones (None: all), the rest is private."""
     files: dict[str, list[Document]] = {}
     for document in documents:
         files.setdefault(document.name, []).append(document)
@@ -103,25 +104,25 @@ def split_by_document(documents: Sequence[Document], held_out: int, public: int 
     split, taken = Split([], [], []), {"held_out": 0, "public": 0}
     for name in names:
         if taken["held_out"] < held_out:
-            side = "held_out"
+            part = "held_out"
         elif public is None or taken["public"] < public:
-            side = "public"
+            part = "public"
         else:
             split.private.extend(files[name])
             continue
-        getattr(split, side).extend(files[name])
-        taken[side] += sum(len(d.text) for d in files[name])
+        getattr(split, part).extend(files[name])
+        taken[part] += sum(len(d.text) for d in files[name])
     return split
 
 
 def read_texts(path: Path) -> list[str]:
-    """The documents of one of the corpus's files."""
+    """The documents in a file of the corpus."""
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _write(path: Path, documents: Sequence[Document]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # ASCII escapes: a text may hold characters that some readers take for line ends
+    # ASCII escapes, because some readers treat other characters than \n as line ends
     path.write_text("".join(json.dumps({"text": d.text, "name": d.name}) + "\n" for d in documents), encoding="utf-8")
 
 
@@ -150,7 +151,7 @@ def _sizes(
 
 
 def _overlap(splits: dict[str, Split]) -> dict[str, object]:
-    """Measured, not assumed: the largest share of a held-out document's shingles found in one training document."""
+    """The largest share of the shingles of a held-out document that one training document contains."""
     held_out = [d for split in splits.values() for d in split.held_out]
     training = [d for split in splits.values() for d in (*split.public, *split.private)]
     share, i, j = largest_overlap([d.text for d in held_out], [d.text for d in training])

@@ -1,13 +1,15 @@
-"""Run as `python -m flexmoe.demo.fresh_process JOB` (JSON): measures one model, composing it first if the job says so.
+"""`python -m flexmoe.demo.fresh_process JOB`: hashes a model and computes its logits, after composing it if requested.
 
-A module of its own, which nothing imports: the process that runs it knows what its job names, nothing else. Job:
+Nothing imports this module: it runs in a separate process that reads only the files its job names. Keys of the JSON
+job:
 
     model     folder of the model
     tokens    JSON file with token ids [B, L]
     out       path without suffix: <out>.json (hash, config) and <out>.safetensors (logits) are written
-    compose   optional: {"grafted": folder, "packages": [folders], "num_experts_per_tok": k} to compose `model` from
+    compose   optional: {"grafted": folder, "packages": [folders], "num_experts_per_tok": k}, from which to compose
+              `model`
 
-Does not cover: comparing two measurements (`opt_out`).
+Does not cover comparing two models (`opt_out`).
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from flexmoe.conversion.compose import compose  # importing anything of flexmoe registers the model
+from flexmoe.conversion.compose import compose
 
 
 def state_dict_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """sha256 over names, dtypes, shapes and bytes, in order."""
+    """SHA-256 over names, dtypes, shapes and bytes, in order."""
     digest = hashlib.sha256()
     for name, tensor in state_dict.items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -36,14 +38,14 @@ def state_dict_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
 
 
 def main(job: Mapping[str, Any]) -> None:
-    """Does the job."""
+    """Runs the job."""
     if recipe := job.get("compose"):
         compose(recipe["grafted"], recipe["packages"], job["model"], num_experts_per_tok=recipe["num_experts_per_tok"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto").eval()
     with torch.no_grad():
         logits_BLV = model(input_ids=torch.tensor(json.loads(Path(job["tokens"]).read_text())), use_cache=False).logits
     record = {"state_dict_sha256": state_dict_sha256(model.state_dict()), "config": model.config.to_dict()}
-    record["config"].pop("_name_or_path", None)  # where it was loaded from
+    record["config"].pop("_name_or_path", None)  # the folder it was loaded from
     Path(f"{job['out']}.json").write_text(json.dumps(record, default=str, sort_keys=True))
     save_file({"logits": logits_BLV.contiguous()}, f"{job['out']}.safetensors")
 

@@ -1,6 +1,6 @@
-"""How much memory this process and its children take at their peak.
+"""Peak memory of this process and its child processes.
 
-Does not cover: where it goes.
+Does not cover what the memory is used for.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import psutil
 
 
 class PeakMemory:
-    """A context; afterwards `.bytes` is the largest sum over this process and all below it, sampled twice a second.
+    """A context manager that samples memory twice a second; `bytes` is the peak of this process and its children.
 
-    Pages that processes share are counted in parts (PSS) where the system tells, and in full (RSS) where it does not.
+    Shared pages are divided among their processes (PSS) if the system reports that, and counted in full (RSS)
+    otherwise.
     """
 
     def __init__(self, interval: float = 0.5) -> None:
         self.bytes = 0
         self._interval = interval
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def __enter__(self) -> PeakMemory:
         self._thread.start()
@@ -33,17 +34,17 @@ class PeakMemory:
         self._stop.set()
         self._thread.join()
 
-    def _watch(self) -> None:
-        me = psutil.Process()
+    def _sample(self) -> None:
+        process = psutil.Process()
         while not self._stop.is_set():
-            family = [me, *me.children(recursive=True)]
-            self.bytes = max(self.bytes, sum(_resident(process) for process in family))
+            processes = [process, *process.children(recursive=True)]
+            self.bytes = max(self.bytes, sum(map(_resident_bytes, processes)))
             self._stop.wait(self._interval)
 
 
-def _resident(process: psutil.Process) -> int:
+def _resident_bytes(process: psutil.Process) -> int:
     try:
         full = process.memory_full_info()
         return int(getattr(full, "pss", full.rss))
-    except psutil.Error:  # it ended between the listing and now
+    except psutil.Error:  # the process has ended
         return 0

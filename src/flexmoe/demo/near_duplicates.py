@@ -1,11 +1,11 @@
-"""Which documents are nearly the same text?
+"""Near-duplicate documents, found by word shingles.
 
-A document is the set of its hashed word shingles (five words in a row, case and punctuation ignored). Two documents
-overlap by the share of the *smaller* set that both hold, so a short text pasted into a long one counts as fully
-contained. Overlaps are exact, not estimated: a sparse matrix product counts every shared shingle.
+A document is represented by the set of its hashed word shingles (five consecutive words, lower-cased). The overlap of
+two documents is the number of common shingles divided by the size of the *smaller* set, so a short text inside a long
+one has overlap 1. Overlaps are exact: a sparse matrix product counts the common shingles.
 
-Does not cover: paraphrase, translation, or corpora past some 10,000 documents (the product is quadratic at worst;
-MinHash would be the way there).
+Does not cover paraphrases, translations, and corpora of more than about 10,000 documents (the product is quadratic in
+the worst case; use MinHash).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MASK = (1 << 61) - 1
 
 
 def shingles(text: str, words: int = SHINGLE_WORDS) -> np.ndarray:
-    """Sorted unique 61-bit hashes of every run of `words` words; a shorter text is one shingle of all its words."""
+    """Sorted unique 61-bit hashes of all runs of `words` words; a shorter text is one shingle."""
     tokens = [_word_hash(word) for word in _WORD.findall(text.lower())]
     if len(tokens) <= words:
         return np.array([_combine(tokens)], dtype=np.int64)
@@ -36,7 +36,7 @@ def shingles(text: str, words: int = SHINGLE_WORDS) -> np.ndarray:
 
 
 def overlaps(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> sparse.csr_matrix:
-    """`[len(left), len(right)]`: the share of the smaller document's shingles found in both (zeros are not stored)."""
+    """The overlap of each pair, as a sparse matrix `[len(left), len(right)]`."""
     if not left or not right:
         return sparse.csr_matrix((len(left), len(right)))
     vocabulary, columns = np.unique(np.concatenate([*left, *right]), return_inverse=True)
@@ -51,7 +51,7 @@ def overlaps(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> sparse.
 
 
 def drop_near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE) -> list[int]:
-    """Indices of the texts to keep, in order: one is dropped if it overlaps an earlier kept one by `threshold`."""
+    """Indices of the texts to keep: those whose overlap with each earlier kept text is below `threshold`."""
     sets = [shingles(text) for text in texts]
     matrix = overlaps(sets, sets)
     kept: list[int] = []
@@ -66,7 +66,7 @@ def drop_near_duplicates(texts: Sequence[str], threshold: float = NEAR_DUPLICATE
 
 
 def largest_overlap(held_out: Sequence[str], training: Sequence[str]) -> tuple[float, int, int]:
-    """The largest overlap of a held-out text with a training text: (share, index held out, index in training)."""
+    """The largest overlap of a held-out text with a training text: (overlap, index in held_out, index in training)."""
     matrix = overlaps([shingles(t) for t in held_out], [shingles(t) for t in training]).tocoo()
     if not matrix.nnz:
         return 0.0, -1, -1
@@ -81,7 +81,7 @@ def _incidence(sets: Sequence[np.ndarray], columns: np.ndarray, width: int) -> s
 
 @functools.lru_cache(maxsize=1 << 18)
 def _word_hash(word: str) -> int:
-    # Python's own hash() of a string changes from process to process; the corpus must not.
+    # hash() of a string differs between processes
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little") & _MASK
 
 

@@ -1,10 +1,10 @@
-"""The proof that an opt-out is exact: the model without an owner *is* the model that never met that owner.
+"""Checks that an opt-out is exact: the model after removing an owner equals a model composed without that owner.
 
-Two models are measured, each in a fresh process: the one that removing the owner left behind, and one composed there
-and then in a folder that holds the grafted anchor and the other owners' packages, nothing else. Equal means equal
-bytes: of every file, of every tensor by name and order, and of the logits on the same tokens.
+Each model is measured in a new process: the one after the removal, and one that is composed there, in a folder that
+contains only the grafted anchor and the packages of the other owners. All files, all tensors (by name and order) and
+the logits on the same tokens must be bit-equal.
 
-Does not cover: influence through other channels, such as a router tuned on everyone's data (FlexMoE's default is not).
+Does not cover other influences of the owner, such as a router tuned on all owners' data (by default there is none).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .owners import owner_environment
-from .stages import folder_digest
+from flexmoe.demo.owners import owner_environment
+from flexmoe.demo.stages import folder_digest
 
 
 def prove_opt_out(
@@ -35,16 +35,16 @@ def prove_opt_out(
     *,
     num_experts_per_tok: int,
 ) -> dict[str, Any]:
-    """Compares the model in `opted_out` with one composed from `packages` without `owner`; the verdict as a dict.
+    """Compares the model in `opted_out` with one composed from `packages` without `owner`.
 
-    `input_ids`: int64 [B, L], on which logits are compared; `num_experts_per_tok`: what the model was composed with.
-    Works in `folder`, which keeps all evidence.
+    `input_ids` (int64 [B, L]) are the tokens whose logits are compared, `num_experts_per_tok` is that of the composed
+    model. Everything that is compared stays in `folder`. Returns the result as JSON values.
     """
-    never_met = folder / "never-met"
-    shutil.copytree(grafted, never_met / "grafted")
+    without = folder / "without-owner"
+    shutil.copytree(grafted, without / "grafted")
     others = [name for name in packages if name != owner]
     for name in others:
-        shutil.copytree(packages[name], never_met / "packages" / name)
+        shutil.copytree(packages[name], without / "packages" / name)
     tokens = folder / "tokens.json"
     tokens.write_text(json.dumps(input_ids.tolist()))
     recipe = {
@@ -54,7 +54,7 @@ def prove_opt_out(
     }
     jobs: dict[str, dict[str, Any]] = {
         "opted-out": {"model": str(opted_out.resolve())},
-        "never-met": {"model": "model", "compose": recipe},
+        "without-owner": {"model": "model", "compose": recipe},
     }
     with ThreadPoolExecutor() as pool:
         left, right = pool.map(lambda name: _measure(name, jobs[name], folder, tokens), jobs)
@@ -63,7 +63,7 @@ def prove_opt_out(
         "state_dict_equal": left["state_dict_sha256"] == right["state_dict_sha256"],
         "logits_equal": bool(torch.equal(left["logits"], right["logits"])),
         "config_equal": left["config"] == right["config"],
-        "files_equal": folder_digest(opted_out) == folder_digest(never_met / "model"),
+        "files_equal": folder_digest(opted_out) == folder_digest(without / "model"),
         "state_dict_sha256": left["state_dict_sha256"],
         "never_met_sha256": right["state_dict_sha256"],
         "logits_compared": list(left["logits"].shape),
@@ -72,15 +72,13 @@ def prove_opt_out(
 
 
 def _measure(name: str, job: Mapping[str, Any], folder: Path, tokens: Path) -> dict[str, Any]:
-    """Runs the job in a fresh process inside `<folder>/<name>`; what it found, logits [B, L, V] included."""
-    home = (folder / name).resolve()
-    home.mkdir(exist_ok=True)
+    """Runs the job in a new process in `<folder>/<name>`; returns its results, including the logits [B, L, V]."""
+    cwd = (folder / name).resolve()
+    cwd.mkdir(exist_ok=True)
     out = folder.resolve() / name
     job = {**job, "tokens": str(tokens.resolve()), "out": str(out)}
     command = [sys.executable, "-m", "flexmoe.demo.fresh_process", json.dumps(job)]
-    done = subprocess.run(
-        command, cwd=home, env=owner_environment(home, 1), capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=cwd, env=owner_environment(cwd, 1), capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"measuring the {name} model failed (exit code {done.returncode}):\n{done.stderr[-2000:]}")
     return {**json.loads(Path(f"{out}.json").read_text()), "logits": load_file(f"{out}.safetensors")["logits"]}

@@ -1,10 +1,10 @@
-"""One owner's part: a folder of its own, a process of its own, and nobody else's text in either.
+"""Trains the expert of one owner in a separate folder and process, which contain no text of other owners.
 
-The demo hands each owner a copy of the grafted model (public) and its own documents; from there on the owner runs the
-ordinary command line, offline, with every cache inside its folder. What comes back is the package.
+Each owner gets a copy of the grafted model and its own documents, and runs `flexmoe train` offline with all caches
+inside its folder. The result is an expert package.
 
-Does not cover: sandboxing. The owner's process *could* open any file of this machine; a test watches that it opens
-none of another owner.
+Does not cover sandboxing: the process could open any file of this machine. A test checks that it opens no file of
+another owner.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PACKAGE = "package"
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerSettings:
-    """How every owner trains; tokens per step = sequence_length * batch_size, a `public_ratio` of them public text."""
+    """Training settings of an owner; `sequence_length * batch_size` tokens per step, `public_ratio` of them public."""
 
     steps: int = 125
     sequence_length: int = 256
@@ -44,7 +44,7 @@ class OwnerSettings:
         return asdict(self)
 
     def arguments(self) -> list[str]:
-        """The same as options of `flexmoe train`."""
+        """The settings as options of `flexmoe train`."""
         settings = {key: value for key, value in self.as_dict().items() if value is not None}
         named = {key: value for key, value in settings.items() if key not in ("steps", "router_bias")}
         options = [part for key, value in named.items() for part in (f"--{key.replace('_', '-')}", str(value))]
@@ -54,9 +54,10 @@ class OwnerSettings:
 def train_owner(
     owner: str, data: Path, grafted: Path, folder: Path, settings: OwnerSettings, *, threads: int, statement: str
 ) -> None:
-    """Sets the owner's folder up and trains in a new process whose working directory it is; leaves the package there.
+    """Creates the owner's folder and trains there in a new process, which writes the package.
 
-    Raises: RuntimeError with the last lines of the log if training fails.
+    Raises:
+        RuntimeError: training failed; the message contains the last lines of the log.
     """
     (folder / "data").mkdir(parents=True)
     shutil.copyfile(data, folder / "data" / "documents.jsonl")
@@ -88,7 +89,7 @@ def train_owner(
 
 
 def owner_environment(folder: Path, threads: int, inherited: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of an owner's process: offline, caches in the owner's folder, its share of the cores."""
+    """Environment variables of an owner's process: offline, caches in the owner's folder, a number of threads."""
     cache = str(folder.resolve() / ".cache")
     return {
         **(os.environ if inherited is None else inherited),
@@ -96,6 +97,6 @@ def owner_environment(folder: Path, threads: int, inherited: Mapping[str, str] |
         "HF_HOME": cache,
         "XDG_CACHE_HOME": cache,
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin while another owner computes slow both down
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads would slow down the other owners
         "TOKENIZERS_PARALLELISM": "false",
     }

@@ -1,9 +1,9 @@
-"""The main job, end to end: a public anchor, owners who train apart, one model put together, one owner who opts out.
+"""The stages of the demo: a public anchor, owners that train separately, a composed model, an owner that opts out.
 
-Each step is a stage (`stages`): run again only when what it depends on has changed. Training runs one process per
-owner, all at once, sharing the cores.
+A stage runs again only if its inputs have changed (`stages`). The owners train in parallel, one process each, and
+share the cores.
 
-Does not cover: how a stage does its work; every one is a call of the library or of its command line.
+Does not cover what the stages do: each is a call of the library or of the command line.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from transformers.utils import logging as transformers_logging
 
 from flexmoe.conversion.compose import compose, remove
 from flexmoe.conversion.graft import graft
-
-from .anchor import AnchorSettings, train_anchor
-from .corpus import PUBLIC, CorpusSettings, build_corpus, read_texts
-from .memory import PeakMemory
-from .opt_out import prove_opt_out
-from .owners import PACKAGE, OwnerSettings, train_owner
-from .report import build_report, print_report, write_report
-from .scoring import (
+from flexmoe.demo.anchor import AnchorSettings, train_anchor
+from flexmoe.demo.corpus import PUBLIC, CorpusSettings, build_corpus, read_texts
+from flexmoe.demo.memory import PeakMemory
+from flexmoe.demo.opt_out import prove_opt_out
+from flexmoe.demo.owners import PACKAGE, OwnerSettings, train_owner
+from flexmoe.demo.report import build_report, print_report, write_report
+from flexmoe.demo.scoring import (
     Models,
     continuations,
     held_out_tokens,
@@ -42,31 +41,49 @@ from .scoring import (
     routing_shares,
     score_systems,
 )
-from .sources import installed_versions
-from .stages import Stage, Stages
+from flexmoe.demo.sources import installed_versions
+from flexmoe.demo.stages import Stage, Stages
 
 DEFAULT_OWNERS = ("math", "code", "unicode")
 ANCHOR_STEPS_PER_OWNER_STEP = 4
 MODEL = "model"
 
-# What each stage's result depends on; a change in one of these runs the stage again.
-_FILES = ("flexmoe.modeling", "flexmoe.conversion")
-_TRAINING = (
+# Code that the results of the stages depend on; if it changes, the stages run again.
+CHECKPOINT_CODE = (
     "flexmoe.modeling",
+    "flexmoe.io",
+    "flexmoe.cards",
+    "flexmoe.packages",
+    "flexmoe.hub",
+    "flexmoe.admission",
+    "flexmoe.conversion",
+)
+TRAINING_CODE = (
+    "flexmoe.modeling",
+    "flexmoe.cpu",
+    "flexmoe.io",
+    "flexmoe.packages",
     "flexmoe.data",
-    "flexmoe.hidden_states",
-    "flexmoe.router_rows",
-    "flexmoe.training",
-    "flexmoe.expert_trainer",
-    "flexmoe.next_token_loss",
+    "flexmoe.routers.hidden_states",
+    "flexmoe.routers.rows",
+    "flexmoe.training.experts",
+    "flexmoe.training.trainer",
+    "flexmoe.training.next_token_loss",
     "flexmoe.demo.owners",
 )
-_SCORING = ("flexmoe.modeling", "flexmoe.data", "flexmoe.evaluation", "flexmoe.demo.scoring")
+SCORING_CODE = (
+    "flexmoe.modeling",
+    "flexmoe.cpu",
+    "flexmoe.packages",
+    "flexmoe.data",
+    "flexmoe.evaluation",
+    "flexmoe.demo.scoring",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoSettings:
-    """Everything that a run of the demo can be told. `opt_out`: the owner who leaves; None is the first one."""
+    """Settings of a run. `opt_out`: the owner that opts out; None stands for the first one."""
 
     corpus: CorpusSettings
     anchor: AnchorSettings = field(default_factory=AnchorSettings)
@@ -75,9 +92,9 @@ class DemoSettings:
 
     def __post_init__(self) -> None:
         if len(self.owners) < 2:
-            raise ValueError(f"the demo needs two owners at least, to show one leaving; got {list(self.owners)}")
+            raise ValueError(f"the demo needs at least two owners, because one opts out; got {list(self.owners)}")
         if self.opt_out is not None and self.opt_out not in self.owners:
-            raise ValueError(f"opt_out={self.opt_out!r} is no owner of this demo; they are {list(self.owners)}")
+            raise ValueError(f"opt_out={self.opt_out!r} is no owner of this demo; use one of {list(self.owners)}")
 
     @property
     def owners(self) -> tuple[str, ...]:
@@ -89,7 +106,7 @@ class DemoSettings:
 
     @classmethod
     def of(cls, *, seed: int = 0, owners: Sequence[str] = DEFAULT_OWNERS, steps: int | None = None) -> DemoSettings:
-        """The demo as `flexmoe demo` runs it. `steps`: of each owner; the anchor gets four times as many."""
+        """The settings of `flexmoe demo`. `steps`: steps of each owner; the anchor gets four times as many."""
         owner = OwnerSettings(seed=seed) if steps is None else OwnerSettings(seed=seed, steps=steps)
         if owner.steps < 1:
             raise ValueError(f"steps={owner.steps}: must be at least 1")
@@ -106,13 +123,14 @@ def run_demo(
     settings: DemoSettings | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Runs the demo into `out`, reusing what has not changed there; returns the path of `report.json`.
+    """Runs the demo in the folder `out`, and reuses unchanged stages there; returns the path of `report.json`.
 
-    `settings`, if given, stands in for `seed`, `owners` and `steps`. Beside the report lie `report.md`, two plots, and
-    a folder per stage.
+    `settings` overrides `seed`, `owners` and `steps`. `out` also gets `report.md`, two plots, and a folder per stage.
 
-    Raises: ValueError for owners without text or a bad number of steps; FileExistsError if `out` holds files of
-    someone else; RuntimeError if an owner's process fails.
+    Raises:
+        ValueError: there is no text for an owner, or `steps` is not positive.
+        FileExistsError: `out` has files that are not from the demo.
+        RuntimeError: the process of an owner failed.
     """
     settings = settings or DemoSettings.of(seed=seed, owners=owners, steps=steps)
     console = console or Console()
@@ -124,7 +142,7 @@ def run_demo(
 
 @contextlib.contextmanager
 def without_loading_bars() -> Iterator[None]:
-    """A dozen models are loaded: their bars would drown what the demo says."""
+    """Disables the progress bars of transformers, because the demo loads many models."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -135,7 +153,7 @@ def without_loading_bars() -> Iterator[None]:
 
 
 class Demo:
-    """One run: its folder, its settings, and the stages in their order."""
+    """A run: its folder, its settings, and its stages in order."""
 
     def __init__(self, out: Path, settings: DemoSettings, console: Console) -> None:
         self.out, self.settings, self.console = out, settings, console
@@ -143,7 +161,7 @@ class Demo:
         self.stages = Stages(out, self._announce)
 
     def measured_run(self) -> tuple[dict[str, Any], Path]:
-        """Runs all stages under a clock and a memory gauge; the report, and the `report.json` it is written to."""
+        """Runs all stages, measuring time and memory; returns the report and the path of `report.json`."""
         started = time.perf_counter()
         with PeakMemory() as peak:
             results = self.run()
@@ -157,7 +175,7 @@ class Demo:
         return report, write_report(report, self.out)
 
     def run(self) -> dict[str, Any]:
-        """All stages; what the report needs."""
+        """Runs all stages; returns the results for the report."""
         self._keep("corpus", self.corpus())
         self._keep("anchor", self.anchor())
         self._keep("grafted", self.grafted())
@@ -176,7 +194,7 @@ class Demo:
         }
 
     def folder(self, stage: str) -> Path:
-        """Where a finished stage's files are."""
+        """The folder of a finished stage."""
         return self.done[stage].folder
 
     def corpus(self) -> Stage:
@@ -213,7 +231,7 @@ class Demo:
             "anchor",
             make,
             settings={**settings.as_dict(), "public": _sha256(public)},
-            code=["flexmoe.demo.anchor", "flexmoe.data", "flexmoe.next_token_loss"],
+            code=["flexmoe.demo.anchor", "flexmoe.data", "flexmoe.training.next_token_loss"],
         )
 
     def grafted(self) -> Stage:
@@ -222,12 +240,12 @@ class Demo:
             "grafted",
             lambda folder: graft(self.folder("anchor"), folder / MODEL, public_data=[public], seed=seed),
             settings={"public": _sha256(public), "seed": seed},
-            code=[*_FILES, "flexmoe.data"],
+            code=[*CHECKPOINT_CODE, "flexmoe.data"],
             inputs=[self.done["anchor"]],
         )
 
     def train_all(self, settings: OwnerSettings, *, below: str = "owners") -> dict[str, Stage]:
-        """Every owner's package, all owners at once, each in `<below>/<owner>` and a process of its own."""
+        """Trains all owners in parallel, each in the stage `<below>/<owner>` and a separate process."""
         owners = self.settings.owners
         threads = max(1, (os.cpu_count() or 1) // len(owners))
         with ThreadPoolExecutor(max_workers=min(len(owners), (os.cpu_count() or 1) + 1)) as pool:
@@ -237,7 +255,7 @@ class Demo:
     def compose(
         self, name: str, owners: Sequence[str], *, below: str = "owners", public_prior: float | None = None
     ) -> Stage:
-        """The grafted model and the packages of `owners`, put together in `<name>`; all experts active."""
+        """Composes the grafted model and the packages of `owners` in the stage `name`; all experts are active."""
         packages = [self.stages.root / below / owner / PACKAGE for owner in owners]
         k = len(self.settings.owners) + 1
 
@@ -253,7 +271,7 @@ class Demo:
                 "prior": public_prior,
                 "k": k,
             },
-            code=_FILES,
+            code=CHECKPOINT_CODE,
             inputs=[self.done["grafted"]],
         )
 
@@ -263,7 +281,7 @@ class Demo:
             "opted-out",
             lambda folder: remove(self.folder("composed") / MODEL, owner, folder / MODEL),
             settings={"owner": owner},
-            code=_FILES,
+            code=CHECKPOINT_CODE,
             inputs=[self.done["composed"]],
         )
 
@@ -287,7 +305,7 @@ class Demo:
             "opt-out-proof",
             make,
             settings={"owner": owner, "k": k},
-            code=[*_FILES, "flexmoe.demo.opt_out", "flexmoe.demo.fresh_process"],
+            code=[*CHECKPOINT_CODE, "flexmoe.demo.opt_out", "flexmoe.demo.fresh_process"],
             inputs=[self.done["corpus"], self.done["grafted"], self.done["opted-out"], *packages],
         )
 
@@ -319,7 +337,7 @@ class Demo:
             "scores",
             make,
             settings={"sequence_length": self.settings.anchor.sequence_length, "seed": self.settings.corpus.seed},
-            code=_SCORING,
+            code=SCORING_CODE,
             inputs=[self.done[name] for name in read],
         )
 
@@ -332,7 +350,7 @@ class Demo:
         return {owner: self.folder(f"owners/{owner}") / PACKAGE for owner in self.settings.owners}
 
     def tokens(self) -> dict[str, Any]:
-        """Held-out tokens of public text and of each owner's domain, int64 [N, L] each."""
+        """Held-out tokens of public text and of each owner's domain, each int64 [N, L]."""
         domains = [PUBLIC, *self.settings.owners]
         held_out = self.folder("corpus") / "held_out"
         return held_out_tokens(
@@ -348,7 +366,7 @@ class Demo:
                 owner, data, self.grafted_model, folder, settings, threads=threads, statement=statement
             ),
             settings={**settings.as_dict(), "data": _sha256(data)},
-            code=_TRAINING,
+            code=TRAINING_CODE,
             inputs=[self.done["grafted"]],
         )
 

@@ -1,7 +1,7 @@
-"""The demo's two pictures: loss per system and domain, and who answers on which text.
+"""The two plots of the demo: loss per system and domain, and routing shares per domain.
 
-Matplotlib's object interface on purpose: no global state, no display, no style that outlives a call.
-Does not cover: computing what is drawn (`scoring`, `report`).
+They use the object-oriented interface of Matplotlib, which has no global state and needs no display. Does not cover
+computing the values (`scoring`, `report`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _TEAL = LinearSegmentedColormap.from_list("teal", ["#f6faf9", "#0f7b6c"])
 
 
 def plot_losses(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """One panel per domain, and one for the mean: a dot per system, the composed model in colour.
+    """One panel per domain and one for the mean, with a dot per system; the composed model is highlighted.
 
-    All panels are equally wide in nats, so that distances compare across them.
+    All panels cover the same range of nats, so that distances are comparable.
     """
     systems = list(losses)[::-1]
     domains = list(losses[systems[0]])
@@ -38,14 +38,14 @@ def plot_losses(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(4))
     axes[0].set_yticks(range(len(systems)), systems, fontsize=9)
     for label in axes[0].get_yticklabels():
-        label.set_color(_colour(label.get_text()) if label.get_text() in ("composed", "true-domain") else INK)
+        label.set_color(_color(label.get_text()) if label.get_text() in ("composed", "true-domain") else INK)
         label.set_fontweight("bold" if label.get_text() == "composed" else "normal")
     figure.supxlabel("held-out loss, nats per token (left is better)", fontsize=9, color=MUTED)
     _save(figure, path)
 
 
 def plot_routing(routing: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """A heat map: rows are kinds of text, columns are experts, a cell is the share of the routing weight."""
+    """A heat map of the share of the routing weight, by domain (rows) and expert (columns)."""
     domains, experts = list(routing), list(next(iter(routing.values())))
     values = [[routing[d].get(e, 0.0) for e in experts] for d in domains]
     figure = Figure(figsize=(0.95 * len(experts) + 1.6, 0.62 * len(domains) + 1.3), dpi=140, facecolor="white")
@@ -62,14 +62,14 @@ def plot_routing(routing: Mapping[str, Mapping[str, float]], path: Path) -> None
     axis.set_xlabel("expert", fontsize=9, color=MUTED)
     axis.xaxis.set_label_position("top")
     axis.set_ylabel("text", fontsize=9, color=MUTED)
-    _bare(axis)
+    _hide_frame(axis)
     _save(figure, path)
 
 
 def _loss_panel(axis: Axes, title: str, systems: list[str], values: list[float]) -> None:
     composed = dict(zip(systems, values, strict=True)).get("composed")
     axis.hlines(range(len(systems)), min(values), values, color=GRID, linewidth=2, zorder=1)
-    axis.scatter(values, range(len(systems)), s=34, color=[_colour(s) for s in systems], zorder=3)
+    axis.scatter(values, range(len(systems)), s=34, color=[_color(s) for s in systems], zorder=3)
     if composed is not None:
         axis.axvline(composed, color=ACCENT, linewidth=0.8, alpha=0.5, zorder=2)
         axis.annotate(
@@ -83,14 +83,14 @@ def _loss_panel(axis: Axes, title: str, systems: list[str], values: list[float])
         )
     axis.set_title(title, fontsize=10, color=INK, fontweight="bold" if title == "mean" else "normal")
     axis.tick_params(axis="x", labelsize=8, labelcolor=MUTED)
-    _bare(axis)
+    _hide_frame(axis)
 
 
-def _colour(system: str) -> str:
+def _color(system: str) -> str:
     return {"composed": ACCENT, "true-domain": CEILING}.get(system, OTHER)
 
 
-def _bare(axis: Axes) -> None:
+def _hide_frame(axis: Axes) -> None:
     axis.tick_params(length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
@@ -99,4 +99,4 @@ def _bare(axis: Axes) -> None:
 def _save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
     figure.tight_layout()
-    figure.savefig(path, metadata={"Software": None})  # the same figures give the same bytes
+    figure.savefig(path, metadata={"Software": None})  # makes the bytes reproducible

@@ -1,6 +1,6 @@
-"""The demo's report: the bars it is held to, and the same figures as JSON, Markdown and a table in the terminal.
+"""The report of the demo: its thresholds, and the results as JSON, Markdown and terminal output.
 
-Does not cover: several seeds (`tests/bench/results.py` averages reports), drawing (`plots`).
+Does not cover several seeds (`benchmarks/results.py` averages reports), and plots (`plots`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from .corpus import PUBLIC
-from .plots import plot_losses, plot_routing
+from flexmoe.demo.corpus import PUBLIC
+from flexmoe.demo.plots import plot_losses, plot_routing
 
 REPORT_VERSIONS = ("flexmoe", "python", "torch", "transformers", "tokenizers", "safetensors", "numpy", "sympy")
 SYSTEM_NOTES = {
@@ -36,8 +36,8 @@ _HOLDS: dict[Relation, Callable[[float, float], bool]] = {"<": operator.lt, "≤
 
 
 @dataclass(frozen=True)
-class Bar:
-    """A promise: `value` stands in `relation` to `bound`."""
+class Threshold:
+    """A requirement: `value` must be in `relation` to `bound`."""
 
     name: str
     value: float
@@ -50,7 +50,7 @@ class Bar:
         return _HOLDS[self.relation](self.value, self.bound)
 
     def row(self) -> tuple[str, str, str, str]:
-        """As cells: what, measured, wanted, verdict."""
+        """Cells of a table: name, measured value, threshold, whether it is met."""
 
         def show(value: float) -> str:
             return f"{value:.1%}" if self.percent else f"{value:.3f}"
@@ -63,28 +63,30 @@ class Bar:
         )
 
 
-def bars(systems: Mapping[str, Mapping[str, Any]], owners: Sequence[str]) -> list[Bar]:
-    """What the product promises, measured on `systems[name] = {"loss": {domain: nats}, "mean": nats}`."""
+def thresholds(systems: Mapping[str, Mapping[str, Any]], owners: Sequence[str]) -> list[Threshold]:
+    """The thresholds of the demo; `systems[name]` is `{"loss": {domain: nats}, "mean": nats}`."""
     composed, anchor, ceiling = systems["composed"], systems["anchor"], systems["true-domain"]
+    public_change = composed["loss"][PUBLIC] / anchor["loss"][PUBLIC] - 1
+    above_ceiling = composed["mean"] / ceiling["mean"] - 1
     best_two = min(systems[f"two-expert-{o}"]["mean"] for o in owners)
     return [
-        Bar("mean loss of composed, against the anchor's", composed["mean"], "<", anchor["mean"]),
-        Bar("... against the best two-expert model's", composed["mean"], "<", best_two),
-        Bar("... against the soup's", composed["mean"], "<", systems["soup"]["mean"]),
-        *(Bar(f"own gain kept by {o}", kept(systems, o), "≥", 0.9, True) for o in owners),
-        Bar("loss on public text, change", composed["loss"][PUBLIC] / anchor["loss"][PUBLIC] - 1, "≤", 0.01, True),
-        Bar("mean loss above routing by the true domain", composed["mean"] / ceiling["mean"] - 1, "≤", 0.02, True),
+        Threshold("mean loss of composed, against the anchor's", composed["mean"], "<", anchor["mean"]),
+        Threshold("... against the best two-expert model's", composed["mean"], "<", best_two),
+        Threshold("... against the soup's", composed["mean"], "<", systems["soup"]["mean"]),
+        *(Threshold(f"own gain kept by {o}", kept(systems, o), "≥", 0.9, True) for o in owners),
+        Threshold("loss on public text, change", public_change, "≤", 0.01, True),
+        Threshold("mean loss above routing by the true domain", above_ceiling, "≤", 0.02, True),
     ]
 
 
 def kept(systems: Mapping[str, Mapping[str, Any]], owner: str) -> float:
-    """The share of an owner's own gain (anchor minus its two-expert model, on its domain) that composing keeps."""
+    """The share of an owner's gain (anchor minus two-expert model, on its domain) that the composed model keeps."""
     anchor, own, composed = (systems[s]["loss"][owner] for s in ("anchor", f"two-expert-{owner}", "composed"))
     return (anchor - composed) / (anchor - own) if anchor != own else math.nan
 
 
 def with_means(losses: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    """Losses per system and domain, with perplexities and the plain mean over domains."""
+    """Losses per system and domain, with perplexities and the unweighted mean over domains."""
     return {
         system: {
             "loss": dict(per_domain),
@@ -103,7 +105,7 @@ def build_report(
     peak_bytes: int,
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Everything a run found, as one JSON object."""
+    """The results of a run as one JSON object."""
     scores, owners = results["scores"], results["owners"]
     systems = with_means(scores["losses"])
     return {
@@ -111,7 +113,7 @@ def build_report(
         "owners": owners,
         "systems": systems,
         "kept": {owner: kept(systems, owner) for owner in owners},
-        "bars": [{**asdict(bar), "passed": bar.passed} for bar in bars(systems, owners)],
+        "bars": [{**asdict(each), "passed": each.passed} for each in thresholds(systems, owners)],
         "routing": scores["routing"],
         "opt_out": results["opt_out"],
         "continuations": scores["continuations"],
@@ -132,12 +134,12 @@ def build_report(
 
 
 def write_report(report: Mapping[str, Any], out: Path) -> Path:
-    """Writes report.json, report.md, losses.png and routing.png into `out`; returns the path of report.json.
+    """Writes report.json, report.md, losses.png and routing.png to `out`; returns the path of report.json.
 
-    JSON has no NaN and no infinities: such a figure is null in report.json.
+    NaN and infinities are null in report.json, because JSON has neither.
     """
     path = out / "report.json"
-    path.write_text(json.dumps(_standard(report), indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_without_nan(report), indent=2, allow_nan=False) + "\n")
     plot_losses({name: s["loss"] for name, s in report["systems"].items()}, out / "losses.png")
     plot_routing(report["routing"], out / "routing.png")
     (out / "report.md").write_text(markdown(report))
@@ -145,12 +147,12 @@ def write_report(report: Mapping[str, Any], out: Path) -> Path:
 
 
 def unequal_parts(verdict: Mapping[str, Any]) -> list[str]:
-    """What the opt-out's proof found to differ, of state dict, logits, config and files; nothing if it holds."""
+    """Which of state dict, logits, config and files differ after the opt-out; none if it is exact."""
     return [key.removesuffix("_equal") for key, value in verdict.items() if key.endswith("_equal") and not value]
 
 
 def markdown(report: Mapping[str, Any]) -> str:
-    """The report for people."""
+    """The report as Markdown."""
     parts = [
         "# FlexMoE demo\n",
         _sentence(report),
@@ -158,7 +160,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         _loss_table(report),
         "![Held-out loss per system and domain](losses.png)\n",
         "## What it is held to\n",
-        markdown_table(["", "measured", "wanted", "met"], [_bar(bar).row() for bar in report["bars"]]),
+        markdown_table(["", "measured", "wanted", "met"], [_threshold(record).row() for record in report["bars"]]),
         "## Who answers\n\nShare of the routing weight that each expert carries, per domain of text.\n",
         _routing_table(report),
         "![Routing shares](routing.png)\n",
@@ -175,7 +177,7 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """The table of losses, the bars and the verdict on the opt-out, in the terminal."""
+    """Prints the losses, the thresholds and the result of the opt-out."""
     domains = report["domains"]
     table = Table(title="Held-out loss in nats per token (perplexity)", title_justify="left", title_style="bold")
     table.add_column("system")
@@ -185,26 +187,26 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         style = "bold green" if system == "composed" else "dim" if system == "true-domain" else ""
         table.add_row(system, *(_loss_cell(score, d) for d in domains), f"{score['mean']:.3f}", style=style)
     console.print(table)
-    promises = Table("what it is held to", "measured", "wanted", "met", title_justify="left")
-    for bar in map(_bar, report["bars"]):
-        promises.add_row(*bar.row(), style="" if bar.passed else "bold red")
-    console.print(promises)
+    table = Table("what it is held to", "measured", "wanted", "met", title_justify="left")
+    for threshold in map(_threshold, report["bars"]):
+        table.add_row(*threshold.row(), style="" if threshold.passed else "bold red")
+    console.print(table)
     mix = ", ".join(f"{kind} {share:.1%}" for kind, share in report["mix"].items())
     console.print(f"Public mix: {mix}.", highlight=False)
     console.print(_opt_out_text(report["opt_out"]).strip(), highlight=False)
     console.print(f"{report['seconds']:.0f} s, {report['peak_bytes'] / 1e9:.2f} GB at the peak.", highlight=False)
 
 
-def _bar(record: Mapping[str, Any]) -> Bar:
-    return Bar(**{key: value for key, value in record.items() if key != "passed"})
+def _threshold(record: Mapping[str, Any]) -> Threshold:
+    return Threshold(**{key: value for key, value in record.items() if key != "passed"})
 
 
-def _standard(value: Any) -> Any:
-    """`value` with None for the numbers that JSON does not have."""
+def _without_nan(value: Any) -> Any:
+    """Replaces NaN and infinities by None."""
     if isinstance(value, Mapping):
-        return {key: _standard(item) for key, item in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_standard(item) for item in value]
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -212,7 +214,7 @@ def _sentence(report: Mapping[str, Any]) -> str:
     owners = report["owners"]
     composed, anchor = report["systems"]["composed"]["mean"], report["systems"]["anchor"]["mean"]
     shares = [share for share in report["kept"].values() if math.isfinite(share)]
-    lowest = f"{min(shares):.0%}" if shares else "an unknown share"  # no expert gained anything alone
+    lowest = f"{min(shares):.0%}" if shares else "an unknown share"  # no expert improved on the anchor
     return (
         f"{len(owners)} owners ({', '.join(owners)}) trained an expert each, alone, on text that nobody else saw. "
         f"Put together without any joint training, mean held-out loss goes from {anchor:.3f} to {composed:.3f}; "
@@ -316,6 +318,6 @@ def _run_text(report: Mapping[str, Any]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table: first column to the left, the others to the right."""
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
     lines = [header, ["---", *("---:" for _ in header[1:])], *rows]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"

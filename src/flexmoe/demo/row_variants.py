@@ -1,9 +1,9 @@
-"""The same experts behind other router rows: what the rows alone are worth.
+"""Router rows of other methods for the same experts, to compare the rows alone.
 
-Every owner's rows are fitted again, by another registered method, from that owner's text and the public sample; the
-experts stay as they were trained. Rows that a method would train by the loss are used as they start.
+The rows of each owner are fitted again by another registered method, on that owner's text and the public sample; the
+experts are not changed. Rows that a method would train with the loss keep their initial values.
 
-Does not cover: experts trained through those rows (train them: `OwnerSettings.router`).
+Does not cover experts that are trained with those rows (`OwnerSettings.router`).
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import torch
 from torch import nn
 
 from flexmoe.data import pack, read_documents, read_public_sample
-from flexmoe.hidden_states import RowText, fit_rows
+from flexmoe.demo.corpus import PUBLIC
+from flexmoe.demo.scoring import load, load_tokenizer
 from flexmoe.modeling import FlexMoeForCausalLM
-from flexmoe.router_rows import RouterRow, row_method
-
-from .corpus import PUBLIC
-from .scoring import load, load_tokenizer
+from flexmoe.routers.hidden_states import RowText, fit_rows
+from flexmoe.routers.rows import RouterRow, row_method
 
 
 def owner_rows(
     grafted: Path, data: Mapping[str, Path], method: str, *, bias: bool, tokens: int, sequence_length: int, seed: int
 ) -> dict[str, list[RouterRow]]:
-    """One row per layer for each owner, each fitted from `data[owner]` and the graft's public sample alone."""
+    """The rows of each owner, one per layer, fitted on `data[owner]` and the public sample of the graft only."""
     model, tokenizer = load(grafted), load_tokenizer(grafted)
 
     def row_text(documents: Sequence[str]) -> RowText:
@@ -43,7 +42,7 @@ def owner_rows(
 
 @torch.no_grad()
 def put_rows(model: FlexMoeForCausalLM, rows: Mapping[str, Sequence[RouterRow]], public_prior: float) -> None:
-    """Writes rows, biases and the prior into a composed model, in place."""
+    """Sets the rows, biases and the public prior of a composed model, in place."""
     for block in model.flexmoe_blocks():
         cast(nn.Linear, block.router[PUBLIC]).bias.fill_(public_prior)
         for owner, layers in rows.items():

@@ -1,12 +1,12 @@
-"""Scores every system of the demo on every domain: loss per token, routing shares, continuations.
+"""Evaluates the systems of the demo on all domains: loss per token, routing shares, continuations.
 
 Shapes: N sequences of a domain, L tokens each.
 
-A system is anything that predicts the next token: the anchor alone, the anchor with one owner's expert, all experts at
-several k, the soup. `true-domain` is the ceiling that a router can be measured against: each owner's domain is scored
-by that owner's two-expert model and public text by the anchor, as if an oracle had said where the text comes from.
+The systems are the anchor, the anchor with one owner's expert, all experts with several values of k, and the soup.
+`true-domain` is the upper bound for a router: an oracle routes each owner's domain to that owner's two-expert model,
+and public text to the anchor.
 
-Does not cover: bars and presentation (`report`).
+Does not cover thresholds and presentation (`report`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmoe.data import pack
+from flexmoe.demo.corpus import PUBLIC, read_texts
 from flexmoe.evaluation import token_losses
-from flexmoe.modeling import FlexMoeForCausalLM, track_usage
+from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.modeling.anchors_flexmoe import find_ffn_sites
-
-from .corpus import PUBLIC, read_texts
+from flexmoe.usage import track_usage
 
 Losses = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Models:
-    """Where the systems lie: dense anchor, grafted model, packages, composed and opted-out model."""
+    """Folders of the dense anchor, the grafted model, the packages, the composed and the opted-out model."""
 
     anchor: Path
     grafted: Path
@@ -41,7 +41,7 @@ class Models:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """The model in a folder, for scoring."""
+    """Loads a model for evaluation."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
 
 
@@ -53,35 +53,35 @@ def held_out_tokens(
 
 
 def domain_losses(model: PreTrainedModel, tokens: Mapping[str, torch.Tensor], **forward: Any) -> Losses:
-    """Mean loss in nats per token, per domain."""
+    """The mean loss per domain, in nats per token."""
     return {name: token_losses(model, ids_NL, **forward).mean().item() for name, ids_NL in tokens.items()}
 
 
 def score_systems(models: Models, tokens: Mapping[str, torch.Tensor]) -> dict[str, Losses]:
-    """Every system's loss on every domain; all experts are active in "composed" and "opted-out"."""
+    """The losses of all systems on all domains; all experts are active in "composed" and "opted-out"."""
     systems = {"anchor": domain_losses(load(models.anchor), tokens)}
     for owner, package in models.packages.items():
         systems[f"two-expert-{owner}"] = domain_losses(two_expert_model(models.grafted, package), tokens)
     composed = load(models.composed)
-    everyone = len(composed.expert_names)
-    for name, k in {"composed": everyone, "composed-k1": 1, "composed-k2": 2}.items():
+    n_experts = len(composed.expert_names)
+    for name, k in {"composed": n_experts, "composed-k1": 1, "composed-k2": 2}.items():
         systems[name] = domain_losses(composed, tokens, num_experts_per_tok=k)
     systems["soup"] = domain_losses(soup(load(models.anchor), composed), tokens)
     systems["true-domain"] = true_domain(systems, list(models.packages))
     if models.opted_out is not None:
-        systems["opted-out"] = domain_losses(load(models.opted_out), tokens, num_experts_per_tok=everyone)
+        systems["opted-out"] = domain_losses(load(models.opted_out), tokens, num_experts_per_tok=n_experts)
     return systems
 
 
 def two_expert_model(grafted: Path, package: Path) -> FlexMoeForCausalLM:
-    """Public and one owner, as that owner trained it: no prior."""
+    """The model that an owner trained: public and its own expert, without a prior."""
     model = load(grafted)
     model.add_expert(package)
     return model
 
 
 def soup(anchor: PreTrainedModel, composed: FlexMoeForCausalLM) -> PreTrainedModel:
-    """The dense anchor with, in each layer, the plain average of all owners' feed-forward weights (in place)."""
+    """Replaces the feed-forward weights of the dense anchor by the average of all owners' weights, in place."""
     owners = [name for name in composed.expert_names if name != PUBLIC]
     for site, block in zip(find_ffn_sites(anchor), composed.flexmoe_blocks(), strict=True):
         weights = [block.experts[name].state_dict() for name in owners]
@@ -90,12 +90,12 @@ def soup(anchor: PreTrainedModel, composed: FlexMoeForCausalLM) -> PreTrainedMod
 
 
 def true_domain(systems: Mapping[str, Losses], owners: Sequence[str]) -> Losses:
-    """The ceiling: each owner's domain by its own two-expert model, public text by the anchor."""
+    """The upper bound: each owner's domain with its two-expert model, public text with the anchor."""
     return {PUBLIC: systems["anchor"][PUBLIC], **{o: systems[f"two-expert-{o}"][o] for o in owners}}
 
 
 def routing_shares(model: FlexMoeForCausalLM, tokens: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Per domain, the share of the routing weight that each expert carried (mean over tokens and layers)."""
+    """Each expert's share of the routing weight per domain (mean over tokens and layers)."""
     shares = {}
     for name, ids_NL in tokens.items():
         with track_usage(model) as usage:
@@ -113,24 +113,24 @@ def continuations(
     new_tokens: int = 60,
     seed: int = 0,
 ) -> list[dict[str, str]]:
-    """A held-out prompt of each domain, continued with experts off (public alone) and on (everyone), same draws."""
-    found = []
+    """Continuations of a held-out prompt of each domain, by public alone and by all experts, with the same seed."""
+    records = []
     for domain, ids_NL in tokens.items():
         prompt_1L = ids_NL[len(ids_NL) // 2, :prompt_tokens][None]
         record = {"domain": domain, "prompt": tokenizer.decode(prompt_1L[0])}
         for label, experts in {"experts_off": [PUBLIC], "experts_on": list(model.expert_names)}.items():
             record[label] = tokenizer.decode(_sample(model, prompt_1L, experts, new_tokens, seed)[prompt_tokens:])
-        found.append(record)
-    return found
+        records.append(record)
+    return records
 
 
 def prompts(tokens: Mapping[str, torch.Tensor], length: int = 64, per_domain: int = 2) -> torch.Tensor:
-    """int64 [B, L]: the starts of a few held-out sequences of every domain."""
+    """The first tokens of some held-out sequences of every domain, int64 [B, L]."""
     return torch.cat([ids_NL[:per_domain, :length] for ids_NL in tokens.values()])
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model."""
+    """Loads the tokenizer of a model."""
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -1,10 +1,11 @@
-"""Real text on every machine with the demo's dependencies: documentation, Python source, Unicode tables, maths, C++.
+"""Text that every machine with the demo's dependencies has: documentation, Python, Unicode tables, mathematics, C++.
 
-Each kind is a function that returns documents in a fixed order, found in the running interpreter's own library, in
-packages FlexMoE depends on and, for "english" alone, in the descriptions of all that is installed beside them. Nothing
-is downloaded. What is found depends on the installed versions, so the corpus is keyed by them (`installed_versions`).
+Each kind of text is a function that yields documents in a fixed order, from the Python standard library, from packages
+that FlexMoE depends on and, for "english" only, from the descriptions of all installed packages. Nothing is
+downloaded. The text depends on the installed versions, which are part of the cache key of the corpus
+(`installed_versions`).
 
-Does not cover: splitting, deduplication and sizes (`corpus`).
+Does not cover splitting, deduplication and sizes (`corpus`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .worked_problems import worked_problems
+from flexmoe.demo.worked_problems import worked_problems
 
 MAX_DOCUMENT_CHARACTERS = 4_000
 MIN_DOCUMENT_CHARACTERS = 400
 
-# Installed with FlexMoE and its demo, and rich in prose: the docstrings of these alone are read.
+# Packages with much documentation that are installed with the demo; only their docstrings are read.
 _DOCSTRING_PACKAGES = (
     "numpy",
     "torch",
@@ -40,7 +41,8 @@ _DOCSTRING_PACKAGES = (
     "sklearn",
     "scipy",
 )
-# Tables rather than code; pydoc_data is the English documentation itself; tests are not installed everywhere.
+# Folders that are not used as Python source: tables, tests (not installed everywhere), and pydoc_data (used as
+# English).
 _NOT_SOURCE = {
     "site-packages",
     "dist-packages",
@@ -52,7 +54,7 @@ _NOT_SOURCE = {
     "__pycache__",
     "_bundled",
 }
-# 6,000 generated stubs that say one thing; the rest of torch's headers is written by people.
+# 6,000 generated headers of torch that are nearly alike.
 _GENERATED_HEADERS = {"ops", "nvfuser"}
 
 
@@ -81,7 +83,7 @@ _CATEGORIES = {
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and the name of the file it is (a part of): parts of one file are never split apart."""
+    """A text, and the name of its file; documents from one file stay in one split."""
 
     name: str
     text: str
@@ -91,7 +93,7 @@ SOURCES: dict[str, Callable[[int], Iterator[Document]]] = {}
 
 
 def source(kind: str) -> Callable[[Callable[[int], Iterator[Document]]], Callable[[int], Iterator[Document]]]:
-    """Registers a kind of text: a function of a character budget that yields documents until it is spent."""
+    """Registers a kind of text: a function that yields documents for a given number of characters."""
 
     def register(function: Callable[[int], Iterator[Document]]) -> Callable[[int], Iterator[Document]]:
         SOURCES[kind] = function
@@ -101,12 +103,13 @@ def source(kind: str) -> Callable[[Callable[[int], Iterator[Document]]], Callabl
 
 
 def read_source(kind: str, characters: int) -> list[Document]:
-    """Documents of one kind, about `characters` in all, each cut to MAX_DOCUMENT_CHARACTERS and none very short.
+    """Documents of one kind, about `characters` in total, each of MIN_ to MAX_DOCUMENT_CHARACTERS.
 
-    Raises: ValueError if the kind is unknown or this machine has none.
+    Raises:
+        ValueError: the kind is unknown, or this machine has no such text.
     """
     if kind not in SOURCES:
-        raise ValueError(f"no text of kind {kind!r}; this demo knows {sorted(SOURCES)}")
+        raise ValueError(f"no text of kind {kind!r}; use one of {sorted(SOURCES)}")
     documents, total = [], 0
     for document in SOURCES[kind](characters):
         text = document.text.strip()[:MAX_DOCUMENT_CHARACTERS]
@@ -122,14 +125,14 @@ def read_source(kind: str, characters: int) -> list[Document]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Name -> version of everything the corpus can be read from."""
+    """The versions of Python and of all installed packages, by name."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {"python": platform.python_version(), **dict(sorted(found.items()))}
 
 
 @source("english")
 def english(characters: int) -> Iterator[Document]:
-    """Python's own help topics, the descriptions of all installed packages, and the prose of some docstrings."""
+    """Python's help topics, the descriptions of all installed packages, and the prose of docstrings."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -143,7 +146,7 @@ def english(characters: int) -> Iterator[Document]:
 
 @source("math")
 def mathematics(characters: int) -> Iterator[Document]:
-    """Worked problems computed by sympy (some 800 characters each)."""
+    """Worked problems computed by sympy (about 800 characters each)."""
     for i, text in enumerate(worked_problems(characters // 780)):
         yield Document(f"sheet {i}", text)
 
@@ -161,8 +164,8 @@ def python_source(characters: int) -> Iterator[Document]:
 
 @source("unicode")
 def character_tables(characters: int) -> Iterator[Document]:
-    """The Unicode character database, which every Python holds: sixteen neighbouring characters to a document."""
-    assigned = [chr(code) for code in range(0xA0, 0x20000) if _is_named_apart(chr(code))]
+    """Python's Unicode character database, sixteen consecutive characters per document."""
+    assigned = [chr(code) for code in range(0xA0, 0x20000) if _has_own_name(chr(code))]
     documents = [assigned[i : i + 16] for i in range(0, len(assigned), 16)]
     for group in sorted(documents, key=lambda group: hashlib.sha256(group[0].encode()).digest()):
         yield Document(f"U+{ord(group[0]):04X}", "\n".join(map(_character_entry, group)))
@@ -170,7 +173,7 @@ def character_tables(characters: int) -> Iterator[Document]:
 
 @source("cpp")
 def cpp_headers(characters: int) -> Iterator[Document]:
-    """C++ headers of torch."""
+    """The C++ headers of torch."""
     root = _package_folder("torch") / "include"
     files = [
         (p, str(p.relative_to(root)))
@@ -182,7 +185,7 @@ def cpp_headers(characters: int) -> Iterator[Document]:
 
 
 def without_examples(text: str) -> str:
-    """The prose of a documentation text: no doctests, fenced or deeply indented code, badges, pictures, HTML tags."""
+    """Removes doctests, fenced and deeply indented code, badges, images and HTML tags from documentation."""
     text = re.sub(r"^(```|~~~).*?^\1\s*$", "", text, flags=re.M | re.S)
     text = re.sub(r"<[^>\n]{3,}>|!\[[^\]]*\]\([^)]*\)|\[!\[.*", "", text)
     kept = [
@@ -193,8 +196,8 @@ def without_examples(text: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(kept))
 
 
-def _is_named_apart(character: str) -> bool:
-    """Whether the character has a name of its own, not one that is counted off (`CJK UNIFIED IDEOGRAPH-4E00`)."""
+def _has_own_name(character: str) -> bool:
+    """Whether the character has an individual name, unlike `CJK UNIFIED IDEOGRAPH-4E00`."""
     name = unicodedata.name(character, "")
     return bool(name) and not name.startswith(_COUNTED_NAMES)
 
@@ -214,14 +217,14 @@ def _character_entry(character: str) -> str:
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """The prose of the longer docstrings of one file."""
+    """The prose of the long docstrings in a file."""
     text = _read(path)
     quoted = sum(len(part) for part in text.split('"""')[1::2])
     if quoted < max(3 * MIN_DOCUMENT_CHARACTERS, len(text) // 4):
-        return  # parsing is the slow part, and this file has little to say
+        return  # parsing is slow, and this file has few docstrings
     try:
         tree = ast.parse(text)
-    except (SyntaxError, ValueError):  # a package may ship a template or a Python 2 file
+    except (SyntaxError, ValueError):  # such as a template, or Python 2
         return
     nodes: list[ast.AST] = [tree]
     for node in nodes:
@@ -234,7 +237,7 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _parts(name: str, text: str) -> Iterator[Document]:
-    """A long text as up to four documents, cut at line ends."""
+    """Splits a long text at line ends into up to four documents."""
     for _ in range(3):
         if len(text) <= MAX_DOCUMENT_CHARACTERS:
             break
@@ -245,7 +248,7 @@ def _parts(name: str, text: str) -> Iterator[Document]:
 
 
 def _header_body(text: str) -> str:
-    """A C++ header without the licence and the include guard around it: the same lines in thousands of them."""
+    """A C++ header without its license and include guard, which thousands of headers share."""
     text = re.sub(
         r"\A#if !defined\(TORCH_STABLE_ONLY\)[^\n]*\n|#else\n#error \"This file should not be included.*\Z",
         "",
@@ -268,12 +271,12 @@ def _python_files(packages: tuple[str, ...]) -> list[tuple[Path, str]]:
 def _package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise ValueError(f"the demo reads text from the package {package!r}, which is not installed")
+        raise ValueError(f"the demo needs the package {package!r}, which is not installed")
     return Path(spec.origin).parent
 
 
 def _in_hash_order(files: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
-    """A fixed order that mixes folders, whatever order the file system lists them in."""
+    """A fixed pseudo-random order, independent of the file system."""
     return sorted(files, key=lambda f: hashlib.sha256(f[1].encode()).digest())
 
 

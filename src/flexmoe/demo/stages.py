@@ -1,11 +1,11 @@
-"""Stages of a pipeline that run again only when what they depend on has changed.
+"""Stages of a pipeline that are cached, and run again only if their inputs have changed.
 
-A stage is a folder with a record of what it was made from: its settings, the source code of the modules that do the
-work, the versions of the libraries below, and the *content* of the folders it reads. If all of that and the stage's
-own files are as recorded, it is reused; so an upstream stage that runs again and comes out the same disturbs nothing.
-What is not as recorded is deleted, so stages only work in a folder that was empty when they first came there.
+A stage is a folder with a record of its inputs: the settings, the source code of the modules that do the work, the
+versions of libraries, and the *contents* of the input stages. It is reused if these and its own files are unchanged;
+an input stage that runs again with the same result does not invalidate it. Outdated folders are deleted, so the root
+must be a new or empty folder, or one of an earlier run.
 
-Does not cover: sharing a cache between machines, or concurrent runs into one folder.
+Does not cover sharing a cache between machines, or concurrent runs in one folder.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "accelerate"
 
 @dataclass(frozen=True)
 class Stage:
-    """A finished stage: where its files are, whether they were reused, how long making them took, a hash of them."""
+    """A finished stage: its folder, whether it was reused, the seconds it took, and a hash of its files."""
 
     folder: Path
     reused: bool
@@ -39,7 +39,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stages:
-    """Stages below one folder; `announce` is told each stage's name and whether it is reused."""
+    """The stages in a root folder; `announce` is called with the name of each stage and whether it is reused."""
 
     root: Path
     announce: Callable[[str, bool], None] = lambda name, reused: None
@@ -53,26 +53,27 @@ class Stages:
         code: Sequence[str],
         inputs: Sequence[Stage] = (),
     ) -> Stage:
-        """The stage's folder, made by `make(folder)` (folder exists and is empty) unless it can be reused.
+        """Runs a stage with `make(folder)`, which gets an empty folder, unless it can be reused.
 
-        `settings` must be JSON; `code` names modules or packages; `inputs` are the stages read.
+        `settings` must be JSON values, `code` lists modules or packages, `inputs` are the stages that it reads.
 
-        Raises: FileExistsError (`root` holds files, and stages never were in it).
+        Raises:
+            FileExistsError: `root` has files that are not from an earlier run.
         """
         _claim(self.root)
         folder = self.root / name
         key = self._key(settings, code, inputs)
-        found = self._reusable(folder, key)
-        self.announce(name, found is not None)
-        if found:
-            return found
+        cached = self._reusable(folder, key)
+        self.announce(name, cached is not None)
+        if cached:
+            return cached
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         start = time.perf_counter()
         make(folder)
         seconds = time.perf_counter() - start
         digest = folder_digest(folder)
-        # written last: a stage that was interrupted has no record and runs again
+        # written last, so that an interrupted stage has no record and runs again
         (folder / RECORD).write_text(json.dumps({"key": key, "digest": digest, "seconds": round(seconds, 2)}) + "\n")
         return Stage(folder, False, seconds, digest)
 
@@ -93,11 +94,11 @@ class Stages:
                 return None
             return Stage(folder, True, record["seconds"], record["digest"])
         except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
-            return None  # never made, or cut short: make it
+            return None  # it never ran, or was interrupted
 
 
 def _claim(root: Path) -> None:
-    """Marks a new or empty folder as one whose contents are stages' to delete; any other must have the mark."""
+    """Creates a marker in a new or empty folder, which allows stages to delete files there; others must have it."""
     marker = root / MARKER
     if marker.is_file():
         return
@@ -107,26 +108,26 @@ def _claim(root: Path) -> None:
             "over them. Choose a new or empty folder."
         )
     root.mkdir(parents=True, exist_ok=True)
-    marker.write_text("The folders beside this file are made anew when what they depend on changes.\n")
+    marker.write_text("The stages in this folder are created again when their inputs change.\n")
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 over the names and contents of a folder's files, hidden ones aside."""
+    """SHA-256 over the names and contents of the files in a folder, except hidden ones."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         if path.is_file() and not any(part.startswith(".") for part in relative.parts):
             digest.update(f"{relative.as_posix()}\0".encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())  # the demo's files are megabytes
+            digest.update(hashlib.sha256(path.read_bytes()).digest())  # the files of the demo are small
     return digest.hexdigest()
 
 
-@functools.cache  # what this process runs is what it found first, whatever is edited meanwhile
+@functools.cache  # edits of the source while this process runs do not affect it
 def source_digest(module: str) -> str:
-    """sha256 over the source of a module, or of every module of a package."""
+    """SHA-256 over the source code of a module, or of all modules of a package."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise ValueError(f"no module {module!r} to take the source of")
+        raise ValueError(f"no module {module!r} to hash")
     origin = Path(spec.origin)
     files = sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]
     digest = hashlib.sha256()

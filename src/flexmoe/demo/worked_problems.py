@@ -1,12 +1,12 @@
-"""Mathematics as worked problems: words and formulas, every result computed by sympy.
+"""Generated mathematics text: exercises with solutions that sympy computes.
 
-A document is a short exercise sheet on one topic. Topics, wordings, names, numbers and notation (plain or LaTeX) are
-drawn from a seeded generator, so two sheets share phrases, as textbooks do, but not a solution.
+A document is a short exercise sheet on one topic. Topic, wording, names, numbers and notation (plain or LaTeX) come from
+a seeded generator, so sheets share phrases but not solutions.
 
-Does not cover: proofs, or any claim that the route to a result is the one a teacher would take.
+Does not cover proofs. The steps of a solution need not be those of a textbook.
 """
 
-# ruff: noqa: E501 - a sentence of a template is easier to judge in one piece
+# ruff: noqa: E501 - a sentence of a template is easier to read on one line
 from __future__ import annotations
 
 import random
@@ -46,27 +46,27 @@ _GOODS = ["apples", "notebooks", "tickets", "tiles", "bolts", "candles", "seedli
 
 @dataclass
 class Sheet:
-    """The generator's state: random draws, and the notation of this document."""
+    """The state of the generator: random numbers, and the notation of a document."""
 
     rng: random.Random
     latex: bool
     variable: Symbol = field(default_factory=lambda: Symbol("x"))
 
     def formula(self, expression: object) -> str:
-        """The expression as this sheet writes it."""
+        """The expression in the notation of this sheet."""
         if self.latex:
             return f"${sympy.latex(expression)}$"
         return sympy.sstr(expression).replace("**", "^").replace("*", " ")
 
     def number(self, low: int, high: int, *, zero: bool = False) -> int:
-        """A random integer in [low, high]; zero only if asked for."""
+        """A random integer in [low, high]; zero only if `zero` is true."""
         while True:
             value = self.rng.randint(low, high)
             if value or zero:
                 return value
 
     def say(self, *wordings: str) -> str:
-        """One of several wordings."""
+        """A random choice of several wordings."""
         return self.rng.choice(wordings)
 
     def polynomial(self, degree: int, size: int = 9) -> sympy.Expr:
@@ -77,7 +77,7 @@ class Sheet:
 
 
 def worked_problems(count: int, seed: int = 0) -> list[str]:
-    """`count` exercise sheets, deterministic in the seed."""
+    """Returns `count` exercise sheets, deterministic for a given seed."""
     rng = random.Random(seed)
     sheets = []
     for _ in range(count):
@@ -93,7 +93,7 @@ def worked_problems(count: int, seed: int = 0) -> list[str]:
 
 
 def topic(name: str) -> Callable[[Topic], Topic]:
-    """Registers a function that writes one exercise with its solution."""
+    """Registers a function that returns an exercise with its solution."""
 
     def register(function: Topic) -> Topic:
         TOPICS[name] = function

@@ -1,7 +1,7 @@
-"""An `evaluate` module: mean loss per token and perplexity, from the log-probabilities of a text's tokens.
+"""A metric for `evaluate`: mean loss per token and perplexity, from log-probabilities of tokens.
 
-It is loaded by path (`evaluate.load(<this file>)`), so it needs no network. `evaluate` copies the file into its
-modules cache, which is why it imports nothing of FlexMoE. Does NOT cover running a model: `flexmoe.evaluation` does.
+It is loaded by path (`evaluate.load(<this file>)`), without network access. `evaluate` copies the file to its modules
+cache, so it must not import FlexMoE. Does not cover running a model (`flexmoe.evaluation`).
 """
 
 import math
@@ -11,20 +11,20 @@ import evaluate
 import numpy as np
 
 DESCRIPTION = """\
-Loss: minus the mean natural logarithm of the probabilities that a model gave to a text's tokens, in nats per token,
-every token weighing the same however the text was cut into sequences. Perplexity: e to the power of the loss.
+Loss: the mean negative log-likelihood of the tokens, in nats per token. All tokens have equal weight, independent of
+the lengths of the sequences. Perplexity: the exponential of the loss.
 """
 
 INPUTS_DESCRIPTION = """
 Args:
-    predictions: per sequence, the natural logarithms of the probabilities of its tokens (the first token of a text has
-        none). Sequences may differ in length.
+    predictions: for each sequence, the log-probabilities (natural logarithm) of its tokens, without the first token.
+        Sequences may differ in length.
 
 Returns:
-    loss (nats per token), perplexity (inf where e ** loss overflows), tokens (how many were counted).
+    loss (nats per token), perplexity (inf on overflow), tokens (number of tokens).
 
 Raises:
-    ValueError: no token, or a log-probability that is not a number or above zero.
+    ValueError: there are no tokens, or a log-probability is NaN or positive.
 
 Examples:
     >>> token_loss = evaluate.load("src/flexmoe/metrics/token_loss.py")
@@ -33,7 +33,7 @@ Examples:
 """
 
 ROUNDING = 1e-3
-"""How far above zero a log-probability may be: half-precision log-softmax overshoots by this much."""
+"""The largest value above zero accepted as a log-probability: the rounding error of a half-precision log-softmax."""
 
 
 class TokenLoss(evaluate.Metric):
@@ -50,7 +50,7 @@ class TokenLoss(evaluate.Metric):
     def _compute(self, predictions: list[list[float]]) -> dict[str, float | int]:
         log_probabilities = np.concatenate([np.asarray(row, dtype=np.float64) for row in predictions])
         if log_probabilities.size == 0:
-            raise ValueError("No token to score: the sequences in `predictions` are all empty.")
+            raise ValueError("No token to score: all sequences in `predictions` are empty.")
         if not (log_probabilities <= ROUNDING).all():
             raise ValueError(
                 "`predictions` must hold log-probabilities (at most 0); "

@@ -1,0 +1,216 @@
+"""Forward passes of this checkout against another checkout on the same checkpoint, in one run.
+
+    python benchmarks/compare_builds.py --other CHECKOUT [--rows decode] [--out JSON]
+
+Each build runs in a separate process, which loads the same checkpoint; the parent requests alternating steps, so that
+other load affects both. A ratio is the median over the rounds of (theirs / ours): above 1, this checkout is faster.
+Rows: prefill of 512 tokens and decoding with a KV cache at batch 1 and 8, in float32 and bfloat16, as loaded and after
+`prepack_for_cpu`.
+
+Asserts the limits of `LIMITS`. Does not cover GPUs, or comparison with other libraries (`bench_forward.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from machine import keep, machine
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "docs" / "benchmarks" / "builds.json"
+THREADS = 2
+EXPERTS, K = 7, 5
+SIZES = {
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "intermediate_size": 2816,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ROWS = {
+    f"{kind}, {dtype}{prepacked}": (kind, dtype, bool(prepacked))
+    for dtype in ("float32", "bfloat16")
+    for kind in ("prefill 512", "decode batch 1", "decode batch 8")
+    for prepacked in ("", ", prepacked")
+}
+ROUNDS = {"prefill 512": 9, "decode batch 1": 120, "decode batch 8": 60}
+WARMUP = 3
+# Minimum speed relative to the other checkout: a few percent are noise; decoding in bfloat16 may be 10 % slower.
+LIMITS = {name: 0.9 if name.startswith("decode") and name.endswith("bfloat16") else 0.97 for name in ROWS}
+
+
+def write_checkpoint(folder: Path, dtype: str) -> None:
+    """A random OLMo-2 model of `SIZES` with `EXPERTS` experts."""
+    import torch
+    from transformers import Olmo2Config
+
+    from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
+
+    torch.manual_seed(0)
+    names = ["public", *(f"owner-{i}" for i in range(1, EXPERTS))]
+    config = FlexMoeConfig(
+        anchor_config=Olmo2Config(**SIZES), experts=names, num_experts_per_tok=K, norm_topk_prob=True
+    )
+    model = FlexMoeForCausalLM(config)
+    with torch.no_grad():
+        for block in model.flexmoe_blocks():
+            for name in names[1:]:
+                for parameter in block.experts[name].parameters():
+                    parameter.normal_(std=0.02)
+                block.router[name].weight.normal_(std=0.05)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+
+
+def work(folder: str) -> None:
+    """A worker: reads commands from stdin, and writes the seconds they took to stdout."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import flexmoe  # noqa: F401 - registers the model
+
+    torch.set_num_threads(THREADS)
+    torch.set_grad_enabled(False)
+    model, state = AutoModelForCausalLM.from_pretrained(folder).eval(), {}
+
+    def tokens(batch: int, length: int) -> torch.Tensor:
+        return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(length))
+
+    def step() -> None:
+        if state["kind"] == "prefill 512":
+            model(tokens(1, 512), use_cache=False, logits_to_keep=1)
+        else:
+            model(next(state["tokens"]), past_key_values=state["cache"], use_cache=True)
+
+    for line in sys.stdin:
+        command, *arguments = line.split("|")
+        if command == "prepack":
+            model.prepack_for_cpu()
+            seconds: Any = 0
+        elif command == "prepare":
+            state["kind"] = arguments[0].strip()
+            if state["kind"] != "prefill 512":
+                batch = int(state["kind"].split()[-1])
+                state["cache"] = model(tokens(batch, 32), use_cache=True, logits_to_keep=1).past_key_values
+                state["tokens"] = iter(tokens(batch, 512).split(1, -1))
+            seconds = 0
+        else:
+            start = time.perf_counter()
+            step()
+            seconds = time.perf_counter() - start
+        sys.stdout.write(f"{seconds}\n")
+        sys.stdout.flush()
+
+
+class Worker:
+    """A build in a separate process."""
+
+    def __init__(self, checkout: Path, folder: Path, site: Path) -> None:
+        packages = {path.name: path for path in (checkout / "src" / "flexmoe").iterdir()}
+        packages |= {name: checkout / name for name in ("modeling", "conversion", "model_cards")}
+        (site / "flexmoe").mkdir(parents=True)
+        for name, path in packages.items():
+            (site / "flexmoe" / name).symlink_to(path)
+        environment = {**os.environ, "PYTHONPATH": str(site), "OMP_WAIT_POLICY": "PASSIVE"}
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--worker", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        )
+
+    def send(self, command: str) -> float:
+        """Sends a command, and returns its seconds."""
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.write(f"{command}\n")
+        self._process.stdin.flush()
+        return float(self._process.stdout.readline())
+
+    def stop(self) -> None:
+        """Stops the process."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def race(ours: Worker, theirs: Worker, kind: str) -> dict[str, Any]:
+    """The median of the ratios, and both medians in milliseconds."""
+    for worker in (ours, theirs):
+        worker.send(f"prepare|{kind}")
+    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+    for number in range(ROUNDS[kind] + WARMUP):
+        turns = [("ours", ours), ("theirs", theirs)]
+        for name, worker in turns if number % 2 else reversed(turns):
+            seconds[name].append(worker.send("step"))
+    seconds = {name: values[WARMUP:] for name, values in seconds.items()}
+    ratios = [their / our for our, their in zip(seconds["ours"], seconds["theirs"], strict=True)]
+    return {
+        "speed_over_other": round(statistics.median(ratios), 3),
+        "milliseconds": {name: round(1000 * statistics.median(values), 2) for name, values in seconds.items()},
+        "rounds": len(ratios),
+    }
+
+
+def measure(other: Path, wanted: str) -> dict[str, Any]:
+    """All rows whose names contain `wanted`."""
+    rows: dict[str, Any] = {}
+    for dtype in ("float32", "bfloat16"):
+        here = {name: row for name, row in ROWS.items() if row[1] == dtype and wanted in name}
+        if not here:
+            continue
+        with tempfile.TemporaryDirectory(prefix="flexmoe-builds-") as temporary:
+            folder = Path(temporary) / "model"
+            write_checkpoint(folder, dtype)
+            workers = [Worker(path, folder, Path(temporary) / f"site-{i}") for i, path in enumerate((ROOT, other))]
+            for prepacked in (False, True):
+                if prepacked:
+                    for worker in workers:
+                        worker.send("prepack")
+                for name, (kind, _, row_prepacked) in here.items():
+                    if row_prepacked == prepacked:
+                        rows[name] = {**race(*workers, kind), "limit": LIMITS[name]}
+                        rows[name]["passed"] = rows[name]["speed_over_other"] >= LIMITS[name]
+                        sys.stderr.write(f"{name}: {rows[name]}\n")
+            for worker in workers:
+                worker.stop()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--other", type=Path, help="the checkout to compare with")
+    parser.add_argument("--rows", default="", help="only rows whose names contain this")
+    parser.add_argument("--out", type=Path, default=RESULT, help="output file")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments.worker)
+        return
+    before = machine()
+    rows = measure(arguments.other.resolve(), arguments.rows)
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=arguments.other, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    shapes = {**SIZES, "experts": EXPERTS, "k": K, "threads": THREADS}
+    keep({"rows": rows, "other": commit, "shapes": shapes, **before}, arguments.out)
+    missed = [name for name, values in rows.items() if not values["passed"]]
+    assert not missed, f"slower than {commit[:12]} by more than allowed: {missed}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Admission: adding contributed experts to a model, and the checks that they pass before."""

@@ -1,0 +1,161 @@
+"""Expert packages that are about to be added to a stored model: opened, named, and recorded in its config.
+
+Does not cover their networks, which are streamed (`flexmoe.conversion.compose`) or only referred to
+(`flexmoe.composition`), or the checks of their rows (`flexmoe.admission.stored_rows`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import torch
+
+from flexmoe.hub.fetch import open_package
+from flexmoe.hub.stored_model import StoredModel
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
+from flexmoe.packages.checks import check_anchor, check_layers, errors_naming, package_record, public_widths
+from flexmoe.packages.manifest import PackageError
+from flexmoe.packages.modules import fresh_networks
+from flexmoe.packages.package import ExpertPackage
+from flexmoe.packages.trust import TrustPolicy
+
+PRIOR_WITH_BIASES = 0.5
+"""Public's log prior odds if the experts' rows have biases. Source: 3 owners, 40 % replay; docs/results.md."""
+
+PackageLike = str | Path | ExpertPackage
+PolicyLike = str | Path | TrustPolicy | None
+
+
+@dataclass
+class IncomingExpert:
+    """A package that is about to be added to a model: its rows are read, its networks are not.
+
+    Attributes:
+        name: the expert's name in the model.
+        source: `repo` and `revision` on the Hub; None for a folder.
+        rows: router rows and biases by their names in the package; unverified until the package is read.
+    """
+
+    package: ExpertPackage
+    name: str
+    source: dict[str, str | None] | None
+    rows: dict[str, torch.Tensor]
+
+    @classmethod
+    def open(
+        cls, given: PackageLike, policy: PolicyLike = None, revision: str | None = None, *, is_repo: bool = False
+    ) -> IncomingExpert:
+        """Opens a folder or a Hub id and checks its signature; arguments and errors as `flexmoe.hub.fetch`."""
+        package, origin = open_package(given, revision, policy=policy, is_repo=is_repo)
+        return cls(package, package.manifest.name, origin, package.read_rows())
+
+    def record(self, widths: Sequence[int]) -> dict[str, object]:
+        """The expert's record in the config of a model whose public networks have these widths."""
+        record = package_record(self.package.manifest, widths)
+        return expert_record({**record, "name": self.name, "source": self.source})
+
+    def verified_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the package's tensors, verified once the iteration has ended (`ExpertPackage.tensors`).
+
+        Raises:
+            PackageError: the package does not match its manifest, or its rows have changed since they were read.
+        """
+        for name, tensor in self.package.tensors():
+            if name in self.rows and not torch.equal(self.rows[name], tensor):
+                raise PackageError(f"{self.package.folder}: {name!r} changed while the package was read.")
+            yield name, tensor
+
+    def has_bias(self) -> bool:
+        """Whether a bias of its rows is not zero."""
+        return any(bool(row.any()) for name, row in self.rows.items() if name.endswith(".router.bias"))
+
+
+def rename_incoming(
+    incoming: Sequence[IncomingExpert], packages: Sequence[PackageLike], names: Mapping[str, str]
+) -> None:
+    """Renames incoming experts.
+
+    Args:
+        packages: as given by the caller, in the order of `incoming`.
+        names: names in the model, by package as given or by the package's own name.
+
+    Raises:
+        ValueError: a key of `names` is neither of the two.
+    """
+    unused = set(names)
+    for expert, given in zip(incoming, packages, strict=True):
+        for key in (str(given), expert.name):
+            if key in names:
+                expert.name = names[key]
+                unused.discard(key)
+                break
+    if unused:
+        own = ", ".join(expert.package.manifest.name for expert in incoming)
+        raise ValueError(f"There is no package {min(unused)!r} to rename; the packages are {own}.")
+
+
+def choose_prior(model: StoredModel, incoming: Sequence[IncomingExpert], given: float | None) -> float | None:
+    """The public prior of a composition: `given`, else the default; None keeps the stored one.
+
+    Raises:
+        ValueError: `given` is not finite; or it is None, and rows with and without bias are combined.
+    """
+    if given is not None:
+        if not isfinite(given):
+            raise ValueError(f"public_prior must be a finite number; it is {given}.")
+        return given
+    if has_fitted_public_row(model):
+        return None
+    with_bias = [expert.name for expert in incoming if expert.has_bias()]
+    if not with_bias:
+        return 0.0
+    if len(with_bias) == len(incoming):
+        return PRIOR_WITH_BIASES
+    without = [expert.name for expert in incoming if not expert.has_bias()]
+    raise ValueError(
+        f"The rows of {', '.join(with_bias)} have biases, those of {', '.join(without)} have none, so there is no "
+        f"default for the public prior: pass --public-prior (public_prior=), for example {PRIOR_WITH_BIASES}."
+    )
+
+
+def has_fitted_public_row(model: StoredModel) -> bool:
+    """Whether the model's public row is not zero, as in an imported model."""
+    rows = [name for name in model.tensors.infos if name.endswith(f".router.{PUBLIC}.weight")]
+    return any(bool(model.tensors.read(name).any()) for name in rows)
+
+
+def with_experts(config: FlexMoeConfig, incoming: Sequence[IncomingExpert]) -> FlexMoeConfig:
+    """A copy of the config with the incoming experts appended.
+
+    Raises:
+        ValueError: a name is taken or invalid, or an expert was made for another anchor; names the package.
+    """
+    config, widths = copy.deepcopy(config), public_widths(config, fresh_networks(config))
+    for expert in incoming:
+        with errors_naming(expert.package):
+            check_expert_name(expert.name)
+            if expert.name in config.expert_names:
+                raise ValueError(
+                    f"There is an expert {expert.name!r} already, beside {', '.join(config.expert_names)}: pass "
+                    f"another name for {expert.package.folder} (--name)."
+                )
+            check_anchor(config, expert.package.manifest)
+            check_layers(range(len(widths)), expert.package.manifest)
+            config.experts = [*(config.experts or []), expert.record(widths)]
+    return config
+
+
+__all__ = [
+    "PRIOR_WITH_BIASES",
+    "IncomingExpert",
+    "PackageLike",
+    "PolicyLike",
+    "choose_prior",
+    "has_fitted_public_row",
+    "rename_incoming",
+    "with_experts",
+]

@@ -1,0 +1,159 @@
+"""Checks of incoming router rows against those of a stored model, without loading it.
+
+Does not cover the checks themselves (`flexmoe.admission.rows`), or networks, which are not checked on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from flexmoe.admission.findings import refuse_unless_admitted
+from flexmoe.admission.incoming import IncomingExpert
+from flexmoe.admission.measures import input_matrix_name, sample_step
+from flexmoe.admission.rows import check_row_tensors
+from flexmoe.hub.stored_model import StoredModel
+from flexmoe.io.dense import DenseCheckpoint
+from flexmoe.io.finite import all_finite
+from flexmoe.io.tensors import CheckpointFolder
+from flexmoe.modeling.configuration_flexmoe import PUBLIC
+from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
+from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
+from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+from flexmoe.packages.checks import check_layers, errors_naming, name_in_package
+from flexmoe.packages.package import PackageError
+
+RowsByExpert = Mapping[str, Mapping[str, torch.Tensor]]
+"""Router rows and biases of a model, by expert (including "public") and by their names in a package."""
+
+
+def check_incoming_rows(
+    incoming: Sequence[IncomingExpert],
+    existing: RowsByExpert,
+    input_matrices: Sequence[torch.Tensor | None] | None = None,
+) -> None:
+    """Compares the rows and biases of each incoming expert with those of public and the model's other experts.
+
+    If the model has no other expert, the shortest row of the other incoming experts is the reference for lengths;
+    their biases are no reference.
+
+    Args:
+        input_matrices: as in `flexmoe.admission.rows.check_rows`.
+
+    Raises:
+        PackageError: a row or a bias is not finite.
+        AdmissionError: a row or a bias would take over the routing.
+    """
+    for expert in incoming:
+        for name, row in expert.rows.items():
+            if not all_finite(row):
+                raise PackageError(f"{expert.package.folder}: tensor {name!r} holds NaN or an infinity.")
+    others = {name: rows for name, rows in existing.items() if name != PUBLIC}
+    for expert in incoming:
+        findings = check_row_tensors(
+            expert.rows,
+            public=existing[PUBLIC],
+            others=others,
+            incoming={other.name: other.rows for other in incoming if other is not expert},
+            input_matrices=input_matrices,
+        )
+        refuse_unless_admitted(expert.name, findings)
+
+
+def check_composed_rows(
+    model: FlexMoeForCausalLM,
+    changed: Mapping[str, torch.Tensor],
+    incoming: Sequence[IncomingExpert],
+    existing: Sequence[IncomingExpert],
+    input_matrices: Sequence[torch.Tensor | None] | None = None,
+) -> None:
+    """As `check_incoming_rows`, for a composition, whose rows may differ from those of the packages.
+
+    Args:
+        model: the composition's on the meta device, incoming experts included.
+        changed: the rows and biases that differ (those of public: from zero), by their names in the model.
+        existing: the other experts.
+
+    Raises:
+        ValueError: an expert has other layers than the model; or as `check_incoming_rows`.
+    """
+    shapes, places = model.state_dict(), tensor_places(model)
+    public = {key: inside for key, (owner, inside) in places.items() if owner == PUBLIC and ".router." in inside}
+    zeros = {inside: torch.zeros(shapes[key].shape) for key, inside in public.items()}
+
+    def effective(name: str, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**rows, **{places[key][1]: row for key, row in changed.items() if places.get(key, ("",))[0] == name}}
+
+    for expert in (*incoming, *existing):
+        with errors_naming(expert.package):
+            check_layers(range(len(model.flexmoe_blocks())), expert.package.manifest)
+    check_incoming_rows(
+        [replace(expert, rows=effective(expert.name, expert.rows)) for expert in incoming],
+        {PUBLIC: effective(PUBLIC, zeros), **{other.name: effective(other.name, other.rows) for other in existing}},
+        input_matrices,
+    )
+
+
+def tensor_places(model: FlexMoeForCausalLM) -> dict[str, tuple[str, str]]:
+    """For each tensor of an expert, by its name in the model: the expert, and the tensor's name in a package."""
+    found: dict[str, tuple[str, str]] = {}
+    for path, block in _named_blocks(model):
+        for part, modules in (("experts", block.experts), ("router", block.router)):
+            inside = f"layers.{block.layer_index}.{'ffn' if part == 'experts' else part}"
+            for name, module in modules.items():
+                for key in module.state_dict():
+                    found[f"{path}.{part}.{name}.{key}"] = (name, f"{inside}.{name_in_package(module, key)}")
+    return found
+
+
+def public_input_matrices(stored: StoredModel, model: FlexMoeForCausalLM) -> list[torch.Tensor | None]:
+    """For each layer a sample of the rows of public's matrix that has the router's input, or None.
+
+    Args:
+        model: the stored model on the meta device, possibly with incoming experts.
+    """
+    return [
+        _read_sample(
+            stored.tensors, f"{path}.experts.{PUBLIC}.", input_matrix_name(block.experts[PUBLIC], block.hidden_size)
+        )
+        for path, block in _named_blocks(model)
+    ]
+
+
+def anchor_input_matrices(folder: Path, hidden_size: int) -> list[torch.Tensor | None]:
+    """As `public_input_matrices`, for the dense checkpoint in a folder; errors as `DenseCheckpoint`."""
+    dense, matrices = DenseCheckpoint(folder), []
+    for site in dense.sites:
+        name = input_matrix_name(site.ffn(dense.model), hidden_size)
+        prefix = f"{site.block}." if len(site.attributes) == 1 else f"{site.layer}."
+        matrices.append(_read_sample(dense.files, "", dense.stored.get(f"{prefix}{name}")))
+    return matrices
+
+
+def _named_blocks(model: FlexMoeForCausalLM) -> list[tuple[str, FlexMoeBlock]]:
+    return [(path, module) for path, module in model.named_modules() if isinstance(module, FlexMoeBlock)]
+
+
+def _read_sample(tensors: CheckpointFolder, prefix: str, name: str | None) -> torch.Tensor | None:
+    """The sampled rows of a stored matrix; None if there is no such matrix."""
+    info = tensors.infos.get(f"{prefix}{name}")
+    if name is None or info is None or len(info.shape) != 2 or not info.nbytes:
+        return None
+    width, step, data = info.nbytes // info.shape[0], sample_step(info.shape[0]), bytearray()
+    for row in range(0, info.shape[0], step):
+        for chunk in tensors.file_of(info.name).chunks(info.name, start=row * width, stop=(row + 1) * width):
+            data += chunk
+    return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).view(-1, info.shape[1])
+
+
+__all__ = [
+    "RowsByExpert",
+    "anchor_input_matrices",
+    "check_composed_rows",
+    "check_incoming_rows",
+    "public_input_matrices",
+    "tensor_places",
+]

@@ -1,0 +1,1 @@
+"""Files: safetensors as streams, hashing, atomic folders, strict JSON, dense checkpoints."""

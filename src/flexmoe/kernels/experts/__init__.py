@@ -1,0 +1,1 @@
+"""The weighted mix of full experts as one operator, with a kernel for decoding and one for prefill."""

@@ -1,0 +1,1 @@
+"""The router as one operator: logits, mask, softmax, top-k."""

@@ -1,0 +1,1 @@
+"""Expert packages: format, validation, signatures, and the modules of an expert."""

@@ -1,0 +1,136 @@
+"""Checks that an expert package fits a model, and its record in the model's config.
+
+Works on manifests and tensor headers alone. Does not cover reading weights (`flexmoe.packages.modules`), or whether
+the expert would harm the model (`flexmoe.admission`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.modeling.experts_flexmoe import intermediate_size
+from flexmoe.modeling.low_rank_flexmoe import is_low_rank
+from flexmoe.packages.manifest import ExpertManifest
+from flexmoe.packages.names import packed_name
+from flexmoe.packages.package import ExpertPackage
+
+
+def check_anchor(config: FlexMoeConfig, manifest: ExpertManifest) -> None:
+    """Checks that an expert was trained on the anchor of this model.
+
+    Raises:
+        ValueError: the fingerprints differ; both are in the message.
+    """
+    check_fingerprint((config.anchor or {}).get("fingerprint"), manifest)
+
+
+def check_fingerprint(ours: str | None, manifest: ExpertManifest) -> None:
+    """Checks that an expert was trained on the anchor with the fingerprint `ours`.
+
+    Raises:
+        ValueError: the fingerprints differ; both are in the message.
+    """
+    theirs = manifest.anchor.get("fingerprint")
+    if ours != theirs:
+        raise ValueError(
+            f"Expert {manifest.name!r} was made for another anchor: its fingerprint is {theirs}, this model's is "
+            f"{ours}. Use it with its own anchor ({manifest.anchor.get('repo') or 'no repository given'})."
+        )
+
+
+def check_layers(layers: Sequence[int], manifest: ExpertManifest) -> None:
+    """Checks that an expert has a network for each of these layers, and no other.
+
+    Raises:
+        ValueError: the layers differ.
+    """
+    if manifest.layers != list(layers):
+        theirs, ours = (str(list(numbers))[:200] for numbers in (manifest.layers, layers))
+        raise ValueError(f"Expert {manifest.name!r} has the layers {theirs}; this model has {ours}.")
+
+
+def check_shapes(package: ExpertPackage, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks the tensors of a package by their headers; no weights are read.
+
+    Args:
+        expected: shapes by name (`expected_shapes`).
+
+    Raises:
+        ValueError: a tensor is unknown, missing, or of another shape.
+    """
+    for name, info in package.infos.items():
+        if name not in expected:
+            raise ValueError(f"{package.folder}: this model's networks have no tensor {name!r}.")
+        if info.shape != expected[name]:
+            raise ValueError(
+                f"{package.folder}: {name} has shape {list(info.shape)}; this model's networks have "
+                f"{list(expected[name])}."
+            )
+    if missing := sorted(expected.keys() - package.infos.keys()):
+        raise ValueError(f"{package.folder} lacks {len(missing)} tensors, for example {missing[0]!r}.")
+
+
+def expected_shapes(networks: Mapping[int, nn.Module], hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in the package of an expert, by name.
+
+    Args:
+        networks: the expert's networks by layer, without weights (`flexmoe.packages.modules.fresh_experts`).
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, network in networks.items():
+        at = f"layers.{layer}"
+        for key, tensor in network.state_dict().items():
+            shapes[f"{at}.ffn.{name_in_package(network, key)}"] = tuple(tensor.shape)
+        shapes |= {f"{at}.router.weight": (1, hidden_size), f"{at}.router.bias": (1,)}
+    return shapes
+
+
+def name_in_package(network: nn.Module, key: str) -> str:
+    """The name, after `layers.<i>.ffn.`, that a package gives to the tensor `key` of an expert's network."""
+    return packed_name(key) if is_low_rank(network) else key
+
+
+def public_widths(config: FlexMoeConfig, networks: Sequence[nn.Module]) -> list[int]:
+    """The intermediate sizes of the anchor's networks."""
+    hidden_size = config.get_text_config().hidden_size
+    return [intermediate_size(network, hidden_size) for network in networks]
+
+
+def package_record(manifest: ExpertManifest, widths: Sequence[int]) -> dict[str, Any]:
+    """The record of an expert in the config of a model whose public networks have these widths.
+
+    It holds the expert's own widths where they differ.
+    """
+    record, own = manifest.record(), manifest.ffn["intermediate"]
+    own = own if isinstance(own, list) else [own] * len(widths)
+    return record if manifest.kind != "full" or own == list(widths) else {**record, "intermediate": own}
+
+
+@contextmanager
+def errors_naming(*packages: ExpertPackage) -> Iterator[None]:
+    """Prefixes the message of a ValueError raised in the context with the folders of `packages`, if it names none."""
+    folders = [str(package.folder) for package in packages]
+    try:
+        yield
+    except ValueError as error:
+        if not folders or any(folder in str(error) for folder in folders):
+            raise
+        raise ValueError(f"{', '.join(folders)}: {error}") from error
+
+
+__all__ = [
+    "check_anchor",
+    "check_fingerprint",
+    "check_layers",
+    "check_shapes",
+    "errors_naming",
+    "expected_shapes",
+    "name_in_package",
+    "package_record",
+    "public_widths",
+]

@@ -1,0 +1,290 @@
+"""Router rows: methods by which an owner fits, from its own text alone, the row that routes tokens to its expert.
+
+Shapes: T tokens, H hidden size, D documents, W width of a sentence embedding.
+
+Public's row is zero, so a row r scores "own" against "public". If each r_i is the log-odds log p_i(u) / p_public(u),
+softmax(0, r_1, r_2, ...) over independently fitted rows is the posterior over owners. No function here sees another
+owner's data, which makes the removal of an expert exact.
+
+A method is a pure function, registered by one line. From own and from public text it gets what it `needs`:
+
+    states      float [T, H]: FFN inputs of the frozen dense anchor, for one layer
+    moments     `Moments` of them, for one layer
+    embeddings  float [D, W]: one vector per document, the same for all layers
+    nothing     None
+
+and returns a `RouterRow`. Rows of methods that are `trained_by_loss` are initial values; those of other methods are
+final and stay frozen while the expert is trained.
+
+Does not cover collecting states (`flexmoe.routers.hidden_states`), training rows (`flexmoe.training.experts`) or the
+prior of a composition (public's bias, `flexmoe compose --public-prior`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+
+Needs = Literal["states", "moments", "embeddings", "nothing"]
+
+RIDGE = 1e-3  # lambda of log_odds, on standardised inputs
+SHRINKAGE = 0.1  # of lda's covariance towards its diagonal
+CHUNK = 16_384  # tokens converted to float64 at a time
+MAX_NEWTON_STEPS = 100
+PROJECTION_SEED = 0  # of the projection of embeddings: all owners must use the same one
+
+
+@dataclass(frozen=True)
+class RouterRow:
+    """The logit of an expert is `<weight, u> + bias`. weight: float32 [H]."""
+
+    weight: torch.Tensor
+    bias: float = 0.0
+
+
+class Moments:
+    """Mean [H] and covariance [H, H] of a stream of vectors, in float64, in one pass and constant memory."""
+
+    def __init__(self, hidden_size: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self._sum = torch.zeros(hidden_size, dtype=torch.float64, device=device)
+        self._outer = torch.zeros(hidden_size, hidden_size, dtype=torch.float64, device=device)
+
+    def update(self, x_TH: torch.Tensor) -> None:
+        """Adds vectors [T, H] of any floating-point dtype."""
+        for chunk in x_TH.split(CHUNK):
+            x = chunk.double()
+            self.count += len(x)
+            self._sum += x.sum(0)
+            self._outer += x.T @ x
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """float64 [H]."""
+        return self._sum / self.count
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """float64 [H, H], normalised by the count."""
+        return self._outer / self.count - torch.outer(self.mean, self.mean)
+
+
+class FitRow(Protocol):
+    """The function of a method; see the module's docstring."""
+
+    def __call__(self, own, public, *, hidden_size: int, bias: bool, generator: torch.Generator) -> RouterRow: ...  # type: ignore[no-untyped-def]
+
+
+@dataclass(frozen=True)
+class RowMethod:
+    """A method to fit a row: `fit(own, public, *, hidden_size, bias, generator)`."""
+
+    name: str
+    fit: FitRow
+    needs: Needs
+    trained_by_loss: bool
+
+
+ROUTER_ROWS: dict[str, RowMethod] = {}
+
+
+def router_row(name: str, *, needs: Needs, trained_by_loss: bool) -> Callable[[FitRow], FitRow]:
+    """Registers a function as a method: `flexmoe train --router NAME`."""
+
+    def register(fit: FitRow) -> FitRow:
+        if name in ROUTER_ROWS:
+            raise ValueError(f"Router row {name!r} is registered already.")
+        ROUTER_ROWS[name] = RowMethod(name, fit, needs, trained_by_loss)
+        return fit
+
+    return register
+
+
+def row_method(name: str) -> RowMethod:
+    """The registered method of that name. ValueError: there is none; lists those that exist."""
+    if name not in ROUTER_ROWS:
+        raise ValueError(f"router={name!r}: no such router row method. Available: {', '.join(ROUTER_ROWS)}.")
+    return ROUTER_ROWS[name]
+
+
+@router_row("log_odds", needs="states", trained_by_loss=False)
+def log_odds(
+    own: torch.Tensor, public: torch.Tensor, *, hidden_size: int, bias: bool, generator: torch.Generator
+) -> RouterRow:
+    """Logistic regression of own against public states, solved by Newton's method in float64.
+
+    With a bias z = (u - mean_pub) / std_pub, without one z = u / rms_pub; the minimum over v (and an unpenalised
+    intercept a) of 1/2 E_own[softplus(-s)] + 1/2 E_pub[softplus(s)] + lambda/2 |v|^2 with s = <v, z> + a. Each side
+    has the weight 1/2, whatever its number of tokens.
+
+    Args:
+        own, public: [T, H], any floating-point dtype, on any device with float64.
+    """
+    problem = _LogisticRegression(own, public, intercept=bias)
+    solution = problem.solve()
+    weight = solution[:hidden_size] / problem.scale
+    intercept = (solution[hidden_size] - weight @ problem.centre).item() if bias else 0.0
+    return RouterRow(weight.float(), intercept)
+
+
+@router_row("lda", needs="moments", trained_by_loss=False)
+def lda(own: Moments, public: Moments, *, hidden_size: int, bias: bool, generator: torch.Generator) -> RouterRow:
+    """Linear discriminant: the log-odds of two Gaussians with a common covariance S, from moments alone.
+
+    With a bias: w = S^-1 d and b = -<w, m>, with d the difference of the means and m their midpoint. Without one, the
+    direction is that of the best linear regression through the origin, R^-1 d with R the uncentred second moments, and
+    the length is such that <w, d> = <w, S w>: a step along w changes the log-odds as for the two Gaussians.
+    S and R: the mean of both sides, shrunk by 0.1 towards the diagonal.
+    """
+    difference, midpoint = own.mean - public.mean, (own.mean + public.mean) / 2
+    pooled = (own.covariance + public.covariance) / 2
+    if bias:
+        weight = _solve_shrunk(pooled, difference)
+        return RouterRow(weight.float(), -(weight @ midpoint).item())
+    second = pooled + (torch.outer(own.mean, own.mean) + torch.outer(public.mean, public.mean)) / 2
+    weight = _solve_shrunk(second, difference)
+    length = (weight @ difference) / (weight @ pooled @ weight).clamp_min(1e-300)
+    return RouterRow((length * weight).float())
+
+
+@router_row("hidden_mean", needs="moments", trained_by_loss=True)
+def hidden_mean(
+    own: Moments, public: Moments, *, hidden_size: int, bias: bool, generator: torch.Generator
+) -> RouterRow:
+    """FlexOlmo's hidden-state variant (arXiv 2507.07024): the row is initialised with the mean of the owner's states.
+
+    Each mean is normalised to length 1, like the document embeddings of the paper's main variant: states of post-norm
+    anchors are large, and the loss does not correct a row that starts with logits in the hundreds. In the paper,
+    public's row is the mean of its own states; here it is zero, and the softmax over differences from public's row is
+    the same.
+    """
+    return RouterRow((F.normalize(own.mean, dim=0) - F.normalize(public.mean, dim=0)).float())
+
+
+@router_row("embedding", needs="embeddings", trained_by_loss=True)
+def embedding(
+    own: torch.Tensor, public: torch.Tensor, *, hidden_size: int, bias: bool, generator: torch.Generator
+) -> RouterRow:
+    """FlexOlmo's rows (arXiv 2507.07024, section 3.3): the mean of document embeddings, one vector for all layers.
+
+    Relative to public's mean, as in `hidden_mean`. If the embedder's width W is not H, a fixed random isometry (the
+    same for all owners) maps one space into the other.
+    """
+    difference = own.double().mean(0) - public.double().mean(0)
+    return RouterRow(_project(difference, hidden_size).float())
+
+
+@router_row("random", needs="nothing", trained_by_loss=True)
+def random(own: None, public: None, *, hidden_size: int, bias: bool, generator: torch.Generator) -> RouterRow:
+    """A baseline: normal with standard deviation 0.02, transformers' default initialisation of linear layers."""
+    return RouterRow(torch.randn(hidden_size, generator=generator) * 0.02)
+
+
+def embed_documents(documents: Sequence[str], embedder: str, limit: int = 1000, *, seed: int = 0) -> torch.Tensor:
+    """Embeddings float32 [D, W] of `limit` randomly chosen documents, or of all if there are fewer; on the CPU.
+
+    Files are often ordered by topic or date, so the first documents would not be representative.
+
+    Args:
+        documents: the texts.
+        embedder: a sentence-transformers model, a folder or a Hub id.
+        limit: the maximum number of documents.
+        seed: of the choice.
+
+    Raises:
+        ImportError: sentence-transformers is not installed.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer  # an extra, and slow to import
+    except ImportError as error:
+        raise ImportError("router='embedding' needs a sentence embedder: pip install 'flexmoe[embedding]'.") from error
+    drawn = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))[:limit].sort().values
+    sample = [documents[index] for index in drawn.tolist()]
+    vectors = SentenceTransformer(embedder).encode(sample, convert_to_tensor=True)
+    return vectors.float().cpu()
+
+
+class _LogisticRegression:
+    """The optimisation problem of `log_odds`; data stays in its own dtype and is converted to float64 by chunks."""
+
+    def __init__(self, own: torch.Tensor, public: torch.Tensor, *, intercept: bool) -> None:
+        for side, states in (("own", own), ("public", public)):
+            if not len(states) or not torch.isfinite(states).all():
+                raise ValueError(f"The anchor's states on {side} text are empty or not finite; no row can be fitted.")
+        self.sides = ((own, 1.0), (public, -1.0))
+        self.intercept = intercept
+        mean, square = _mean_and_square(public)
+        self.centre = mean if intercept else torch.zeros_like(mean)
+        deviation = (square - self.centre**2).clamp_min(0).sqrt()
+        # a unit that is constant on public text has no scale of its own
+        self.scale = torch.where(deviation > 1e-9 * deviation.max(), deviation, deviation.mean().clamp_min(1e-30))
+        self.ridge = torch.full((len(mean) + intercept,), RIDGE, dtype=torch.float64, device=own.device)
+        if intercept:
+            self.ridge[-1] = 0.0
+
+    def solve(self) -> torch.Tensor:
+        """The solution, float64 [H] or [H + 1], the intercept last."""
+        theta = torch.zeros_like(self.ridge)
+        for _ in range(MAX_NEWTON_STEPS):
+            value, gradient, hessian = self._derivatives(theta)
+            step = torch.linalg.solve(hessian, gradient)
+            decrement = (gradient @ step).item()
+            if decrement < 1e-10:  # convergence is quadratic: this step is the last
+                return theta - step
+            size = 1.0
+            while size > 1e-6 and self._value(theta - size * step) > value - 1e-4 * size * decrement + 1e-12:
+                size /= 2
+            theta = theta - size * step
+        raise ArithmeticError(f"log_odds: Newton's method did not converge in {MAX_NEWTON_STEPS} steps.")
+
+    def _rows(self) -> Iterator[tuple[torch.Tensor, float, float]]:
+        """Chunks of (standardised rows float64 [t, H or H + 1], their class +1 or -1, the weight of a row)."""
+        for states, sign in self.sides:
+            for chunk in states.split(CHUNK):
+                z = (chunk.double() - self.centre) / self.scale
+                yield F.pad(z, (0, 1), value=1.0) if self.intercept else z, sign, 0.5 / len(states)
+
+    def _value(self, theta: torch.Tensor) -> float:
+        data = sum(weight * F.softplus(-sign * (z @ theta)).sum() for z, sign, weight in self._rows())
+        return float(data + 0.5 * (self.ridge * theta**2).sum())
+
+    def _derivatives(self, theta: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
+        value = 0.5 * (self.ridge * theta**2).sum()
+        gradient, hessian = self.ridge * theta, self.ridge.diag()
+        for z, sign, weight in self._rows():
+            score = sign * (z @ theta)
+            wrong = torch.sigmoid(-score)  # the probability of the other class
+            value = value + weight * F.softplus(-score).sum()
+            gradient = gradient - weight * sign * (z.T @ wrong)
+            hessian = hessian + z.T @ (z * (weight * wrong * (1 - wrong))[:, None])
+        return value.item(), gradient, hessian
+
+
+def _mean_and_square(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means float64 [H] of states and of their squares."""
+    total = square = torch.zeros(states.shape[1], dtype=torch.float64, device=states.device)
+    for chunk in states.split(CHUNK):
+        x = chunk.double()
+        total, square = total + x.sum(0), square + (x * x).sum(0)
+    return total / len(states), square / len(states)
+
+
+def _solve_shrunk(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    diagonal = matrix.diagonal()
+    diagonal = diagonal.clamp_min(1e-12 * diagonal.mean().clamp_min(1e-288))  # dead units have no variance
+    factor = torch.linalg.cholesky((1 - SHRINKAGE) * matrix + SHRINKAGE * diagonal.diag())
+    return torch.cholesky_solve(vector[:, None], factor)[:, 0]
+
+
+def _project(vector: torch.Tensor, hidden_size: int) -> torch.Tensor:
+    width = len(vector)
+    if width == hidden_size:
+        return vector
+    generator = torch.Generator().manual_seed(PROJECTION_SEED)
+    gaussian = torch.randn(max(width, hidden_size), min(width, hidden_size), generator=generator, dtype=torch.float64)
+    basis = torch.linalg.qr(gaussian).Q  # orthonormal columns
+    return basis @ vector if width < hidden_size else basis.T @ vector

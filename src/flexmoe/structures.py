@@ -1,0 +1,41 @@
+"""The structure of a feed-forward network, read once per network: what may run without calling its modules.
+
+Shared by the CPU and GPU implementations. Does not cover how a structure is read (`modeling/low_rank_flexmoe.py`), or
+whether the parts of a network are unwrapped: code that computes with their weights checks each part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from flexmoe.modeling.low_rank_flexmoe import FfnStructure, is_unwrapped, read_structure
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+
+_cache: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], FfnStructure | None]] = WeakKeyDictionary()
+
+
+def structure_of(network: nn.Module) -> FfnStructure | None:
+    """The structure of `network`; None if it has no known one, is in training mode, or has hooks or a wrapped forward.
+
+    The result is cached per network and read again if the `forward` of its class is replaced.
+    """
+    if network.training or not is_unwrapped(network):
+        return None
+    forward = type(network).forward
+    cached = _cache.get(network)
+    if cached is None or cached[0] is not forward:
+        cached = _cache[network] = (forward, read_structure(network))
+    return cached[1]
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """The attributes of `module` beyond those of every `nn.Module`, such as the slope of an activation."""
+    return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
+
+
+__all__ = ["settings_of", "structure_of"]

@@ -1,0 +1,310 @@
+"""Admission checks wherever experts are added: to a live model, on disk, by reference. See also `test_checks.py`."""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flexmoe.admission.findings import AdmissionError
+from flexmoe.admission.measures import input_matrix_name, sample_step
+from flexmoe.admission.stored_rows import anchor_input_matrices, public_input_matrices
+from flexmoe.composition.edit import compose_by_reference, update_composition
+from flexmoe.conversion.compose import add, compose
+from flexmoe.conversion.graft import graft
+from flexmoe.hub.stored_model import StoredModel
+from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.packages.package import PackageError
+from flexmoe.packages.trust import UntrustedPackageError
+from flexmoe.testing import perturb_expert, tiny_anchor
+
+Tensors = dict[str, torch.Tensor]
+
+# A malicious expert, the check that refuses it, and whether that is a check of rows, which is also made on disk.
+MALICIOUS: dict[str, tuple[Callable[[Tensors], object], str, bool]] = {
+    "row x 50": (
+        lambda t: [t[f"layers.{i}.router.weight"].mul_(50) for i in (0, 1)],
+        r"row against the others: .* times as long as the (longest other|shortest other incoming) row",
+        True,
+    ),
+    "row x 50 in one layer": (lambda t: t["layers.1.router.weight"].mul_(50), r"the row in layer 1 is \d+", True),
+    "bias + 10": (lambda t: t["layers.0.router.bias"].add_(10), r"the bias in layer 0 is 1\d.* above", True),
+    "down_proj x 30": (
+        lambda t: t["layers.1.ffn.down_proj.weight"].mul_(30),
+        r"weights: down_proj\.weight in layer 1 has .* times the size",
+        False,
+    ),
+    "weights lost": (lambda t: t["layers.0.ffn.up_proj.weight"].zero_(), "empty weights", False),
+}
+
+
+def change_package(package: Path, out: Path, change: Callable[[Tensors], object]) -> Path:
+    """A copy of a package with changed weights and hashes, as a malicious owner could make it."""
+    shutil.copytree(package, out)
+    tensors = load_file(out / "expert.safetensors")
+    change(tensors)
+    save_file(tensors, out / "expert.safetensors")
+    manifest = json.loads((out / "expert_config.json").read_text())
+    digest = hashlib.sha256((out / "expert.safetensors").read_bytes()).hexdigest()
+    manifest["sha256"] = {"expert.safetensors": digest}
+    (out / "expert_config.json").write_text(json.dumps(manifest))
+    return out
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graft, honest packages without biases, and each malicious one, made from `code`."""
+    folder = tmp_path_factory.mktemp("stored")
+    tiny_anchor("llama").save_pretrained(folder / "anchor")
+    graft(folder / "anchor", folder / "grafted")
+    for name in ("math", "code", "law"):
+        model = FlexMoeForCausalLM.from_pretrained(folder / "grafted")
+        model.add_expert_copy(name)
+        perturb_expert(model, name)
+        for block in model.flexmoe_blocks():
+            torch.nn.init.zeros_(block.router[name].bias)
+        model.save_expert(name, folder / name)
+    for name, (change, _, _) in MALICIOUS.items():
+        change_package(folder / "code", folder / name, change)
+    compose(folder / "grafted", [folder / "math"], folder / "model")
+    return folder
+
+
+@pytest.mark.parametrize("attack", MALICIOUS)
+def test_a_live_model_refuses_them_and_is_unchanged(stored: Path, attack: str) -> None:
+    _, words, _ = MALICIOUS[attack]
+    model = FlexMoeForCausalLM.from_pretrained(stored / "model")
+    model.add_expert(stored / "law")
+    before, config = model.state_dict(), model.config.to_dict()
+    with pytest.raises(AdmissionError, match=f"Expert 'code' is refused.*{words}.*verify=False"):
+        model.add_expert(stored / attack)
+    with pytest.raises(AdmissionError, match=words):
+        model.replace_expert("law", stored / attack)
+    after = model.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert model.config.to_dict() == config
+    assert model.add_expert(stored / "code", name="honest") == "honest"
+    assert model.add_expert(stored / attack, verify=False) == "code"
+
+
+def test_the_replaced_expert_is_no_reference(stored: Path) -> None:
+    model = FlexMoeForCausalLM.from_pretrained(stored / "model")
+    model.add_expert(stored / "row x 50", name="long", verify=False)
+    model.add_expert(stored / "row x 50", name="other")  # accepted beside an equally long one
+    model.remove_expert("other")
+    with pytest.raises(AdmissionError, match="longest other row, of 'math'"):
+        model.replace_expert("long", stored / "row x 50")
+    model.replace_expert("long", stored / "code")
+
+
+@pytest.mark.parametrize("attack", MALICIOUS)
+def test_rows_are_checked_on_disk(stored: Path, attack: str, tmp_path: Path) -> None:
+    _, words, is_of_a_row = MALICIOUS[attack]
+    ways: list[Callable[..., object]] = [
+        lambda **o: compose(
+            stored / "grafted", [stored / "math", stored / attack], tmp_path / "a", public_prior=0.0, **o
+        ),
+        lambda **o: add(stored / "model", stored / attack, tmp_path / "b", **o),
+        lambda **o: compose_by_reference(
+            stored / "grafted",
+            [stored / attack, stored / "math"],
+            tmp_path / "c",
+            anchor=stored / "anchor",
+            public_prior=0.0,
+            **o,
+        ),
+    ]
+    for way in ways:
+        if is_of_a_row:
+            with pytest.raises(AdmissionError, match=words):
+                way()
+            assert not list(tmp_path.iterdir())
+    for way in ways:
+        way(verify=False)
+
+
+@pytest.fixture(scope="module")
+def evil(stored: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Malicious packages of two owners, in three variants."""
+    folder = tmp_path_factory.mktemp("evil")
+    for name in ("math", "code"):
+        change_package(stored / name, folder / f"bias-{name}", lambda t: t["layers.0.router.bias"].add_(100))
+        change_package(stored / name, folder / f"row-{name}", lambda t: t["layers.1.router.weight"].mul_(200))
+        change_package(stored / name, folder / f"absurd-{name}", lambda t: t["layers.0.router.weight"].mul_(1e6))
+    return folder
+
+
+class TestIncomingTogether:
+    """Malicious packages of the same run cannot justify each other."""
+
+    @pytest.mark.parametrize(
+        ("attack", "words"),
+        [
+            (("bias-math", "bias-code"), "bias: the bias in layer 0 is 100 above the largest other bias, of 'public'"),
+            (("row-math", "row-code"), "the shortest other incoming row, of 'law'"),
+            (("absurd-math", "absurd-code"), "row against public: the row in layer 0"),
+        ],
+    )
+    def test_two_colluding_owners(
+        self, stored: Path, evil: Path, attack: tuple[str, str], words: str, tmp_path: Path
+    ) -> None:
+        packages = [stored / "law", *(evil / name for name in attack)]
+        with pytest.raises(AdmissionError, match=words):
+            compose(stored / "grafted", packages, tmp_path / "a", public_prior=0.0)
+        with pytest.raises(AdmissionError, match=words):
+            compose_by_reference(
+                stored / "grafted", packages, tmp_path / "b", anchor=stored / "anchor", public_prior=0.0
+            )
+
+    def test_a_single_expert_is_compared_with_publics_matrix_as_in_a_live_model(
+        self, stored: Path, evil: Path, tmp_path: Path
+    ) -> None:
+        graft, package = stored / "grafted", evil / "absurd-math"
+        ways: list[Callable[[], object]] = [
+            lambda: FlexMoeForCausalLM.from_pretrained(graft).add_expert(package),
+            lambda: compose(graft, [package], tmp_path / "a"),
+            lambda: add(graft, package, tmp_path / "b"),
+            lambda: compose_by_reference(graft, [package], tmp_path / "c", anchor=stored / "anchor"),
+        ]
+        values = set()
+        for way in ways:
+            with pytest.raises(AdmissionError, match="row against public") as caught:
+                way()
+            values |= {found.value for found in caught.value.findings if found.check == "row against public"}
+        assert len(values) == 1
+
+    @pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox"])
+    def test_the_sampled_matrix_on_disk_is_that_of_the_live_model(self, family: str, tmp_path: Path) -> None:
+        tiny_anchor(family).save_pretrained(tmp_path / "anchor")
+        stored = StoredModel(graft(tmp_path / "anchor", tmp_path / "grafted"))
+        live = FlexMoeForCausalLM.from_pretrained(stored.folder)
+        hidden = live.config.get_text_config().hidden_size
+        for block, ours, dense in zip(
+            live.flexmoe_blocks(),
+            public_input_matrices(stored, live),
+            anchor_input_matrices(tmp_path / "anchor", hidden),
+            strict=True,
+        ):
+            matrix = block.experts["public"].get_parameter(str(input_matrix_name(block.experts["public"], hidden)))
+            assert ours is not None
+            assert dense is not None
+            assert torch.equal(ours, matrix[:: sample_step(len(matrix))])
+            assert torch.equal(ours, dense)
+
+    @pytest.mark.parametrize("wild", [math.nan, -math.inf])
+    def test_rows_that_are_not_finite_are_refused_by_name(self, stored: Path, wild: float, tmp_path: Path) -> None:
+        package = change_package(stored / "math", tmp_path / "wild", lambda t: t["layers.1.router.weight"].fill_(wild))
+        with pytest.raises(PackageError, match=r"wild: tensor 'layers\.1\.router\.weight' holds NaN or an infinity"):
+            compose(stored / "grafted", [package], tmp_path / "out")
+
+    def test_biases_are_compared_with_the_public_prior(self, stored: Path, tmp_path: Path) -> None:
+        package = change_package(stored / "math", tmp_path / "mid", lambda t: t["layers.0.router.bias"].fill_(5.0))
+        for prior, is_accepted in ((0.5, True), (0.0, False)):
+            for out, way, options in (
+                ("a", compose, {}),
+                ("b", compose_by_reference, {"anchor": stored / "anchor"}),
+            ):
+                with nullcontext() if is_accepted else pytest.raises(AdmissionError, match="is 5 above"):
+                    way(stored / "grafted", [package], tmp_path / f"{out}{prior}", public_prior=prior, **options)
+
+
+def referring(world: Path, out: Path, *names: str, **options: object) -> Path:
+    packages = [world / name for name in names]
+    return compose_by_reference(world / "grafted", packages, out, anchor=world / "anchor", public_prior=0.0, **options)
+
+
+class TestCompositions:
+    """A composition's experts are the reference, and are checked when they are added to another composition."""
+
+    @pytest.fixture
+    def world(self, stored: Path, tmp_path: Path) -> Path:
+        """A composition of two experts whose packages may be replaced."""
+        world = shutil.copytree(stored, tmp_path / "world")
+        referring(world, world / "composition", "math", "law")
+        return world
+
+    @pytest.mark.parametrize("attack", [name for name in MALICIOUS if MALICIOUS[name][2]])
+    def test_experts_of_the_base_are_the_reference(self, world: Path, attack: str, tmp_path: Path) -> None:
+        with pytest.raises(AdmissionError, match=r"longest other row, of '(math|law|public)'|is 1.* above"):
+            compose_by_reference(world / "composition", [world / attack], tmp_path / "out")
+        compose_by_reference(world / "composition", [world / attack], tmp_path / "out", verify=False)
+        compose_by_reference(world / "composition", [world / "code"], tmp_path / "fine")
+
+    def test_rows_are_compared_as_they_are_in_the_composition(self, world: Path, tmp_path: Path) -> None:
+        model = FlexMoeForCausalLM.from_pretrained(world / "composition")
+        for block in model.flexmoe_blocks():
+            block.router["law"].weight.data *= 50
+        sources = {"public": world / "anchor", "math": world / "math", "law": world / "law"}
+        tuned = model.save_composition(world / "tuned", sources=sources)
+        compose_by_reference(tuned, [world / "row x 50"], tmp_path / "a")  # accepted beside an equally long one
+        code = referring(world, world / "code-alone", "code")
+        with pytest.raises(AdmissionError, match=r"Expert 'law' is refused.*the longest other row, of 'code'"):
+            compose_by_reference(code, [tuned], tmp_path / "b")
+        merged = compose_by_reference(code, [tuned], tmp_path / "b", verify=False)
+        assert FlexMoeForCausalLM.from_pretrained(merged).expert_names == ["public", "code", "math", "law"]
+
+    def test_the_policy_applies_to_all_packages(self, world: Path, tmp_path: Path) -> None:
+        code = referring(world, world / "code-alone", "code")
+        for allowed, is_accepted in (("*", True), ("*/code", False), ("*/[!c]*", False)):
+            rules = [{"pattern": f"{world}/{allowed}", "allowed_signers": "anyone"}]
+            policy = tmp_path / "policy.json"
+            policy.write_text(json.dumps({"format_version": 1, "rules": rules}))
+            for base, part in ((code, world / "composition"), (world / "composition", code)):
+                with nullcontext() if is_accepted else pytest.raises(UntrustedPackageError):
+                    compose_by_reference(base, [part], tmp_path / "out", policy=policy, overwrite=True)
+
+    def test_a_replaced_package_is_refused(self, world: Path, tmp_path: Path) -> None:
+        code = referring(world, world / "code-alone", "code")
+        change_package(world / "math", world / "other", lambda t: t["layers.0.ffn.up_proj.weight"].mul_(1.01))
+        shutil.rmtree(world / "math")
+        shutil.move(world / "other", world / "math")
+        for base, part in ((code, world / "composition"), (world / "composition", world / "code")):
+            with pytest.raises(ValueError, match=r"composition was saved with as 'math'.*--update"):
+                compose_by_reference(base, [part], tmp_path / "out")
+
+    def test_a_damaged_package_of_a_composition_is_refused(self, world: Path, tmp_path: Path) -> None:
+        code = referring(world, world / "code-alone", "code")
+        file = world / "math" / "expert.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"\1")
+        with pytest.raises(ValueError, match="SHA-256"):
+            compose_by_reference(code, [world / "composition"], tmp_path / "out")
+
+    @pytest.mark.parametrize("attack", [name for name in MALICIOUS if MALICIOUS[name][2]])
+    def test_a_newer_version_is_checked_as_a_replacement(self, world: Path, attack: str, tmp_path: Path) -> None:
+        both = referring(world, world / "both", "math", "code")
+        shutil.rmtree(world / "code")
+        shutil.copytree(world / attack, world / "code")
+        for experts in ({"code": None}, None):
+            with pytest.raises(AdmissionError, match=r"Expert 'code' is refused.*of '(math|public)'"):
+                update_composition(both, tmp_path / "out", experts=experts)
+        assert not (tmp_path / "out").exists()
+        (move,) = update_composition(both, tmp_path / "out", verify=False)
+        assert move.name == "code"
+
+    def test_neither_the_old_version_nor_another_new_one_is_a_reference(self, world: Path, tmp_path: Path) -> None:
+        long = change_package(world / "law", world / "long", lambda t: t["layers.0.router.weight"].mul_(200))
+        base = referring(world, world / "three", "math", "code", "long", names={"law": "long"}, verify=False)
+        change_package(long, world / "longer", lambda t: t["layers.0.router.weight"].mul_(2))
+        shutil.rmtree(long)
+        shutil.move(world / "longer", long)
+        with pytest.raises(AdmissionError, match=r"Expert 'long' is refused.*the longest other row, of '(code|math)'"):
+            update_composition(base, tmp_path / "out")
+        shutil.rmtree(world / "code")
+        change_package(long, world / "code", lambda t: None)
+        with pytest.raises(AdmissionError, match=r"is refused.*the longest other row, of 'math'"):
+            update_composition(base, tmp_path / "out")
+
+    def test_a_single_expert_is_compared_with_the_anchor(self, world: Path, tmp_path: Path) -> None:
+        alone = referring(world, world / "alone", "math")
+        change_package(world / "math", world / "newer", lambda t: t["layers.0.router.weight"].mul_(1e6))
+        shutil.rmtree(world / "math")
+        shutil.move(world / "newer", world / "math")
+        with pytest.raises(AdmissionError, match="row against public"):
+            update_composition(alone, tmp_path / "out")

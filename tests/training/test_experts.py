@@ -1,0 +1,394 @@
+"""Training one expert: frozen parameters, resumed runs, errors."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from flexmoe.conversion.graft import graft
+from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.packages.package import ExpertPackage
+from flexmoe.testing import tiny_anchor
+from flexmoe.training.experts import ROWS_FILE, RUN_FILE, _open_work_folder, train_expert
+from flexmoe.training.trainer import ExpertTrainer
+
+FAST = {"sequence_length": 32, "batch_size": 5, "max_steps": 8, "router_tokens": 400, "validation_fraction": 0.1}
+
+
+def write_documents(path: Path, words: str, seed: int) -> Path:
+    chance = random.Random(seed)
+    documents = [" ".join(chance.choices(words.split(), k=40)) for _ in range(60)]
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory) -> Path:
+    """grafted/ (an OLMo-2 anchor, tokens are letters), bf16/ (the same in bfloat16), own.jsonl, public.jsonl."""
+    root = tmp_path_factory.mktemp("workshop")
+    letters = {
+        letter: i for i, letter in enumerate(["<pad>", "<bos>", "<eos>", *"abcdefghijklmnopqrstuvwxyz0123456789+= "])
+    }
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    own = write_documents(root / "own.jsonl", "1 + 2 = 3 47 = 29 sum", seed=1)
+    public = write_documents(root / "public.jsonl", "the sun rises in the east and 1 or 2 set", seed=2)
+    for name, dtype in (("grafted", torch.float32), ("bf16", torch.bfloat16)):
+        anchor = root / f"{name}-anchor"
+        tiny_anchor("olmo2").to(dtype).save_pretrained(anchor)
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(anchor)
+        graft(anchor, root / name, public_data=[public])
+    assert own.is_file()
+    return root
+
+
+def train(workshop: Path, out: Path, model: str = "grafted", **overrides) -> Path:
+    return train_expert(
+        workshop / model, "math", [workshop / "own.jsonl"], out, progress=False, **{**FAST, **overrides}
+    )
+
+
+def composed_with(workshop: Path, package: Path) -> FlexMoeForCausalLM:
+    model = FlexMoeForCausalLM.from_pretrained(workshop / "grafted")
+    model.add_expert(package)
+    return model
+
+
+def weights(package: Path) -> dict[str, torch.Tensor]:
+    return load_file(package / "expert.safetensors")
+
+
+def test_expert_learns_and_its_manifest_records_the_training(workshop, tmp_path):
+    package = train(workshop, tmp_path / "math", max_steps=30, learning_rate=1e-2, license="CC0-1.0")
+    report = ExpertPackage.open(package).manifest.training
+    losses = report["validation_loss"]
+    assert losses["own"]["after"] < losses["own"]["before"] - 0.2
+    assert report["tokens"] == 30 * 5 * 32
+    assert report["public_tokens"] == report["tokens"] * 2 // 5
+    assert report["config"]["router"] == "log_odds"
+    assert not list(tmp_path.glob(".*")), "the work folder is left behind"
+
+    for block in composed_with(workshop, package).flexmoe_blocks():
+        assert not torch.equal(block.experts["math"].up_proj.weight, block.experts["public"].up_proj.weight)
+        assert block.router["math"].weight.abs().sum() > 0
+        assert block.router["math"].bias.item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("router", "bias", "moving"),
+    [
+        ("log_odds", True, ("experts.math.",)),
+        ("random", False, ("experts.math.", "router.math.weight")),
+        ("random", True, ("experts.math.", "router.math.weight", "router.math.bias")),
+    ],
+)
+def test_only_the_experts_parameters_change(workshop, tmp_path, monkeypatch, router, bias, moving):
+    """Compares the trained model before and after: all other tensors keep their bits."""
+    states = {}
+
+    def train_watched(self, *args, **kwargs):
+        states["before"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        result = original(self, *args, **kwargs)
+        states["after"] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return result
+
+    original = ExpertTrainer.train
+    monkeypatch.setattr(ExpertTrainer, "train", train_watched)
+    package = train(workshop, tmp_path / "math", router=router, router_bias=bias)
+    before, after = states["before"], states["after"]
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        moves = any(f".mlp.{part}" in name for part in moving)
+        assert torch.equal(value, after[name]) != moves, name
+    trained = composed_with(workshop, package).state_dict()
+    assert before.keys() == trained.keys()
+    for name, value in after.items():
+        assert torch.equal(value, trained[name]), name
+
+
+def test_the_first_validation_is_of_the_untrained_expert(workshop, tmp_path, monkeypatch):
+    fresh = train(workshop, tmp_path / "fresh")
+    with monkeypatch.context() as patch:
+        stop_after(patch, step=4)
+        with pytest.raises(KeyboardInterrupt):
+            train(workshop, tmp_path / "math", save_steps=4)
+    anew = train(workshop, tmp_path / "math", resume=False)
+    losses = [ExpertPackage.open(package).manifest.training["validation_loss"] for package in (fresh, anew)]
+    assert losses[0] == losses[1]
+    assert losses[1]["own"]["before"] != losses[1]["own"]["after"]
+
+
+def test_inputs_are_never_overwritten(workshop, tmp_path):
+    own = tmp_path / "mine" / "own.jsonl"
+    own.parent.mkdir()
+    shutil.copyfile(workshop / "own.jsonl", own)
+    grafted = shutil.copytree(workshop / "grafted", tmp_path / "model")
+    embedder = tmp_path / "embedder"
+    embedder.mkdir()
+    for out, options in (
+        (own.parent, {}),
+        (grafted, {}),
+        (tmp_path, {}),
+        (own.parent, {"data": [workshop / "own.jsonl"], "public_data": [own]}),
+        (embedder, {"data": [workshop / "own.jsonl"], "router": "embedding", "embedder": str(embedder)}),
+    ):
+        data = options.pop("data", [own])
+        with pytest.raises(ValueError, match="which is read"):
+            train_expert(grafted, "math", data, out, overwrite=True, progress=False, **{**FAST, **options})
+    assert own.is_file()
+    assert (grafted / "config.json").is_file()
+
+
+def test_only_the_main_process_opens_the_work_folder(tmp_path):
+    work, identity = tmp_path / "work", {"name": "math", "settings": {"seed": 0}}
+    with pytest.raises(FileNotFoundError, match="one file system"):
+        _open_work_folder(work, identity, resume=True, main=False)
+    assert not work.exists()
+    _open_work_folder(work, identity, resume=False, main=True)
+    (work / "checkpoint-3").mkdir()
+    (work / ROWS_FILE).touch()
+    for resume in (True, False):
+        _open_work_folder(work, identity, resume, main=False)
+        assert {path.name for path in work.iterdir()} == {RUN_FILE, ROWS_FILE, "checkpoint-3"}
+    with pytest.raises(ValueError, match=r"other values of: settings\.seed"):
+        _open_work_folder(work, {**identity, "settings": {"seed": 1}}, resume=True, main=False)
+    _open_work_folder(work, identity, resume=True, main=True)
+    assert {path.name for path in work.iterdir()} == {RUN_FILE, ROWS_FILE}, "the unfinished checkpoint is dropped"
+
+
+@pytest.mark.parametrize("content", ['{"name": "ma', "", "[]", '{"name": "math"}'])
+def test_a_run_with_a_truncated_record_starts_over(tmp_path, content):
+    work, identity = tmp_path / "work", {"name": "math", "settings": {"seed": 0}}
+    work.mkdir()
+    (work / RUN_FILE).write_text(content)
+    (work / ROWS_FILE).touch()
+    _open_work_folder(work, identity, resume=True, main=True)
+    assert json.loads((work / RUN_FILE).read_text()) == identity
+    assert [path.name for path in work.iterdir()] == [RUN_FILE]
+
+
+def test_a_single_public_document(workshop, tmp_path):
+    one = tmp_path / "one.txt"
+    one.write_text("the sun rises in the east and sets in the west " * 10)
+    package = train(workshop, tmp_path / "math", public_data=[one], max_steps=1)
+    assert list(ExpertPackage.open(package).manifest.training["validation_loss"]) == ["own"]
+    with pytest.raises(ValueError, match=r"The own text: 1 distinct document"):
+        train_expert(workshop / "grafted", "math", [one], tmp_path / "other", progress=False, **FAST)
+
+
+def test_default_sequence_length(workshop, tmp_path):
+    package = train(workshop, tmp_path / "math", sequence_length=None, max_steps=1, validation_fraction=0)
+    report = ExpertPackage.open(package).manifest.training
+    assert report["config"]["sequence_length"] == 128
+    assert report["tokens"] == 5 * 128
+
+
+def test_checkpoints_hold_only_the_experts_parameters(workshop, tmp_path, monkeypatch):
+    """Interrupted after step 4: the checkpoint's weights and optimiser state belong to math."""
+    stop_after(monkeypatch, step=4)
+    with pytest.raises(KeyboardInterrupt):
+        train(workshop, tmp_path / "math", save_steps=4)
+    checkpoint = tmp_path / ".math.training" / "checkpoint-4"
+    saved = load_file(checkpoint / "trained.safetensors")
+    assert {name.split(".mlp.")[1] for name in saved} == {
+        f"experts.math.{p}_proj.weight" for p in ("gate", "up", "down")
+    }
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    assert sum(entry["exp_avg"].numel() for entry in state.values()) == sum(value.numel() for value in saved.values())
+    assert not list(checkpoint.glob("model*.safetensors"))
+
+
+@pytest.mark.parametrize(("router", "bias"), [("hidden_mean", True), ("random", False)])
+def test_rows_trained_by_the_loss_change(workshop, tmp_path, router, bias):
+    last, first = (
+        train(workshop, tmp_path / f"{steps}", router=router, router_bias=bias, public_ratio=0, max_steps=steps)
+        for steps in (9, 1)
+    )
+    row, bias_name = "layers.1.router.weight", "layers.1.router.bias"
+    assert not torch.equal(weights(last)[row], weights(first)[row])
+    assert (weights(last)[bias_name].item() != 0) == bias
+
+
+def test_fitted_rows_do_not_change(workshop, tmp_path):
+    last, first = (train(workshop, tmp_path / f"{steps}", router_bias=True, max_steps=steps) for steps in (6, 1))
+    for key in ("weight", "bias"):
+        assert torch.equal(weights(last)[f"layers.0.router.{key}"], weights(first)[f"layers.0.router.{key}"])
+    assert weights(first)["layers.0.router.bias"].item() != 0
+
+
+@pytest.mark.parametrize(("model", "dtype"), [("grafted", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_low_rank_expert_learns_and_is_small(workshop, tmp_path, model, dtype):
+    options = {"method": "low_rank", "rank": 4, "alpha": 8.0, "max_steps": 30, "learning_rate": 1e-2}
+    package = ExpertPackage.open(train(workshop, tmp_path / "math", model, **options))
+    manifest = package.manifest
+    assert (manifest.kind, manifest.rank, manifest.alpha) == ("low_rank", [4, 4], 8.0)
+    assert manifest.training["config"]["method"] == "low_rank"
+    losses = manifest.training["validation_loss"]
+    assert losses["own"]["after"] < losses["own"]["before"] - 0.2
+    tensors = {name: tensor for name, tensor in package.tensors() if ".ffn." in name}
+    assert sum(tensor.numel() for tensor in tensors.values()) == 2 * 3 * 4 * (32 + 64)
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    grown = FlexMoeForCausalLM.from_pretrained(workshop / model)
+    grown.add_expert(package)
+    assert grown.config.expert_records[1]["rank"] == [4, 4]
+
+
+def test_a_resumed_low_rank_run_gives_the_same_bits(workshop, tmp_path, monkeypatch):
+    options = {"method": "low_rank", "rank": 2, "save_steps": 2}
+    uninterrupted = train(workshop, tmp_path / "uninterrupted", **options)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            train(workshop, tmp_path / "stopped", **options)
+    stopped = train(workshop, tmp_path / "stopped", **options)
+    one, other = weights(uninterrupted), weights(stopped)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"method": "lora"}, "must be 'full' or 'low_rank'"),
+        ({"rank": 4}, "only for method='low_rank'"),
+        ({"method": "low_rank", "rank": 0}, "must be above 0"),
+        ({"method": "low_rank", "rank": 33}, "exceeds the anchor's hidden size, 32"),
+        ({"method": "low_rank"}, "rank=64 exceeds the anchor's hidden size"),
+    ],
+)
+def test_invalid_ranks(workshop, tmp_path, options, fault):
+    with pytest.raises(ValueError, match=fault):
+        train(workshop, tmp_path / "math", **options)
+    assert not (tmp_path / "math").exists()
+
+
+def test_bfloat16_anchor_keeps_its_dtype(workshop, tmp_path):
+    package = train(workshop, tmp_path / "math", model="bf16", max_steps=30, learning_rate=1e-2)
+    assert weights(package)["layers.0.ffn.up_proj.weight"].dtype == torch.bfloat16
+    assert weights(package)["layers.0.router.weight"].dtype == torch.float32
+    losses = ExpertPackage.open(package).manifest.training["validation_loss"]["own"]
+    assert losses["after"] < losses["before"] - 0.2
+
+
+def test_gradient_accumulation_and_checkpointing_change_nothing(workshop, tmp_path):
+    single = train(workshop, tmp_path / "single", batch_size=10)
+    halves = train(
+        workshop,
+        tmp_path / "halves",
+        batch_size=5,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+    )
+    for name, value in weights(single).items():
+        # Adam divides small gradients by their own size, which amplifies rounding; a wrong mean would differ by 1e-2
+        assert torch.allclose(value, weights(halves)[name], atol=2e-4), name
+
+
+def test_resume_after_kill_gives_the_same_bits(workshop, tmp_path):
+    """A separate process is killed (SIGKILL) after its checkpoint of step 4, with another one incomplete."""
+    uninterrupted = train(
+        workshop, tmp_path / "uninterrupted", max_steps=12, save_steps=4, router="random", router_bias=True
+    )
+    script = (
+        "import sys, time, pathlib\nfrom transformers import TrainerCallback\n"
+        "from flexmoe.training import experts, trainer\n"
+        "class Hang(TrainerCallback):\n"
+        "    def on_step_end(self, args, state, control, **_):\n"
+        "        if state.global_step == 7: time.sleep(600)\n"
+        "init = trainer.ExpertTrainer.__init__\n"
+        "def patched(self, *a, **k): init(self, *a, **k); self.add_callback(Hang)\n"
+        "trainer.ExpertTrainer.__init__ = patched\n"
+        "root, out = map(pathlib.Path, sys.argv[1:])\n"
+        f"experts.train_expert(root / 'grafted', 'math', [root / 'own.jsonl'], out, progress=False, **{FAST!r} | "
+        "dict(max_steps=12, save_steps=4, router='random', router_bias=True))\n"
+    )
+    work = tmp_path / ".math.training"
+    process = subprocess.Popen([sys.executable, "-c", script, str(workshop), str(tmp_path / "math")])
+    try:
+        deadline = time.monotonic() + 60
+        while not (work / "checkpoint-4" / "complete").exists():
+            assert process.poll() is None, "the process ended"
+            assert time.monotonic() < deadline, "no checkpoint was written"
+            time.sleep(0.05)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "math").exists()
+    (work / "checkpoint-8").mkdir()  # an incomplete checkpoint
+    (work / "checkpoint-8" / "trainer_state.json").write_text("{")
+
+    with pytest.raises(ValueError, match=r"with other values of: settings\.seed"):
+        train(workshop, tmp_path / "math", max_steps=12, save_steps=4, router="random", router_bias=True, seed=1)
+    resumed = train(workshop, tmp_path / "math", max_steps=12, save_steps=4, router="random", router_bias=True)
+    assert weights(resumed).keys() == weights(uninterrupted).keys()
+    for name, value in weights(uninterrupted).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    manifests = [ExpertPackage.open(package).manifest.training for package in (uninterrupted, resumed)]
+    assert manifests[0] == manifests[1]
+
+
+def test_training_stops_if_the_loss_is_not_finite(workshop, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"loss is (nan|inf) at step [2-8] of 8\. .*Lower the learning rate \(it is 1e\+30\)"
+    ):
+        train(workshop, tmp_path / "math", learning_rate=1e30, warmup_steps=0)
+    assert not (tmp_path / "math").exists()
+    train(workshop, tmp_path / "math", resume=False)
+
+
+def test_errors(workshop, tmp_path):
+    out = tmp_path / "math"
+    own = [workshop / "own.jsonl"]
+    with pytest.raises(ValueError, match="'public' is taken"):
+        train_expert(workshop / "grafted", "public", own, out)
+    with pytest.raises(TypeError, match="a list of them"):
+        train_expert(workshop / "grafted", "math", own[0], out)
+    with pytest.raises(ValueError, match=r"no column 'body'\. Its columns: text"):
+        train(workshop, out, text_column="body")
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ValueError, match="empty data set"):
+        train_expert(workshop / "grafted", "math", [tmp_path / "empty.txt"], out, **FAST)
+    (tmp_path / "short.txt").write_text("1 + 1 = 2")
+    with pytest.raises(ValueError, match=r"own training text .* with 10 tokens in all: less than one sequence of 32"):
+        train_expert(workshop / "grafted", "math", [tmp_path / "short.txt"], out, **{**FAST, "validation_fraction": 0})
+    with pytest.raises(ValueError, match="at most 128 tokens"):
+        train(workshop, out, sequence_length=256)
+    with pytest.raises(ValueError, match="no such router row method"):
+        train(workshop, out, router="kmeans")
+    with pytest.raises(ValueError, match="give at most one of them"):
+        train(workshop, out, epochs=1)
+    with pytest.raises(ValueError, match="flexmoe graft"):
+        train(workshop, out, model="grafted-anchor")
+    tampered = tmp_path / "tampered"
+    tampered.mkdir()
+    for file in (workshop / "grafted").iterdir():
+        (tampered / file.name).write_bytes(file.read_bytes() + (b"\n" if file.suffix == ".jsonl" else b""))
+    with pytest.raises(ValueError, match="the file was changed"):
+        train_expert(tampered, "math", own, out, **FAST)
+    out.mkdir()
+    with pytest.raises(FileExistsError, match="overwrite"):
+        train(workshop, out)
+    assert not (tmp_path / ".math.training").exists()
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Makes training raise KeyboardInterrupt after the checkpoint of `step`."""
+    from flexmoe.training.trainer import _MarkComplete
+
+    on_save = _MarkComplete.on_save
+
+    def interrupted(self, args, state, control, **kwargs):
+        on_save(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_MarkComplete, "on_save", interrupted)
