@@ -158,7 +158,7 @@ def run(name: str, out: Path, python: Path, every: int) -> list[str]:
             if STATUS.get(code) not in ("killed", "timeout"):
                 survivors.append(mutant)
     for file, count in counts.items():
-        print(f"{name}: {file}: {dict(count)}", flush=True)
+        sys.stdout.write(f"{name}: {file}: {dict(count)}\n")
     return survivors
 
 
