@@ -114,6 +114,26 @@ class TestEqualsTheLiveModel:
         for name in ("public_sample.jsonl", "tokenizer_config.json"):
             assert (folder / name).read_bytes() == (llama / "grafted" / name).read_bytes()
 
+    def test_which_other_files_are_copied(self, llama: Path, tmp_path: Path) -> None:
+        model = shutil.copytree(llama / "grafted", tmp_path / "model")
+        copied = ["extra/terms.txt"]
+        left_out = [".hidden", ".git/config", "old_flexmoe.py", "extra/model.bin.index.json"]
+        for name in copied + left_out:
+            (model / name).parent.mkdir(exist_ok=True)
+            (model / name).write_text("Text.")
+        folder = compose(model, packages(llama, "math"), tmp_path / "out")
+        assert [name for name in copied + left_out if (folder / name).exists()] == copied
+        assert (folder / "extra" / "terms.txt").read_text() == "Text."
+
+    def test_k_is_that_of_the_graft_or_of_the_call(self, llama: Path, tmp_path: Path) -> None:
+        def k_of(folder: Path) -> int:
+            return json.loads((folder / "config.json").read_text())["num_experts_per_tok"]
+
+        for given, expected in ((None, k_of(llama / "grafted")), (1, 1), (3, 3)):
+            out = tmp_path / f"k = {given}"
+            compose(llama / "grafted", packages(llama, "math"), out, num_experts_per_tok=given)
+            assert k_of(out) == expected
+
     def test_two_names_for_one_package(self, llama: Path, tmp_path: Path) -> None:
         names = {str(llama / "math"): "maths", "code": "software"}
         folder = compose(llama / "grafted", packages(llama, "math", "code", "law"), tmp_path / "out", names=names)
@@ -184,7 +204,7 @@ class TestPrior:
         assert self.priors(composed(llama, tmp_path / "biased", "math", "code")) == {0.5}
         assert self.priors(compose(llama / "grafted", [free], tmp_path / "bias-free")) == {0.0}
         mixed: Sequence[Path] = [free, llama / "math"]
-        with pytest.raises(ValueError, match="--public-prior"):
+        with pytest.raises(ValueError, match=r"rows of math have biases, those of free have none.*--public-prior"):
             compose(llama / "grafted", mixed, tmp_path / "mixed")
         assert self.priors(compose(llama / "grafted", mixed, tmp_path / "mixed", public_prior=1.5)) == {1.5}
 
@@ -281,6 +301,34 @@ class TestErrors:
         (model / "config.json").write_text(json.dumps(config))
         with pytest.raises(ValueError, match=r"\.code\.|config implies none"):
             remove(model, "math", tmp_path / "out")
+
+    def test_stored_tensors_that_do_not_match_the_config(self, llama: Path, tmp_path: Path) -> None:
+        model = shutil.copytree(llama / "grafted", tmp_path / "model")
+        values = load_file(model / "model.safetensors")
+        name = "anchor.model.layers.1.mlp.router.public.bias"
+
+        def assert_refused(changed: dict[str, torch.Tensor], message: str) -> None:
+            save_file(changed, model / "model.safetensors", metadata={"format": "pt"})
+            with pytest.raises(ValueError, match=message):
+                compose(model, packages(llama, "math"), tmp_path / "out", public_prior=0.0)
+
+        assert_refused({**values, name: torch.zeros(2)}, rf"{name}' has shape \[2\]; its config implies \[1\]")
+        assert_refused({**values, "extra": torch.zeros(2)}, r"'extra' has shape \[2\]; its config implies none")
+        del values[name]
+        assert_refused(values, f"lacks 1 tensors that its config implies, such as '{name}'")
+        assert not (tmp_path / "out").exists()
+
+    def test_an_existing_output_is_kept_without_overwrite(self, llama: Path, tmp_path: Path) -> None:
+        model = composed(llama, tmp_path / "model", "math")
+        before = content(model)
+        for write in (
+            lambda: composed(llama, model, "math"),
+            lambda: add(model, llama / "code", model),
+            lambda: remove(model, "math", model),
+        ):
+            with pytest.raises(FileExistsError, match="--overwrite"):
+                write()
+        assert content(model) == before
 
     def test_links_out_of_the_model_folder_are_not_copied(self, llama: Path, tmp_path: Path) -> None:
         model = shutil.copytree(llama / "grafted", tmp_path / "model")

@@ -126,10 +126,10 @@ WRAP_MATH: dict[str, Callable[[FlexMoeForCausalLM], Any]] = {
 }
 
 CHANGES: dict[str, Callable[[FlexMoeForCausalLM, str, Any], object]] = {
-    "remove": lambda model, name, package: model.remove_expert(name),
-    "rename": lambda model, name, package: model.rename_expert(name, f"{name}-renamed"),
-    "replace": lambda model, name, package: model.replace_expert(name, package),
-    "freeze": lambda model, name, package: model.freeze_except(name),
+    "remove_expert": lambda model, name, package: model.remove_expert(name),
+    "rename_expert": lambda model, name, package: model.rename_expert(name, f"{name}-renamed"),
+    "replace_expert": lambda model, name, package: model.replace_expert(name, package),
+    "freeze_except": lambda model, name, package: model.freeze_except(name),
 }
 
 
@@ -139,7 +139,8 @@ def test_changes_of_an_adapted_expert_are_refused_until_the_adapter_is_removed(m
     package = model.save_expert("code", tmp_path / "code")
     adapted = WRAP_MATH[wrap](model)
     before = (copy.deepcopy(model.config.to_dict()), list(model.state_dict()), trained(model))
-    with pytest.raises(ValueError, match=r"\['style'\] are around 'math'\. Merge them .*\(merge_and_unload\)"):
+    message = rf"^{change}: .* \['style'\] are around 'math'\. Merge them .*\(merge_and_unload\)"
+    with pytest.raises(ValueError, match=message):
         CHANGES[change](model, "math", package)
     assert (model.config.to_dict(), list(model.state_dict()), trained(model)) == before
 

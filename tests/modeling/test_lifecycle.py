@@ -8,10 +8,11 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
 from flexmoe.packages.package import ExpertPackage
-from flexmoe.testing import ANCHOR_CONFIGS, perturb_expert, random_tokens, tiny_flexmoe
+from flexmoe.testing import ANCHOR_CONFIGS, flexmoe_from_anchor, perturb_expert, random_tokens, tiny_flexmoe
 from tests.support.mutators.packages import read_file, read_tensors, write_file, write_tensors
 
 OWNERS = ("math", "code", "legal")
@@ -47,6 +48,15 @@ def test_saved_expert_gives_the_same_model_when_added(family, tmp_path):
     for name in OWNERS:
         assert empty.add_expert(model.save_expert(name, tmp_path / name)) == name
     assert list(empty.state_dict()) == list(model.state_dict())
+    assert torch.equal(logits(empty), logits(model))
+
+
+def test_model_of_one_layer(tmp_path):
+    config = ANCHOR_CONFIGS["llama"]()
+    config.num_hidden_layers = 1
+    anchor = AutoModelForCausalLM.from_config(config)
+    model, empty = flexmoe_from_anchor(anchor, ["math"]), flexmoe_from_anchor(anchor)
+    empty.add_expert(model.save_expert("math", tmp_path / "math"))
     assert torch.equal(logits(empty), logits(model))
 
 
@@ -116,9 +126,12 @@ def test_added_experts_have_the_dtype_and_mode_of_the_model(model, tmp_path):
     package = model.save_expert("math", tmp_path / "math")
     other = tiny_flexmoe("llama", anchor=FINGERPRINT).to(torch.bfloat16).train()
     other.add_expert(package)
+    other.add_expert_copy("news")
     block = other.flexmoe_blocks()[0]
-    assert block.experts["math"].up_proj.weight.dtype == torch.bfloat16
-    assert block.experts["math"].training
+    for name in ("math", "news"):
+        assert block.experts[name].up_proj.weight.dtype == torch.bfloat16
+        assert block.router[name].weight.dtype == block.router["public"].weight.dtype
+        assert block.experts[name].training
 
 
 def test_copy_of_public_has_its_weights(model):
@@ -148,12 +161,21 @@ def test_invalid_names_change_nothing(model, tmp_path, name):
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("call", ["remove_expert", "rename_expert", "replace_expert", "save_expert"])
+REFUSED_FOR_PUBLIC = {
+    "remove_expert": "removed: mask it",
+    "rename_expert": "renamed: it names the anchor's own network",
+    "replace_expert": "replaced: graft the other anchor",
+    "save_expert": "saved as a package: it is the anchor itself",
+}
+
+
+@pytest.mark.parametrize("call", REFUSED_FOR_PUBLIC)
 @pytest.mark.parametrize("name", ["public", "unknown"])
 def test_public_and_unknown_experts_are_refused(model, tmp_path, call, name):
     arguments = {"remove_expert": ()}.get(call, (str(tmp_path / "somewhere"),))
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"cannot be|no expert"):
+    message = f"'public' cannot be {REFUSED_FOR_PUBLIC[call]}" if name == "public" else "no expert 'unknown'"
+    with pytest.raises(ValueError, match=message):
         getattr(model, call)(name, *arguments)
     assert_unchanged(model, before)
 

@@ -95,6 +95,7 @@ class TestRoundTrip:
         assert package.manifest == manifest(sha256={"expert.safetensors": digest})
         assert list(json.loads((folder / "expert_config.json").read_text())) == list(MANIFEST)
         assert load_file(folder / "expert.safetensors").keys() == tensors().keys()
+        assert json.loads((folder / "config.json").read_text()) == {"model_type": "flexmoe_expert"}
 
     def test_in_shards(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
@@ -142,6 +143,8 @@ class TestRoundTrip:
     def test_overwrite(self, folder: Path) -> None:
         with pytest.raises(FileExistsError, match="--overwrite"):
             write_package(folder, manifest(), tensors().items())
+        with pytest.raises(FileExistsError, match="--overwrite"):
+            stream_package(folder, manifest(), [source_from_tensor(name, value) for name, value in tensors().items()])
         write_package(folder, manifest(version="2"), tensors().items(), overwrite=True)
         assert ExpertPackage.open(folder).manifest.version == "2"
 
@@ -162,10 +165,11 @@ class TestManifest:
             ({"kind": ["full"]}, "one of full, low_rank"),
             ({"kind": "low_rank"}, "required there"),
             ({"rank": [4, 4]}, "'rank' is for kind 'low_rank'"),
-            ({"kind": "low_rank", "rank": [4]}, "1 entries for 2 layers"),
+            ({"kind": "low_rank", "rank": [4]}, "key 'rank' has 1 entries for 2 layers"),
             ({"kind": "low_rank", "rank": [4, 0]}, "positive integers"),
             ({"alpha": "1"}, "finite number"),
             ({"alpha": float("inf")}, "finite number"),
+            ({"alpha": float("nan")}, "finite number; it is nan"),
             ({"alpha": 1e308}, "at most a million"),
             ({"layers": []}, "ascending"),
             ({"layers": [1, 0]}, "ascending"),
@@ -175,7 +179,10 @@ class TestManifest:
             ({"layers": None}, "ascending"),
             ({"ffn": {"class": "X", "hidden": 4}}, "hidden and intermediate"),
             ({"ffn": {"class": "X", "hidden": True, "intermediate": 8}}, "hidden and intermediate"),
-            ({"ffn": {"class": "X", "hidden": 4, "intermediate": [8]}}, "1 entries for 2 layers"),
+            (
+                {"ffn": {"class": "X", "hidden": 4, "intermediate": [8]}},
+                "'ffn.intermediate' has 1 entries for 2 layers",
+            ),
             ({"dtype": None}, "'dtype' must be"),
             ({"anchor": {"repo": "x"}}, "'anchor' must be"),
             ({"anchor": {**MANIFEST["anchor"], "fingerprint": "xyz"}}, "SHA-256"),
@@ -207,9 +214,16 @@ class TestManifest:
         short = {name: value for name, value in MANIFEST.items() if name not in optional}
         assert ExpertManifest.from_dict(short).to_dict() == {**MANIFEST, **dict.fromkeys(optional)}
 
-    def test_it_is_validated_when_constructed_in_python(self) -> None:
-        with pytest.raises(PackageError, match="one of full, low_rank"):
-            dataclasses.replace(manifest(), kind="other")
+    @pytest.mark.parametrize(("change", "error"), [({"kind": "other"}, "one of"), ({"layers": [1, 0]}, "ascending")])
+    def test_it_is_validated_when_constructed_in_python(self, change: dict[str, Any], error: str) -> None:
+        with pytest.raises(PackageError, match=rf"^expert_config\.json: .*{error}"):
+            dataclasses.replace(manifest(), **change)
+
+    def test_an_error_in_a_package_names_the_file(self, folder: Path) -> None:
+        edit(folder, lambda m: m.update(name="keys"))
+        with pytest.raises(PackageError, match="reserved") as caught:
+            ExpertPackage.open(folder)
+        assert str(caught.value).startswith(f"{folder / 'expert_config.json'}: ")
 
     def test_the_published_schema_is_the_one_in_use(self) -> None:
         published = ROOT / "docs" / "expert-package.schema.json"
@@ -264,8 +278,9 @@ class TestInvalidPackages:
         values["layers.1.ffn.up_proj.weight"] = bad.to(dtype)
         rewrite_weights(folder, values)
         edit(folder, lambda m: m.update(dtype=str(dtype).removeprefix("torch.")))
-        with pytest.raises(PackageError, match=r"layers\.1\.ffn\.up_proj\.weight' holds NaN or an infinity"):
+        with pytest.raises(PackageError, match=r"layers\.1\.ffn\.up_proj\.weight' holds NaN or an infinity") as caught:
             self.open_and_read(folder)
+        assert str(caught.value).startswith(f"{folder / 'expert.safetensors'}: ")
         with pytest.raises(PackageError, match="holds NaN"):
             write_package(tmp_path / "new", manifest(dtype=str(dtype).removeprefix("torch.")), values.items())
         assert os.listdir(tmp_path) == ["math"]
@@ -273,7 +288,7 @@ class TestInvalidPackages:
     @pytest.mark.parametrize(
         ("change", "error"),
         [
-            (lambda t: t.update({"layers.2.ffn.x": torch.ones(1).bfloat16()}), "no place"),
+            (lambda t: t.update({"layers.2.ffn.x": torch.ones(1).bfloat16()}), "no place .* with layers 0 to 1;"),
             (lambda t: t.update({"layers.00.ffn.x": torch.ones(1).bfloat16()}), "no place"),
             (lambda t: t.update({"anchor.model.embed_tokens.weight": torch.ones(1)}), "no place"),
             (lambda t: t.update({"layers.0.attention.weight": torch.ones(1)}), "no place"),
@@ -296,10 +311,12 @@ class TestInvalidPackages:
         values = tensors()
         change(values)
         rewrite_weights(folder, values)
-        with pytest.raises(PackageError, match=error):
+        with pytest.raises(PackageError, match=error) as caught:
             ExpertPackage.open(folder)
-        with pytest.raises(PackageError, match=error):
+        assert str(caught.value).startswith(f"{folder}: ")
+        with pytest.raises(PackageError, match=error) as caught:
             write_package(tmp_path / "new", manifest(), values.items())
+        assert str(caught.value).startswith(f"{tmp_path / 'new'}: ")
 
     def test_missing_and_additional_files(self, folder: Path, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="no folder"):
