@@ -37,6 +37,7 @@ from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.modeling.low_rank_flexmoe import low_rank_scale
 from flexmoe.norms import norm_follows_each_ffn
 from flexmoe.packages.names import packed_name
+from flexmoe.tokenization import check_tokenizer
 
 DENSE = "dense"
 
@@ -121,6 +122,7 @@ def export(
         raise ValueError(f"There is no format {to!r} to export to; there are {', '.join(TARGETS)}.")
     stored = StoredModel(model, "exported")
     check_apart(target, stored.folder)
+    check_tokenizer(stored.folder)
     exported = TARGETS[to](stored, Options(expert, drop_bias, densify))
     durable = overwrite  # a new folder can be written again; one that replaces another must not be lost
     with atomic_folder(target, overwrite, durable=durable) as folder:
@@ -132,7 +134,7 @@ def export(
             flush=durable,
             progress=progress,
         )
-        copy_companions(stored.folder, folder)
+        copy_companions(stored.folder, folder, exported.config)
         values = {**json.loads(exported.config.to_json_string()), **exported.aliases}
         # last: without it, a folder does not load
         (folder / CONFIG_FILE).write_text(json_text(values), encoding="utf-8")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from flexmoe.conversion.fine_tunes import SHARED, FineTune, Shared, averaged_source, check_shared
 from flexmoe.conversion.lora_adapters import LoraAdapter, is_adapter
@@ -24,27 +25,18 @@ from flexmoe.conversion.router_tensors import RowMaker, router_tensors
 from flexmoe.data import END_OF_DOCUMENT, data_paths, read_documents
 from flexmoe.hub.client import ResolvedFolder, resolve_folder
 from flexmoe.io.dense import DenseCheckpoint
-from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder
+from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder, file_inside
 from flexmoe.io.writer import MAX_SHARD_SIZE, TensorSource, source_from_file, source_from_tensor, write_checkpoint
 from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name
 from flexmoe.modeling.fingerprint_flexmoe import fingerprint as fingerprint_of
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+from flexmoe.tokenization import copy_tokenizer
 
 PUBLIC_SAMPLE = "public_sample.jsonl"
 
-COMPANIONS = (  # files that are copied with the weights: tokenizer, chat template, generation settings, licence
+COMPANIONS = (  # files that are copied with the weights, beside the tokenizer: chat template, settings, licence
     "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "tekken.json",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.spm",
-    "*.tiktoken",
     "chat_template*.json",
     "chat_template*.jinja",
     "additional_chat_templates/*.jinja",
@@ -65,6 +57,8 @@ def graft(
     public_data: Sequence[str | Path] | None = None,
     public_sample_bytes: int = 2_000_000,
     text_column: str = "text",
+    text_template: str | None = None,
+    skip_empty: bool = False,
     seed: int = 0,
     norm_topk_prob: bool | None = None,
     num_experts_per_tok: int | None = None,
@@ -90,7 +84,8 @@ def graft(
         revision, token: of the Hub repository.
         public_data: files of public text. A sample of complete documents, at most `public_sample_bytes` in all, is
             stored with the model (`public_sample.jsonl`): every owner's rows are fitted against it.
-        text_column, seed: column of tabular public data; seed for the choice of the sample.
+        text_column, text_template, skip_empty: how rows of tables become texts; see `flexmoe.data.Documents`.
+        seed: of the choice of the sample.
         norm_topk_prob: divide the chosen experts' weights by their sum; None: decided by the anchor's block.
         num_experts_per_tok: k of the top-k; None: the default of the configuration.
         active_experts: names of the active experts; None: all.
@@ -114,7 +109,10 @@ def graft(
     target = check_new_folder(out, overwrite)
     source = resolve_folder(anchor, revision=revision, token=token)
     check_apart(target, source.path, *([] if public_data is None else data_paths(public_data)))
-    sample = None if public_data is None else _sample(public_data, public_sample_bytes, text_column, seed)
+    sample = None
+    if public_data is not None:
+        documents = read_documents(public_data, column=text_column, template=text_template, skip_empty=skip_empty)
+        sample = _sample(documents, public_sample_bytes, seed)
     dense = DenseCheckpoint(source.path)
     names = NameMap(dense.sites)
     grafted = _open_experts(experts or {}, dense, shared, token)
@@ -158,7 +156,7 @@ def graft(
         model.config.anchor = _anchor_record(origin, dense, digests)
         if sample is not None:
             model.config.public_sample = _write_sample(folder, sample)
-        copy_companions(source.path, folder)
+        copy_companions(source.path, folder, model.config, source.repo)
         # the dtype in which the anchor itself is loaded, so both compute in the same precision
         write_config(folder, model, dense.load_dtype)  # last: a folder without it does not load
     return target
@@ -236,23 +234,27 @@ def write_config(folder: Path, model: FlexMoeForCausalLM, dtype: str | torch.dty
     config.save_pretrained(folder)
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copies the files of `COMPANIONS` from `source` that are not in `folder` yet."""
+def copy_companions(source: Path, folder: Path, config: PreTrainedConfig, repo: str | None = None) -> None:
+    """Copies the files of `COMPANIONS` and the tokenizer of `source` into `folder`, which holds a model of `config`.
+
+    Raises: as `copy_tokenizer`; a link out of `source` is a ValueError, too.
+    """
     for pattern in COMPANIONS:
         for path in sorted(source.glob(pattern)):
             copy = folder / path.relative_to(source)
             if path.is_file() and not copy.exists():
                 copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)  # contents only: files in the Hub's cache are links and may be read-only
+                # contents only: files in the Hub's cache are links and may be read-only
+                shutil.copyfile(file_inside(path.parent, path.name), copy)
+    copy_tokenizer(source, folder, config, repo)
 
 
-def _sample(files: Sequence[str | Path], max_bytes: int, column: str, seed: int) -> list[str]:
+def _sample(documents: Sequence[str], max_bytes: int, seed: int) -> list[str]:
     """JSON lines of distinct documents, ordered by a seeded hash of each and added while they fit.
 
     The hash is of the document alone, so the sample does not depend on the order of files and changes little with more
     data.
     """
-    documents = read_documents(files, column=column)
     lines: list[str] = []
     room = max_bytes
     for document in sorted(dict.fromkeys(documents), key=lambda document: _sample_order(document, seed)):

@@ -314,7 +314,7 @@ def _write_model(
     )
     config = model.config
     config.anchor = _anchor_record(stored, names, [source.info for source in sources], written.tensor_sha256)
-    copy_companions(stored.folder, folder)
+    copy_companions(stored.folder, folder, config)
     dtype = config.anchor["dtype"] if config.anchor["dtype"] != "mixed" else "float32"
     write_config(folder, model, stored.config.dtype or dtype)  # last: a folder without it does not load
 
