@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .anchors_flexmoe import NameMap, UnsupportedAnchorError, build_on_meta, find_ffn_sites
-    from .configuration_flexmoe import PUBLIC, ExpertPackageConfig, FlexMoeConfig, check_expert_name
+    from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name
     from .experts_flexmoe import FlexMoeBlock, FlexMoeRouter
     from .modeling_flexmoe import (
         FlexMoeCausalLMOutputWithPast,
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Imported on first use: the configuration takes a moment, the model takes transformers' modelling code, seconds.
 _LAZY = {
     "anchors_flexmoe": ("NameMap", "UnsupportedAnchorError", "build_on_meta", "find_ffn_sites"),
-    "configuration_flexmoe": ("PUBLIC", "ExpertPackageConfig", "FlexMoeConfig", "check_expert_name"),
+    "configuration_flexmoe": ("PUBLIC", "FlexMoeConfig", "check_expert_name"),
     "experts_flexmoe": ("FlexMoeBlock", "FlexMoeRouter"),
     "modeling_flexmoe": (
         "FlexMoeCausalLMOutputWithPast",
@@ -37,7 +37,6 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "PUBLIC",
-    "ExpertPackageConfig",
     "FlexMoeBlock",
     "FlexMoeCausalLMOutputWithPast",
     "FlexMoeConfig",

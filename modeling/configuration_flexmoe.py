@@ -7,9 +7,10 @@ Does not cover where an anchor has its feed-forward networks (`anchors_flexmoe`)
 import copy
 import math
 import re
+import warnings
 from collections.abc import Callable, Collection
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -163,31 +164,12 @@ def is_finite_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-class ExpertPackageConfig(PreTrainedConfig):
-    """The `config.json` of an expert package: tells the Auto classes and the Hub that this is not a model."""
-
-    model_type = "flexmoe_expert"
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> NoReturn:
-        """Always raises ValueError."""
-        raise cls.error(kwargs.get("name_or_path", "PACKAGE"))
-
-    @classmethod
-    def error(cls, source: Any) -> ValueError:
-        """The error for loading the package `source` as a model."""
-        return ValueError(
-            f"{source} is an expert package, not a model. Load the model that it is for, and add it: "
-            f'model.add_expert("{source}"); or write both as one checkpoint with `flexmoe compose`.'
-        )
-
-
 @strict
 class FlexMoeConfig(PreTrainedConfig):
     """Configuration of [`FlexMoeModel`] and [`FlexMoeForCausalLM`].
 
     Fields that it does not define (`vocab_size`, `hidden_size`, `use_cache` ...) are read from and written to
-    `anchor_config`.
+    `anchor_config`, or its text config. They are in `to_dict()`, where libraries look them up, and not in config.json.
 
     Args:
         anchor_config: configuration of the dense model, any family that has a feed-forward network in each layer.
@@ -203,7 +185,7 @@ class FlexMoeConfig(PreTrainedConfig):
         public_sample: the sample of public text stored with the weights: `file`, `sha256`, `bytes`, `documents`.
         composition: where anchor and experts come from, in the config of a composition (`flexmoe.composition`); None
             for a model with weights.
-        auto_map: as in transformers; missing entries are filled in from `AUTO_MAP`.
+        auto_map: always `AUTO_MAP`; entries for other code, here or in `anchor_config`, are dropped with a warning.
 
     Example:
         config = FlexMoeConfig(anchor_config=LlamaConfig(), experts=["public", "math"])
@@ -231,13 +213,17 @@ class FlexMoeConfig(PreTrainedConfig):
             self.anchor_config = CONFIG_MAPPING["olmo2"]()
         elif isinstance(self.anchor_config, dict):
             self.anchor_config = _anchor_config_from_dict(self.anchor_config)
+            kwargs = self._without_copies(kwargs)
         else:  # a model built from the donor's config object would change the donor
             self.anchor_config = copy.deepcopy(self.anchor_config)
         anchor: Any = self.anchor_config
         anchor._name_or_path = ""  # a local path; `self.anchor` identifies the anchor
         if not isinstance(self.experts, list | None):
             raise TypeError(f"experts must be a list of names or records; got {self.experts!r}.")
-        self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
+        foreign = _drop_code(vars(anchor)) + _drop_code(kwargs) + _drop_code({"auto_map": self.auto_map})
+        if foreign:
+            warnings.warn(f"The config names code of others, which is dropped: {', '.join(foreign)}.", stacklevel=2)
+        self.auto_map = dict(AUTO_MAP)
         self.experts = [expert_record(expert) for expert in (self.experts or [PUBLIC])]
         super().__post_init__(**kwargs)
 
@@ -252,21 +238,10 @@ class FlexMoeConfig(PreTrainedConfig):
         if model_type != cls.model_type:
             raise ValueError(
                 f"This is the config of a {model_type!r} model, not of a FlexMoE. Make one from a dense model with "
-                "flexmoe.graft (on the command line: flexmoe graft), or load it as it is with AutoModelForCausalLM."
+                "flexmoe.graft (on the command line: flexmoe graft), or load it as it is with AutoModelForCausalLM. "
+                "('flexmoe_expert' is an expert package, not a model: add it to a model with add_expert.)"
             )
         return super().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        """As in transformers.
-
-        Raises:
-            ValueError: it is an expert package, not a model.
-        """
-        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if values.get("model_type") == ExpertPackageConfig.model_type:
-            raise ExpertPackageConfig.error(pretrained_model_name_or_path)
-        return values, unused
 
     @property
     def _experts_implementation(self) -> str | None:
@@ -318,28 +293,65 @@ class FlexMoeConfig(PreTrainedConfig):
         return anchor._get_generation_parameters()
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The anchor's configuration, which describes cache, attention and vocabulary."""
+        """This configuration: libraries look here for the router's settings as well as for sizes and tokens."""
+        return self
+
+    def _text_config(self) -> Any:
+        """The anchor's configuration of its decoder: itself, a part of it (composites), or a view of it (BART)."""
         anchor: Any = self.anchor_config
-        return anchor.get_text_config(*args, **kwargs)
+        return anchor.get_text_config(decoder=True)
+
+    @property
+    def per_layer_config(self) -> Any:
+        """As in transformers: the anchor's configuration of each layer, from which caches are made."""
+        return self._text_config().per_layer_config
+
+    def _anchor_fields(self) -> dict[str, Any]:
+        """The fields of the anchor's text config by name, as in its `to_dict()`, without further configs in it."""
+        text = self._text_config()
+        fields = {name: value for name, value in text.to_dict().items() if name not in text.sub_configs}
+        if "tie_word_embeddings" in fields:
+            fields["tie_word_embeddings"] = self.tie_word_embeddings  # of a composite, its own field counts
+        return fields
+
+    def _without_copies(self, values: dict[str, Any]) -> dict[str, Any]:
+        """`values` without the fields of the anchor that `to_dict` repeats. ValueError: one differs."""
+        fields, kept = self._anchor_fields(), {}
+        for name, value in values.items():
+            is_own = name not in fields or name.startswith("_") or hasattr(type(self), name)
+            if is_own and name != "per_layer_config":
+                kept[name] = value
+            elif fields[name] != value:
+                raise ValueError(
+                    f"{name} is {value!r} beside anchor_config and {fields[name]!r} in it: change it in anchor_config."
+                )
+        return kept
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, and the fields of the anchor's text config."""
+        return {**self._anchor_fields(), **super().to_dict()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """As in transformers; `anchor_config` alone holds the anchor's fields."""
+        own = super().to_dict()
+        return {key: value for key, value in super().to_diff_dict().items() if key in own}
 
     def __getattr__(self, name: str) -> Any:
         anchor = self.__dict__.get("anchor_config")
         if name.startswith("_") or anchor is None or isinstance(anchor, dict):
             raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-        return getattr(anchor, name)
+        text = self._text_config()
+        is_composite = type(text) is not type(anchor)
+        return getattr(anchor if is_composite and hasattr(anchor, name) else text, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         anchor = self.__dict__.get("anchor_config")
-        is_the_anchors = (
-            isinstance(anchor, PreTrainedConfig)
-            and not hasattr(type(self), name)
-            and not name.startswith("_")
-            and hasattr(anchor, name)
-        )
-        if is_the_anchors:
-            setattr(anchor, name, value)
-        else:
-            super().__setattr__(name, value)
+        is_own = not isinstance(anchor, PreTrainedConfig) or hasattr(type(self), name) or name.startswith("_")
+        for config in () if is_own else (anchor, self._text_config()):
+            if hasattr(config, name):
+                setattr(config, name, value)
+                return
+        super().__setattr__(name, value)
 
 
 def drop_experts(config: FlexMoeConfig, names: Collection[str]) -> None:
@@ -353,6 +365,13 @@ def drop_experts(config: FlexMoeConfig, names: Collection[str]) -> None:
             )
         config.active_experts = active
     config.experts = [record for record in config.expert_records if record["name"] not in names]
+
+
+def _drop_code(values: dict[str, Any]) -> list[str]:
+    """Removes the entries of a config that name code to run; returns what is not FlexMoE's own."""
+    named = {**(values.pop("auto_map", None) or {}), **(values.pop("custom_pipelines", None) or {})}
+    # transformers adds the repository that a config was loaded from: "org/model--configuration_flexmoe.FlexMoeConfig"
+    return [f"{key}: {code}" for key, code in named.items() if str(code).rpartition("--")[2] != AUTO_MAP.get(key)]
 
 
 def _anchor_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
@@ -372,7 +391,6 @@ __all__ = [
     "EXPERTS_FORWARDS",
     "PUBLIC",
     "RECORD_KEYS",
-    "ExpertPackageConfig",
     "FlexMoeConfig",
     "check_expert_name",
     "check_top_k",

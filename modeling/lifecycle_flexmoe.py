@@ -12,10 +12,11 @@ import contextlib
 import importlib
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 else:
     _Model = object
 
-_counting = threading.Lock()
 _observers: WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = WeakKeyDictionary()
 
 
@@ -48,6 +48,66 @@ def require_flexmoe(module: str, what: str) -> Any:
         ) from error
 
 
+class ChangeGuard:
+    """Lets forward passes of a model run side by side, and a change of its experts alone.
+
+    A copy of it, as a copy of the model has, is a new one.
+    """
+
+    def __init__(self) -> None:
+        self._state = threading.Condition(threading.RLock())
+        self._passes: Counter[int] = Counter()  # running forward passes by thread
+        self._generations = 0
+        self.managers: WeakSet[Any] = WeakSet()  # of continuous batching
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+    @contextlib.contextmanager
+    def forward_pass(self) -> Iterator[None]:
+        """Waits for a running change; changes wait for it."""
+        thread = threading.get_ident()
+        with self._state:
+            self._passes[thread] += 1
+        try:
+            yield
+        finally:
+            with self._state:
+                self._passes[thread] -= 1
+                self._passes += Counter()  # drops the zeros
+                self._state.notify_all()
+
+    @contextlib.contextmanager
+    def generation(self) -> Iterator[None]:
+        """Changes are refused while it runs."""
+        with self._state:
+            self._generations += 1
+        try:
+            yield
+        finally:
+            with self._state:
+                self._generations -= 1
+
+    def check(self, what: str) -> None:
+        """Raises RuntimeError if the change `what` would be refused now."""
+        if self._generations or any(manager.is_running() for manager in self.managers):
+            raise RuntimeError(
+                f"{what} while generate() runs, or a continuous batch, would mix two models in one text: wait until "
+                "it is done, or stop the manager."
+            )
+        if self._passes[threading.get_ident()]:
+            raise RuntimeError(f"{what} inside a forward pass of the same model: make the change after it.")
+
+    @contextlib.contextmanager
+    def change(self, what: str) -> Iterator[None]:
+        """Waits for running forward passes and for other changes. RuntimeError: see `check`."""
+        with self._state:
+            self.check(what)
+            self._state.wait_for(lambda: not self._passes)
+            self.check(what)
+            yield
+
+
 class ExpertLifecycle(_Model):
     """The part of a FlexMoE model that manages experts by name."""
 
@@ -57,7 +117,7 @@ class ExpertLifecycle(_Model):
         self._blocks = dict(blocks)  # modules, but not registered a second time
         # a serial identifies an expert across models and names; a rename keeps it
         self._serials = {name: _new_serial() for name in self.config.expert_names}
-        self._generations_running = 0
+        self._guard = ChangeGuard()
 
     # Listing
 
@@ -97,8 +157,9 @@ class ExpertLifecycle(_Model):
             ValueError: a name is unknown, or the list is empty.
             RuntimeError: a `generate` of this model is running.
         """
-        self._refuse_while_generating("set_active_experts")
-        self.config.active_experts = None if names is None else list(check_names(names, self.expert_names, "names"))
+        with self._guard.change("set_active_experts"):
+            active = None if names is None else list(check_names(names, self.expert_names, "names"))
+            self.config.active_experts = active
 
     def only_experts(self, *names: str) -> contextlib.AbstractContextManager[None]:
         """A context in which only `names` take part, in this thread or task; nested contexts narrow it further.
@@ -117,16 +178,32 @@ class ExpertLifecycle(_Model):
         """A context in which forward passes of this thread call `usage.record`; see `flexmoe.track_usage`."""
         return model_scope(self, "usage", usage)
 
-    def expert_mask(self, experts: Sequence[Sequence[str]]) -> Tensor:
-        """The mask, bool [batch, experts], that allows each sequence the experts in its list.
+    def expert_mask(self, experts: Sequence[Sequence[str] | None]) -> Tensor:
+        """The mask, bool [batch, experts], that allows each sequence the experts in its list; None allows all.
 
         Raises:
             ValueError: a list is empty or names an unknown expert.
         """
         all_names = self.expert_names
-        allowed = [check_names(names, all_names, f"experts[{row}]") for row, names in enumerate(experts)]
+        lists = [all_names if names is None else names for names in experts]
+        allowed = [check_names(names, all_names, f"experts[{row}]") for row, names in enumerate(lists)]
         rows = [[name in names for name in all_names] for names in allowed]
         return torch.tensor(rows, dtype=torch.bool, device=self.device)
+
+    def mask_of(self, experts: Sequence[Any], batch: int) -> Tensor:
+        """The mask, bool [batch, experts], for `experts` as `generate` takes it.
+
+        Raises:
+            TypeError: it is a string, or an entry is.
+            ValueError: as `expert_mask`, or it has lists for another number of sequences.
+        """
+        strings = [name for name in experts if isinstance(name, str)]
+        if isinstance(experts, str) or 0 < len(strings) < len(experts):
+            raise TypeError(f"experts is a list of names, or one such list (or None) per sequence; got {experts!r}.")
+        mask = self.expert_mask([experts] * batch if strings or not len(experts) else experts)
+        if len(mask) != batch:
+            raise ValueError(f"experts has {len(mask)} lists of names for {batch} sequence(s): give one per sequence.")
+        return mask
 
     def freeze_except(self, *names: str, rows: bool = True) -> None:
         """Leaves only the FFNs of `names` trainable, with their router rows and biases if `rows`.
@@ -148,45 +225,27 @@ class ExpertLifecycle(_Model):
     def add_expert(self, source: Any, name: str | None = None, **options: Any) -> str:
         """Adds an expert from a package: a folder, a Hub id, or an `ExpertPackage`. Returns its name in this model.
 
-        An active set that is in force does not change: the new expert takes part once `set_active_experts` names it.
-        It is frozen if the public network is, and has no adapters. A model that was loaded with a
-        `quantization_config` quantises it alike.
-
-        Args:
-            source: where the package is.
-            name: the expert's name here; by default the package's own.
-            options: `revision` (of a Hub repository); `verify` (True: refuse an expert whose row or bias would
-                dominate the model, or whose weights would break it); `policy` (whose packages are accepted: a policy
-                file, by default the one that the environment variable FLEXMOE_POLICY names); and `token`, `cache_dir`,
-                `local_files_only`, `force_download` as in `from_pretrained`.
+        An active set that is in force does not change; the expert is frozen if the public network is, and quantised if
+        the model was. Options and errors: see `flexmoe.admission.live.add_expert`.
 
         Raises:
-            ValueError: the name is taken, the expert was made for another anchor, its kind is unknown, its files are
-                not as its manifest describes them, it is refused (`UntrustedPackageError`, `AdmissionError`), or the
-                model's quantiser needs calibration data.
-            FileNotFoundError, PermissionError, ConnectionError: the package cannot be fetched.
             RuntimeError: a `generate` of this model is running, or FSDP2 has sharded it.
             ImportError: the package `flexmoe` is not installed.
 
         Example:
             model.add_expert("org/math-expert")
         """
-        self._refuse_while_generating("add_expert")
+        self._guard.check("add_expert")
         self._refuse_if_fully_sharded("add_expert")
         return require_flexmoe("admission.live", "add_expert").add_expert(self, source, name, **options)
 
     def add_expert_copy(self, name: str, *, rank: int | None = None, alpha: float | None = None) -> str:
         """Adds an expert that computes what the public network does, with a router row of zeros: to be trained.
 
-        Args:
-            name: of the new expert.
-            rank: None adds a copy of the public network; a number adds a low-rank expert of this rank in every layer,
-                whose difference from public is zero.
-            alpha: the difference is scaled by `alpha / rank`; None means a scale of 1.
-
+        Args: see `flexmoe.admission.live.add_expert_copy`.
         Raises: as `add_expert`; ValueError: the rank is not a positive integer, or `alpha` without `rank`.
         """
-        self._refuse_while_generating("add_expert_copy")
+        self._guard.check("add_expert_copy")
         self._refuse_if_fully_sharded("add_expert_copy")
         live = require_flexmoe("admission.live", "add_expert_copy")
         return live.add_expert_copy(self, name, rank=rank, alpha=alpha)
@@ -202,23 +261,23 @@ class ExpertLifecycle(_Model):
         Example:
             model.remove_expert("math")
         """
-        self._refuse_while_generating("remove_expert")
-        self._check_owned(name, "removed", "mask it, with set_active_experts or only_experts")
-        self._refuse_under_adapters(name, "remove_expert")
-        drop_experts(self.config, {name})
-        for block in self.flexmoe_blocks():
-            del block.experts[name]
-            del block.router[name]
-        del self._serials[name]
-        self._plan_for_experts()
-        self._notify_observers()
+        with self._guard.change("remove_expert"):
+            self._check_owned(name, "removed", "mask it, with set_active_experts or only_experts")
+            self._refuse_under_adapters(name, "remove_expert")
+            drop_experts(self.config, {name})
+            for block in self.flexmoe_blocks():
+                del block.experts[name]
+                del block.router[name]
+            del self._serials[name]
+            self._plan_for_experts()
+            self._notify_observers()
 
     def replace_expert(self, name: str, source: Any, **options: Any) -> None:
         """Replaces the expert `name` by the package `source`; name and position stay.
 
         Args: as for `add_expert`. Raises: as `add_expert` and `remove_expert`.
         """
-        self._refuse_while_generating("replace_expert")
+        self._guard.check("replace_expert")
         self._refuse_if_fully_sharded("replace_expert")
         self._check_owned(name, "replaced", "graft the other anchor instead")
         self._refuse_under_adapters(name, "replace_expert")
@@ -231,32 +290,46 @@ class ExpertLifecycle(_Model):
             ValueError: `old` is unknown or "public", `new` is taken or invalid, or an adapter is around the expert.
             RuntimeError: a `generate` of this model is running.
         """
-        self._refuse_while_generating("rename_expert")
-        self._check_owned(old, "renamed", "it names the anchor's own network in every model")
-        self._refuse_under_adapters(old, "rename_expert")
-        new = self.free_name(new)
-        active = self.config.active_experts
-        if active is not None:
-            self.config.active_experts = None  # while neither name is valid
-        self.config.experts = [
-            {**record, "name": new} if record["name"] == old else record for record in self.config.expert_records
-        ]
-        if active is not None:
-            self.config.active_experts = [new if name == old else name for name in active]
-        for block in self.flexmoe_blocks():
-            _rename_entry(block.experts, old, new)
-            _rename_entry(block.router, old, new)
-        self._serials = {new if name == old else name: serial for name, serial in self._serials.items()}
-        self._plan_for_experts()
+        with self._guard.change("rename_expert"):
+            self._check_owned(old, "renamed", "it names the anchor's own network in every model")
+            self._refuse_under_adapters(old, "rename_expert")
+            new = self.free_name(new)
+            active = self.config.active_experts
+            if active is not None:
+                self.config.active_experts = None  # while neither name is valid
+            self.config.experts = [
+                {**record, "name": new} if record["name"] == old else record for record in self.config.expert_records
+            ]
+            if active is not None:
+                self.config.active_experts = [new if name == old else name for name in active]
+            for block in self.flexmoe_blocks():
+                _rename_entry(block.experts, old, new)
+                _rename_entry(block.router, old, new)
+            self._serials = {new if name == old else name: serial for name, serial in self._serials.items()}
+            self._plan_for_experts()
 
-    def insert_expert(self, record: Mapping[str, Any], parts: Sequence[tuple[nn.Module, nn.Linear]]) -> None:
-        """Makes an expert part of the model, in place of one of that name or at the end.
+    def insert_expert(
+        self, record: Mapping[str, Any], parts: Sequence[tuple[nn.Module, nn.Linear]], replaces: bool = False
+    ) -> None:
+        """Makes an expert part of the model, at the end or in place of the one of that name that it `replaces`.
 
         Args:
             record: of the expert.
             parts: its FFN and router row per layer, complete and equal on every rank; sharded here if the model is.
+
+        Raises:
+            ValueError: the name was taken, or the expert to replace removed, while this one was prepared.
+            RuntimeError: a `generate` of this model has started meanwhile.
         """
         record = expert_record(dict(record))
+        with self._guard.change("replace_expert" if replaces else "add_expert"):
+            if replaces:
+                self._check_owned(record["name"], "replaced", "graft the other anchor instead")
+            else:
+                self.free_name(record["name"])
+            self._insert(record, parts)
+
+    def _insert(self, record: dict[str, Any], parts: Sequence[tuple[nn.Module, nn.Linear]]) -> None:
         name = record["name"]
         records = {known["name"]: known for known in self.config.expert_records} | {name: record}
         blocks = self.named_blocks()
@@ -371,22 +444,6 @@ class ExpertLifecycle(_Model):
             return None
         serials = tuple(self.serial_of(name) for name in selection.names)
         return CacheStamp(serials, selection.names, selection.row_mask)
-
-    @contextlib.contextmanager
-    def _while_generating(self) -> Iterator[None]:
-        with _counting:
-            self._generations_running += 1
-        try:
-            yield
-        finally:
-            with _counting:
-                self._generations_running -= 1
-
-    def _refuse_while_generating(self, what: str) -> None:
-        if self._generations_running:
-            raise RuntimeError(
-                f"{what} while generate() runs would mix two models in one text: wait until it is done."
-            )
 
     def _refuse_if_fully_sharded(self, what: str) -> None:
         if is_fully_sharded(self):

@@ -121,11 +121,12 @@ def model_scope(model: nn.Module, kind: str, value: Any) -> Iterator[None]:
                 del _open_scopes[key]
 
 
-def scoped_values(model: nn.Module, kind: str) -> tuple[Any, ...]:
+def scoped_values(model: nn.Module, kind: str, required: bool = False) -> tuple[Any, ...]:
     """The values of the enclosing `model_scope`s of this model and kind, outermost first.
 
     Raises:
         RuntimeError: while compiling, a scope of this model is open in some thread; compiled code cannot tell which.
+            Or one is `required` if any is open, and it is open in other threads only, as around a new thread.
     """
     key = (id(model), kind)
     if torch.compiler.is_compiling():
@@ -135,7 +136,15 @@ def scoped_values(model: nn.Module, kind: str) -> tuple[Any, ...]:
                 "set_active_experts, or call the model that was not compiled."
             )
         return ()
-    return (_scopes.get() or {}).get(key, ())
+    values = (_scopes.get() or {}).get(key, ())
+    if required and not values and key in _open_scopes:
+        raise RuntimeError(
+            "only_experts is open in another thread or task, and threads do not inherit it: this one would use all "
+            "experts. Pass experts=[...] to generate or forward here (all names, if all may take part), open "
+            "only_experts inside the thread, or start it as "
+            "Thread(target=contextvars.copy_context().run, args=(model.generate, ...))."
+        )
+    return values
 
 
 def is_capturing() -> bool:
@@ -187,24 +196,35 @@ def check_names(names: Iterable[str], known: Sequence[str], what: str) -> tuple[
     return tuple(name for name in known if name in names)
 
 
-def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None) -> Selection:
-    """Intersects the active set, the enclosing `only_experts` contexts and the mask.
+def select_experts(model: Any, batch: int | None, expert_mask: Tensor | None, experts: Any = None) -> Selection:
+    """Intersects the active set, the enclosing `only_experts` contexts, and the experts of the call.
 
     Args:
         model: the FlexMoE that runs.
         batch: number of sequences, if known.
         expert_mask: bool [batch, experts] in the order of `model.expert_names`, or None.
+        experts: names, or one list of names (None for all) per sequence, or None.
 
     Raises:
-        ValueError: the mask has another shape or no values, or a sequence is left without an expert.
-        TypeError: the mask is not a bool tensor.
+        ValueError: the mask has another shape or no values, a name is unknown, or a sequence has no expert left.
+        TypeError: the mask is not a bool tensor, or the names are a string.
+        RuntimeError: nothing is given here, and `only_experts` is open in another thread only.
     """
     names = tuple(model.active_experts)
-    for scope in scoped_values(model, "only"):
+    is_given = experts is not None or expert_mask is not None
+    for scope in scoped_values(model, "only", required=not is_given):
         names = tuple(name for name in names if model.serial_of(name) in scope)
+    if not is_given and (masks := scoped_values(model, "generate")):
+        expert_mask = masks[-1] if batch is None else masks[-1].repeat_interleave(batch // len(masks[-1]), 0)
+    if experts is not None and all(isinstance(name, str) for name in experts) and not isinstance(experts, str):
+        allowed = check_names(experts, model.expert_names, "experts")
+        names = tuple(name for name in names if name in allowed)
+    elif experts is not None:
+        mask = model.mask_of(experts, len(experts) if batch is None else batch)
+        expert_mask = mask if expert_mask is None else mask & expert_mask.to(mask.device)
     if not names:
         raise ValueError(
-            f"No expert is allowed: only_experts leaves nothing of the active set {list(model.active_experts)}."
+            f"No expert is allowed: what is chosen leaves nothing of the active set {list(model.active_experts)}."
         )
     if expert_mask is None:
         return Selection(names, None)

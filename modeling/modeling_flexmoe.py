@@ -4,9 +4,14 @@ Attention, rotary embeddings, norms, caches and the head are the anchor's own co
 (`lifecycle_flexmoe`), the block (`experts_flexmoe`), or where a family has its FFNs (`anchors_flexmoe`).
 """
 
+import contextlib
+import inspect
+import itertools
 import logging
+import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.generation.continuous_batching.input_outputs import PagedAttentionArgs
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -26,12 +32,13 @@ from .anchors_flexmoe import ANCHOR_PREFIX, NameMap, find_ffn_sites
 from .configuration_flexmoe import EXPERTS_FORWARDS, PUBLIC, FlexMoeConfig, check_top_k
 from .distributed_flexmoe import PLANS, class_without_fsdp, is_sharded, plan_of_public
 from .experts_flexmoe import FlexMoeBlock, has_quantized_weights
-from .fingerprint_flexmoe import refresh_fingerprint
+from .fingerprint_flexmoe import ALIGNMENT, refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle, require_flexmoe
 from .masking_flexmoe import (
     ForwardContext,
     checkpoint_with_context,
     forward_scope,
+    model_scope,
     scoped_values,
     select_experts,
     stamp_cache,
@@ -40,7 +47,13 @@ from .routing_flexmoe import load_balancing_loss, router_z_loss
 
 logger = logging.getLogger(__name__)
 
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_OWNED = r"\.(?:experts|router)\."
+_ROUTER = r".*(?<!\.experts)\.router(?=\.|$)"  # an expert may be called "router"
+_PATTERNS = ("_keep_in_fp32_modules_strict", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
 _EXPERT_TENSOR = re.compile(r"\.(?:experts|router)\.(?P<name>[a-z][a-z0-9_-]*)\.")
+Experts = Sequence[str] | Sequence[Sequence[str] | None] | None
+_OURS = frozenset({"experts", "expert_mask", "num_experts_per_tok", "output_router_logits", "return_dict"})
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -62,9 +75,9 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # rows are tiny and decide everything; the second form is the one that quantisers read
-    _keep_in_fp32_modules_strict = [r"router"]  # noqa: RUF012 - transformers' own declaration
-    _keep_in_fp32_modules = [r".*\.router"]  # noqa: RUF012 - transformers' own declaration
+    # rows are tiny and decide everything; quantisers read the second, and match it from the start of a name
+    _keep_in_fp32_modules_strict = [_ROUTER]  # noqa: RUF012 - transformers' own declaration
+    _keep_in_fp32_modules = [_ROUTER]  # noqa: RUF012 - transformers' own declaration
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -84,8 +97,18 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         for site in sites:
             block = blocks[f"{ANCHOR_PREFIX}{site.block}"] = FlexMoeBlock(site.ffn(self.anchor), config, site.index)
             site.put(self.anchor, block)
+        self._keywords = _keywords_of(self.anchor)
         self._start_lifecycle(blocks)
         self.post_init()
+
+    def post_init(self) -> None:
+        """As in transformers; the anchor's tensor names get its prefix, its patterns match no owner's tensors."""
+        ties = self.anchor.all_tied_weights_keys.items()
+        self._tied_weights_keys = {ANCHOR_PREFIX + name: ANCHOR_PREFIX + to for name, to in ties}
+        super().post_init()
+        for kind in _PATTERNS:
+            patterns = {p if p == _ROUTER else rf"^(?!.*{_OWNED}).*(?:{p})" for p in getattr(self, kind)}
+            setattr(self, kind, patterns)
 
     # Loading and saving
 
@@ -132,11 +155,14 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         else:
             model, info = super().from_pretrained(source, *args, config=config, **options)
         _check_loaded_experts(model.expert_names, info, ignore_mismatched_sizes)
+        _align(model)
         _warn_if_nothing_was_quantized(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, with tensor names as in the state dict; a modified anchor gets a new fingerprint.
+
+        A model in `save_directory` is replaced once the new one is written, so a failure leaves it as it was.
 
         Raises:
             ValueError: PEFT has wrapped this model (`get_peft_model`), so its tensors have other names.
@@ -150,7 +176,10 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         if class_without_fsdp(type(self)) is not type(self) and self.should_save_on_this_rank(is_main_process):
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             self.save_code(save_directory)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub") or is_sharded(self) or not (Path(save_directory) / "config.json").exists():
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        with _replacing_files(Path(save_directory)) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
 
     @classmethod
     def save_code(cls, folder: str | Path) -> None:
@@ -256,38 +285,57 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         self,
         module: torch.nn.Module,
         output_class: type[ModelOutput],
-        expert_mask: Tensor | None,
-        num_experts_per_tok: int | None,
-        output_router_logits: bool | None,
+        experts: Experts = None,
+        expert_mask: Tensor | None = None,
+        num_experts_per_tok: int | None = None,
+        output_router_logits: bool | None = None,
         **inputs: Any,
     ) -> tuple[Any, ForwardContext]:
         """Runs the anchor's `module` with the experts of this call; its output as `output_class`, and the context."""
+        if unknown := sorted(inputs.keys() - self._keywords):
+            raise TypeError(f"The model does not use {unknown}. It uses {sorted(self._keywords | _OURS)}.")
         k = check_top_k(self.config.num_experts_per_tok if num_experts_per_tok is None else num_experts_per_tok)
         collect = self.config.output_router_logits if output_router_logits is None else output_router_logits
         tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
-        if not torch.compiler.is_compiling():
+        is_compiling = torch.compiler.is_compiling()
+        if not is_compiling:
             self.check_adapters()
-        selection = select_experts(self, None if tokens is None else tokens.shape[0], expert_mask)
-        context = ForwardContext(
-            names=selection.names,
-            row_mask=selection.row_mask,
-            top_k=k,
-            renormalize=bool(self.config.norm_topk_prob),
-            implementation=self.config._experts_implementation or "eager",
-            router_logits=[] if collect else None,
-            usage=scoped_values(self, "usage"),
-            token_mask=_token_mask(tokens, inputs["attention_mask"]),
-            stamp=self._stamp(selection),
-        )
-        stamp_cache(inputs["past_key_values"], context.stamp)
-        with forward_scope(context):
-            out = module(return_dict=True, **inputs)
+        with contextlib.nullcontext() if is_compiling else self._guard.forward_pass():
+            selection = select_experts(self, None if tokens is None else tokens.shape[0], expert_mask, experts)
+            context = ForwardContext(
+                names=selection.names,
+                row_mask=selection.row_mask,
+                top_k=k,
+                renormalize=bool(self.config.norm_topk_prob),
+                implementation=self.config._experts_implementation or "eager",
+                router_logits=[] if collect else None,
+                usage=scoped_values(self, "usage"),
+                token_mask=_token_mask(tokens, inputs["attention_mask"]),
+                stamp=self._stamp(selection),
+            )
+            stamp_cache(inputs["past_key_values"], context.stamp)
+            with forward_scope(context):
+                out = module(return_dict=True, **inputs)
         stamp_cache(out.get("past_key_values"), context.stamp)
         # GPT-2 and others also return `cross_attentions`, which are dropped
         moe: Any = output_class(**{name: out[name] for name in out if name in output_class.__dataclass_fields__})
         if context.router_logits:
             moe.router_logits = tuple(context.router_logits)
+            if output_router_logits:
+                for collected in scoped_values(self, "router_logits"):
+                    collected.append(moe.router_logits)
         return moe, context
+
+    def _router_losses(self, out: Any, context: ForwardContext) -> tuple[Tensor | float, Tensor | None, Tensor | None]:
+        """What the routers add to the loss, the load-balancing loss, and the z-loss."""
+        if not out.router_logits:
+            return 0.0, None, None
+        aux_loss = load_balancing_loss(
+            out.router_logits, context.top_k or self.config.num_experts_per_tok, context.token_mask
+        )
+        z_loss = router_z_loss(out.router_logits, context.token_mask)
+        added = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
+        return added.to(self.device), aux_loss, z_loss
 
     def _returned(self, out: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
@@ -319,28 +367,21 @@ class FlexMoeModel(FlexMoePreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
-        output_router_logits: bool | None = None,
-        expert_mask: torch.BoolTensor | None = None,
-        num_experts_per_tok: int | None = None,
         return_dict: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Any,
     ) -> MoeModelOutputWithPast | tuple:
-        """As the anchor's decoder; `expert_mask` and `num_experts_per_tok` as in `FlexMoeForCausalLM.forward`."""
-        out, _ = self._run(
-            self.anchor.base_model,
-            MoeModelOutputWithPast,
-            expert_mask,
-            num_experts_per_tok,
-            output_router_logits,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        """As the anchor's decoder; experts are chosen as in `FlexMoeForCausalLM.forward`."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs |= {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
+        out, _ = self._run(self.anchor.base_model, MoeModelOutputWithPast, **inputs, **kwargs)
         return self._returned(out, return_dict)
+
+    def _decode_for_head(self, *inputs: Tensor | None, **kwargs: Any) -> tuple[MoeModelOutputWithPast, Tensor | float]:
+        """The decoder's output for (input_ids, attention_mask, inputs_embeds), and what its routers add to a loss."""
+        named = dict(zip(("input_ids", "attention_mask", "inputs_embeds"), inputs, strict=True))
+        given = {"position_ids": None, "past_key_values": None, **named, **kwargs}
+        out, context = self._run(self.anchor.base_model, MoeModelOutputWithPast, **given)
+        return out, self._router_losses(out, context)[0]
 
 
 class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
@@ -360,30 +401,34 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        experts: Experts = None,
         expert_mask: torch.BoolTensor | None = None,
         num_experts_per_tok: int | None = None,
-        logits_to_keep: int | Tensor = 0,
+        output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> FlexMoeCausalLMOutputWithPast | tuple:
         """As the anchor's forward pass, and:
 
         Args:
-            expert_mask: bool [batch, experts], True where a sequence may use an expert; columns in the order of
-                `expert_names`. Applies within the active set and `only_experts`.
+            experts: names of the experts that may take part, or one list of names (None for all) per sequence.
+            expert_mask: the same as a tensor, bool [batch, experts], True where a sequence may use an expert; columns
+                in the order of `expert_names`. Both apply within the active set and `only_experts`.
             num_experts_per_tok: k of this call; the config's by default.
             output_router_logits: return `router_logits` (one [tokens, experts] per layer, -inf where not allowed),
                 `aux_loss` (load balancing) and `z_loss`, and add both to `loss` with the config's coefficients.
 
         Raises:
-            ValueError: a sequence is left without an expert, the mask has another shape, k is below 1, or the cache
-                was filled by other experts.
-            TypeError: the mask is not of dtype bool.
+            ValueError: an unknown name, a sequence is left without an expert, the mask has another shape, k is below
+                1, or the cache was filled by other experts.
+            TypeError: the mask is not of dtype bool, or the model does not use one of the keyword arguments.
+            RuntimeError: `only_experts` is open in another thread and not in this one (see there).
         """
         out, context = self._run(
             self.anchor,
             FlexMoeCausalLMOutputWithPast,
+            experts,
             expert_mask,
             num_experts_per_tok,
             output_router_logits,
@@ -397,26 +442,20 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        self._add_router_losses(out, context)
+        added, out.aux_loss, out.z_loss = self._router_losses(out, context)
+        if out.loss is not None:
+            out.loss = out.loss + added
         return self._returned(out, return_dict)
 
-    def _add_router_losses(self, out: FlexMoeCausalLMOutputWithPast, context: ForwardContext) -> None:
-        if not out.router_logits:
-            return
-        k = context.top_k or self.config.num_experts_per_tok
-        aux_loss = load_balancing_loss(out.router_logits, k, context.token_mask)
-        z_loss = router_z_loss(out.router_logits, context.token_mask)
-        if out.loss is not None:
-            weighted = self.config.router_aux_loss_coef * aux_loss + self.config.router_z_loss_coef * z_loss
-            out.loss = out.loss + weighted.to(out.loss.device)
-        out.aux_loss, out.z_loss = aux_loss, z_loss
-
-    def generate(self, *args: Any, experts: list[str] | list[list[str]] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
         """As `generate` in transformers; `experts` names the experts that may take part.
 
+        With `output_router_logits=True` and `return_dict_in_generate=True`, the result has `router_logits`: for each
+        forward pass what `forward` returns.
+
         Args:
-            experts: names for all prompts, or one list of names per prompt, within the active set. Beams and returned
-                sequences use their prompt's.
+            experts: names for all prompts, or one list of names (None for all) per prompt, within the active set.
+                Beams and returned sequences use their prompt's. By default `experts` of the generation config.
 
         Raises:
             ValueError: an unknown name, an empty list, or lists or an `expert_mask` for another number of prompts.
@@ -426,7 +465,12 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
         Example:
             model.generate(**inputs, experts=["public", "math"])
         """
-        with self._while_generating():
+        config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        experts = getattr(config or self.generation_config, "experts", None) if experts is None else experts
+        if kwargs.get("cache_implementation") == "paged":
+            batching = require_flexmoe("batching", "continuous batching")
+            return batching.generate_paged(self, super().generate, experts, args, kwargs)
+        with self._guard.generation(), contextlib.ExitStack() as scopes:
             if (k := kwargs.get("num_experts_per_tok")) is not None:
                 check_top_k(k)
             mask, prompts = kwargs.get("expert_mask"), _prompts(args, kwargs)
@@ -434,21 +478,41 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
             if mask is not None:
                 select_experts(self, prompts, mask)
             if experts is not None:
-                named = self._mask_of(experts, prompts)
+                named = self.mask_of(experts, prompts)
                 mask = kwargs["expert_mask"] = named if mask is None else named & mask.to(named.device)
                 select_experts(self, prompts, mask)
-            return super().generate(*args, **kwargs)
+            if mask is not None:  # for passes that are not given it, such as the unconditional one of guidance
+                scopes.enter_context(model_scope(self, "generate", mask))
+            logits: list[Any] = []
+            if kwargs.get("output_router_logits"):
+                scopes.enter_context(model_scope(self, "router_logits", logits))
+            out = super().generate(*args, **kwargs)
+            if logits and isinstance(out, ModelOutput):
+                out["router_logits"] = tuple(logits)
+            return out
 
-    def _mask_of(self, experts: list[str] | list[list[str]], prompts: int) -> Tensor:
-        if isinstance(experts, str):
-            raise TypeError(f"experts is a list of names, or one such list per prompt; got the string {experts!r}.")
-        names = [name for name in experts if isinstance(name, str)]
-        return self.expert_mask([names] * prompts if len(names) == len(experts) else experts)
+    def init_continuous_batching(self, *args: Any, experts: list[str] | None = None, **kwargs: Any) -> Any:
+        """As in transformers; requests use the experts of this call, see `flexmoe.batching.start_manager`."""
+        batching = require_flexmoe("batching", "continuous batching")
+        return batching.start_manager(self, super().init_continuous_batching, experts, args, kwargs)
+
+    @contextlib.contextmanager
+    def continuous_batching_context_manager(
+        self, *args: Any, experts: list[str] | None = None, **kwargs: Any
+    ) -> Iterator[Any]:
+        """As in transformers; requests use the experts of this call, see `flexmoe.batching.start_manager`."""
+        scope = contextlib.nullcontext() if experts is None else self.only_experts(*experts)
+        with scope, super().continuous_batching_context_manager(*args, **kwargs) as manager:
+            yield manager
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
+        """As in transformers; `experts` as in `generate`, see `flexmoe.batching.generate_batch`."""
+        batching = require_flexmoe("batching", "continuous batching")
+        return batching.generate_batch(self, super().generate_batch, inputs, experts, args, kwargs)
 
     def _get_candidate_generator(self, *, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        """As in transformers; an assistant model without experts is not passed a selection of them."""
-        assistant = kwargs.get("assistant_model")
-        if assistant is not None and assistant.config.model_type != self.config.model_type:
+        """As in transformers; an assistant is not passed a selection of experts, for its own are others."""
+        if kwargs.get("assistant_model") not in (None, self):
             ours = ("expert_mask", "num_experts_per_tok")
             model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
         return super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
@@ -467,6 +531,20 @@ def _prompts(args: tuple, kwargs: dict[str, Any]) -> int:
     return 1 if prompts is None else len(prompts)
 
 
+def _keywords_of(anchor: PreTrainedModel) -> frozenset[str]:
+    """The keyword arguments that a dense model or its layers use; its `forward` would drop others silently."""
+    names = {*TransformersKwargs.__annotations__, *PagedAttentionArgs.__annotations__}
+    for kind in {type(module) for module in (anchor, anchor.base_model, *anchor.modules())}:
+        parameters = inspect.signature(kind.forward).parameters
+        if kind in (type(anchor), type(anchor.base_model)) or _takes_keywords(parameters):
+            names.update(parameters)
+    return frozenset(names - {"self", "args", "kwargs", "return_dict"})
+
+
+def _takes_keywords(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
 def _token_mask(inputs: Tensor | None, attention_mask: Tensor | dict[str, Tensor] | None) -> Tensor | None:
     """bool [tokens], False for padding, if the attention mask is [batch, sequence] for this input.
 
@@ -476,6 +554,21 @@ def _token_mask(inputs: Tensor | None, attention_mask: Tensor | dict[str, Tensor
     if inputs is None or not isinstance(attention_mask, Tensor) or attention_mask.shape != inputs.shape[:2]:
         return None
     return attention_mask.reshape(-1).bool()
+
+
+@contextlib.contextmanager
+def _replacing_files(target: Path) -> Iterator[Path]:
+    """A new folder next to `target`, whose files then replace those of the model there, config.json last."""
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.resolve().parent) as name:
+        folder = Path(name)
+        yield folder
+        new = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+        for old in target.glob("*.safetensors*"):  # another number of shards has other names
+            if _WEIGHTS.fullmatch(old.name) and old.relative_to(target) not in new:
+                old.unlink()
+        for path in sorted(new, key=lambda path: path.name == "config.json"):
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder / path, target / path)
 
 
 def _is_composition(config_class: type[FlexMoeConfig], source: Any, config: Any, options: Mapping[str, Any]) -> bool:
@@ -519,6 +612,14 @@ def _check_loaded_experts(names: Sequence[str], info: Mapping[str, Any], ignore_
             f"The checkpoint's {_shapes(mismatched)}. Its config.json belongs to another model; "
             "ignore_mismatched_sizes=True initialises these tensors at random."
         )
+
+
+@torch.no_grad()
+def _align(model: torch.nn.Module) -> None:
+    """Copies tensors at odd addresses of a mapped file, which change the bits of products: equal models must agree."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def _shapes(mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:

@@ -1,15 +1,23 @@
 """FlexMoE: mixture-of-experts language models whose training data stays with its owners.
 
-Importing it registers the model with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`.
+Importing it registers the model with `AutoConfig`, `AutoModel`, `AutoModelForCausalLM`,
+`AutoModelForSequenceClassification` and `AutoModelForTokenClassification`.
 Not here: the command line (`flexmoe_cli`) and any code of its own beyond the registration.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from flexmoe.modeling.configuration_flexmoe import EXPERTS_FORWARDS, ExpertPackageConfig, FlexMoeConfig
+from flexmoe.io.package_config import ExpertPackageConfig
+from flexmoe.modeling.configuration_flexmoe import EXPERTS_FORWARDS, FlexMoeConfig
 from flexmoe.registration import LazyModelClass
 
 if TYPE_CHECKING:
@@ -41,6 +49,11 @@ AutoConfig.register("flexmoe", FlexMoeConfig, exist_ok=True)
 AutoConfig.register("flexmoe_expert", ExpertPackageConfig, exist_ok=True)  # it says what an expert package is for
 AutoModel.register(FlexMoeConfig, LazyModelClass("FlexMoeModel"), exist_ok=True)
 AutoModelForCausalLM.register(FlexMoeConfig, LazyModelClass("FlexMoeForCausalLM"), exist_ok=True)
+for _auto, _name in (
+    (AutoModelForSequenceClassification, "FlexMoeForSequenceClassification"),
+    (AutoModelForTokenClassification, "FlexMoeForTokenClassification"),
+):
+    _auto.register(FlexMoeConfig, LazyModelClass(_name, "flexmoe.classification"), exist_ok=True)
 EXPERTS_FORWARDS.register("auto", "flexmoe.implementations:auto_experts_forward")
 EXPERTS_FORWARDS.register("flexmoe_cpu", "flexmoe.cpu.forward:cpu_experts_forward")
 EXPERTS_FORWARDS.register("flexmoe_triton", "flexmoe.kernels.forward:triton_experts_forward")

@@ -17,11 +17,12 @@ class LazyModelClass:
 
     config_class = FlexMoeConfig
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, module: str = "flexmoe.modeling") -> None:
         self.__name__ = name
+        self._from = module
 
     def __reduce__(self) -> tuple:
-        return LazyModelClass, (self.__name__,)  # the mappings must be picklable
+        return LazyModelClass, (self.__name__, self._from)  # the mappings must be picklable
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._model_class()(*args, **kwargs)
@@ -45,7 +46,7 @@ class LazyModelClass:
         return hash(self._model_class())
 
     def _model_class(self) -> type:
-        return getattr(import_module("flexmoe.modeling"), self.__name__)
+        return getattr(import_module(self._from), self.__name__)
 
 
 __all__ = ["LazyModelClass"]

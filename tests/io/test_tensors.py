@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from flexmoe.io.strict_json import MAX_JSON_BYTES
 from flexmoe.io.tensors import CHUNK_BYTES, CheckpointFolder, TensorFile, TensorInfo
 from flexmoe.io.writer import TensorSource, source_from_file, source_from_part, source_from_tensor, write_checkpoint
-from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES, fingerprint
+from flexmoe.modeling.fingerprint_flexmoe import ALIGNMENT, TORCH_DTYPES, fingerprint
 
 ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -146,6 +146,14 @@ class TestWriting:
         with CheckpointFolder(tmp_path, stem="expert") as read:
             assert set(read.infos) == set("abcd")
 
+    @pytest.mark.parametrize("concurrent", [False, True])
+    def test_tensors_are_aligned_in_a_mapped_file(self, tmp_path: Path, concurrent: bool) -> None:
+        tensors = {"bias": torch.ones(1), "half": torch.ones(4, 32).bfloat16(), "wide": torch.ones(4, 32)}
+        write_checkpoint(tmp_path, sources_of(tensors), concurrent=concurrent)
+        read = load_file(tmp_path / "model.safetensors")
+        assert all(torch.equal(read[name], value) for name, value in tensors.items())
+        assert [read[name].data_ptr() % ALIGNMENT for name in ("half", "wide")] == [0, 0]
+
     def test_hashes_are_correct_and_only_computed_if_requested(self, tmp_path: Path) -> None:
         tensors = {"big": torch.randn(CHUNK_BYTES), "small": torch.ones(1)}
         for folder, hashed, files_too, concurrent in (
@@ -160,6 +168,7 @@ class TestWriting:
             written = write_checkpoint(
                 tmp_path / folder,
                 sources_of(tensors),
+                aligned=False,
                 hash_tensors=hashed,
                 hash_files=files_too,
                 concurrent=concurrent,

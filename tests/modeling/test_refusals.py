@@ -56,8 +56,8 @@ EXPERTS: dict[str, tuple[Any, type[Exception], str]] = {
     "an unknown name": (["unknown"], ValueError, r"\['unknown'\], which this model does not have"),
     "no names for one prompt": ([["public"], []], ValueError, r"experts\[1\] names no expert"),
     "an unknown name for one prompt": ([["public"], ["unknown"]], ValueError, r"experts\[1\] names \['unknown'\]"),
-    "lists for three prompts": ([["public"]] * 3, ValueError, r"shape \[3, 4\]; expected \[2, 4\]"),
-    "a name instead of a list": ("math", TypeError, "the string 'math'"),
+    "lists for three prompts": ([["public"]] * 3, ValueError, "3 lists of names for 2 sequence"),
+    "a name instead of a list": ("math", TypeError, "got 'math'"),
 }
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {

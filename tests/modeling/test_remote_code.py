@@ -68,7 +68,8 @@ class TestSavedFiles:
     def test_auto_map_of_the_anchor_is_ignored(self, tmp_path):
         anchor = tiny_anchor("llama").config
         anchor.auto_map = {"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"}
-        config = FlexMoeConfig(anchor_config=anchor)
+        with pytest.warns(UserWarning, match="modeling_other.OtherForCausalLM"):
+            config = FlexMoeConfig(anchor_config=anchor)
         assert config.auto_map == AUTO_MAP
         FlexMoeForCausalLM(config).save_pretrained(tmp_path)
         assert auto_map(tmp_path) == AUTO_MAP
@@ -221,9 +222,9 @@ def test_expert_package_is_not_loaded_as_a_model(world, tmp_path, monkeypatch):
         point_client_at(hub.url, monkeypatch)
         hub.push_folder("lab/math", package)
         for cls in (FlexMoeForCausalLM, FlexMoeModel, FlexMoeConfig, AutoConfig, AutoModelForCausalLM):
-            with pytest.raises(ValueError, match=r"math is an expert package, not a model.*add_expert"):
+            with pytest.raises(ValueError, match=r"an expert package, not a model.*add_expert"):
                 cls.from_pretrained(package)
-            with pytest.raises(ValueError, match=r"lab/math is an expert package, not a model.*add_expert"):
+            with pytest.raises(ValueError, match=r"an expert package, not a model.*add_expert"):
                 cls.from_pretrained("lab/math", cache_dir=tmp_path / "cache")
 
 

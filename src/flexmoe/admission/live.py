@@ -21,7 +21,14 @@ from flexmoe.hub.client import HubAccess
 from flexmoe.hub.fetch import open_package
 from flexmoe.modeling.configuration_flexmoe import expert_record
 from flexmoe.modeling.distributed_flexmoe import tensor_parallel_mesh
-from flexmoe.packages.checks import check_anchor, check_layers, errors_naming, package_record, public_widths
+from flexmoe.packages.checks import (
+    check_anchor,
+    check_config_size,
+    check_layers,
+    errors_naming,
+    package_record,
+    public_widths,
+)
 from flexmoe.packages.modules import ExpertPart, fresh_experts, fresh_networks, parts_from_package, parts_from_public
 from flexmoe.packages.package import ExpertPackage
 from flexmoe.packages.quantization import quantize_like
@@ -47,8 +54,8 @@ def add_expert(
         source: the package: a folder, a Hub id, or an opened package.
         name: the expert's name in the model; by default the package's own.
         revision: branch, tag or commit, for a Hub id.
-        verify: check the expert's router rows, biases and weights, and refuse it if they would take over the routing
-            or dominate the outputs. `flexmoe.verify` also measures the effect on text.
+        verify: check the expert's router rows, biases and the outputs of its networks, and refuse it if it would take
+            over the routing or dominate the outputs. `flexmoe.verify` also measures the effect on text.
         policy: the trust policy: an opened policy or a file, by default the file in FLEXMOE_POLICY.
         hub: `token`, `cache_dir`, `local_files_only` and `force_download`, as in `from_pretrained`.
 
@@ -85,7 +92,7 @@ def replace_expert(
         ValueError, FileNotFoundError, PermissionError, ConnectionError: as `add_expert`.
     """
     package, origin = open_package(source, revision, hub=HubAccess(**hub), policy=policy)
-    _insert_package(model, package, name, origin, verify)
+    _insert_package(model, package, name, origin, verify, replaces=True)
 
 
 def add_expert_copy(model: Any, name: str, rank: int | None = None, alpha: float | None = None) -> str:
@@ -117,7 +124,12 @@ def add_expert_copy(model: Any, name: str, rank: int | None = None, alpha: float
 
 
 def _insert_package(
-    model: Any, package: ExpertPackage, name: str, origin: dict[str, str | None] | None, verify: bool
+    model: Any,
+    package: ExpertPackage,
+    name: str,
+    origin: dict[str, str | None] | None,
+    verify: bool,
+    replaces: bool = False,
 ) -> None:
     blocks = model.flexmoe_blocks()
     with errors_naming(package):
@@ -126,10 +138,11 @@ def _insert_package(
         networks = fresh_networks(model.config)
         record = package_record(package.manifest, public_widths(model.config, networks))
         record = expert_record({**record, "name": name, "source": origin})
+        check_config_size(model.config, record)
         parts = parts_from_package(blocks, fresh_experts(model.config, record, networks), package)
     if verify:
-        refuse_unless_admitted(name, check_expert(blocks, parts, replaced=name))
-    model.insert_expert(record, _quantize(model, name, parts))
+        refuse_unless_admitted(name, check_expert(blocks, parts, model.config, replaced=name), package.folder)
+    model.insert_expert(record, _quantize(model, name, parts), replaces)
 
 
 def _quantize(model: Any, name: str, parts: list[ExpertPart]) -> list[ExpertPart]:

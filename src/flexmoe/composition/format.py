@@ -313,7 +313,7 @@ def _write_router(folder: Path, rows: Mapping[str, Tensor]) -> str | None:
     if not rows:
         return None
     sources = [source_from_tensor(name, row) for name, row in rows.items()]
-    return write_checkpoint(folder, sources, stem="router", hash_files=True).files[ROUTER_FILE]
+    return write_checkpoint(folder, sources, stem="router", aligned=False, hash_files=True).files[ROUTER_FILE]
 
 
 __all__ = [

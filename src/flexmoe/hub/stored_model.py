@@ -6,9 +6,11 @@ Does not cover compositions (they hold no weights), quantised checkpoints, or li
 from pathlib import Path
 
 from flexmoe.hub.client import resolve_folder
+from flexmoe.io.folders import file_inside
+from flexmoe.io.package_config import ExpertPackageConfig
 from flexmoe.io.strict_json import read_json_object
 from flexmoe.io.tensors import CheckpointFolder
-from flexmoe.modeling.configuration_flexmoe import ExpertPackageConfig, FlexMoeConfig
+from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.packages.package import CONFIG_FILE
 from flexmoe.packages.quantization import check_unquantized
 
@@ -27,7 +29,8 @@ class StoredModel:
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: it is an expert package, not a FlexMoE model, a composition, or quantised.
+        ValueError: it is an expert package, not a FlexMoE model, a composition, or quantised; or a file is a link out
+            of the folder.
     """
 
     def __init__(self, source: str | Path, task: str = "changed on disk"):
@@ -50,6 +53,8 @@ class StoredModel:
             )
         check_unquantized(self.config, source, task)
         self.tensors = CheckpointFolder(self.folder)
+        for name in (CONFIG_FILE, *self.tensors.files):  # what a link leads to would be written elsewhere
+            file_inside(self.folder, name)
 
 
 __all__ = ["CONFIG_FILE", "StoredModel"]

@@ -3,6 +3,8 @@
 Stored names are mapped by transformers' own rules (renamings of the family, the base model's prefix, ties, ignored
 tensors), so a checkpoint is read exactly as by `from_pretrained`, or refused.
 
+`load_causal_lm` loads a model for inference and refuses what transformers would fill with random values.
+
 Does not cover checkpoints whose tensors transformers computes at load (fused, split, transposed, dequantised),
 pickles, or code from repositories.
 """
@@ -13,8 +15,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -23,18 +26,22 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from flexmoe.io.tensors import CheckpointFolder, TensorInfo, listed, same_bytes
+from flexmoe.io.lfs import refuse_pointers
+from flexmoe.io.package_config import ExpertPackageConfig
+from flexmoe.io.tensors import NOT_RANDOM, CheckpointFolder, TensorInfo, listed, same_bytes
 from flexmoe.modeling.anchors_flexmoe import FfnSite, UnsupportedAnchorError, build_on_meta
-from flexmoe.modeling.configuration_flexmoe import ExpertPackageConfig
 
 MAX_LISTED = 12  # tensors in an error message
 
+MAX_RENAMINGS = 4  # rules in a message
+
 CONVERT = (
-    "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder, save_original_format=False), "
+    "AutoModelForCausalLM.from_pretrained(folder{options}).save_pretrained(new_folder, save_original_format=False), "
     "then graft new_folder"
 )
 
-LEFTOVERS = f"If they are unused by transformers, save the checkpoint without them: {CONVERT}."
+# Offered only if nothing is missing.
+LEFTOVERS = f"If they are unused by transformers, save the checkpoint without them: {CONVERT.format(options='')}."
 
 
 class CheckpointNamesError(ValueError):
@@ -128,9 +135,10 @@ def match_names(stored_names: Iterable[str], model: PreTrainedModel) -> NameMatc
         if name in wanted and by_name.setdefault(name, stored) != stored:
             duplicated.append(f"{by_name[name]} and {stored} (both {name})")
     _raise_for("stored twice", duplicated)
-    _raise_for(f"that {type(model).__name__} does not have", unknown, LEFTOVERS)
     duplicates = _drop_tied(by_name, model)
-    _raise_for(f"missing that {type(model).__name__} needs", _missing(by_name, wanted, model))
+    if missing := _missing(by_name, wanted, model):
+        raise _incomplete(missing, [*unknown, *ignored], model)
+    _raise_for(f"that {type(model).__name__} does not have", unknown, LEFTOVERS)
     return NameMatch({name: by_name[name] for name in wanted if name in by_name}, duplicates, ignored)
 
 
@@ -154,8 +162,59 @@ def _rename(
         raise CheckpointNamesError(
             f"transformers computes {len(computed)} tensor(s) of this checkpoint when it loads them (fuses, splits or "
             f"transposes them), so their bytes cannot be copied: {listed(computed, MAX_LISTED)}. "
-            f"Save it in the model's own format first: {CONVERT}."
+            f"Save it in the model's own format first: {CONVERT.format(options='')}. {NOT_RANDOM}"
         )
+
+
+def _incomplete(missing: Sequence[str], unknown: Sequence[str], model: PreTrainedModel) -> CheckpointNamesError:
+    """The error for missing tensors, which `from_pretrained` would fill with random values.
+
+    Converting such a checkpoint by transformers is suggested only with rules that find every missing tensor.
+    """
+    family = type(model).__name__
+    text = f"{len(missing)} tensor(s) missing that {family} needs: {listed(missing)}"
+    if unknown:
+        text += f"; and {len(unknown)} that it does not have: {listed(unknown)}"
+    text += ". transformers would fill the missing ones with random values. "
+    if rules := _renamings(missing, unknown, model):
+        mapping = ", ".join(f'r"{pattern}": "{prefix}"' for pattern, prefix in rules.items())
+        convert = CONVERT.format(options=f", key_mapping={{{mapping}}}")
+        return CheckpointNamesError(f"{text}They are stored under other names. Rename them: {convert}.")
+    return CheckpointNamesError(
+        f"{text}Check that model_type in config.json is that of the weights, and that the folder is complete."
+    )
+
+
+def _renamings(missing: Sequence[str], unknown: Sequence[str], model: PreTrainedModel) -> dict[str, str]:
+    """Rules, as transformers' `key_mapping` takes them, that turn unknown tensors into all missing ones; else none.
+
+    Each replaces one prefix by another, such as "model.language_model." by "model.". All tensors under it must be the
+    model's, so another part of the checkpoint (an image encoder) is not taken for it.
+    """
+    known = set(model.state_dict())
+    rules: dict[str, str] = {}
+    remaining, renamed = list(missing), list(unknown)
+    while remaining and len(rules) < MAX_RENAMINGS:
+        theirs, ours = _prefixes(remaining[0], unknown)
+        under = [name for name in unknown if theirs and name.startswith(theirs)]
+        found = {ours + name.removeprefix(theirs) for name in under}
+        if remaining[0] not in found or not all(name in known or _is_ignored(name, model) for name in found):
+            return {}
+        rules[f"^{re.escape(theirs)}"] = ours
+        renamed = [re.sub(f"^{re.escape(theirs)}", ours, name) for name in renamed]
+        remaining = [name for name in remaining if name not in found]
+    return rules if set(renamed).issuperset(missing) else {}
+
+
+def _prefixes(name: str, others: Iterable[str]) -> tuple[str, str]:
+    """What precedes the longest common end of `name` and one of `others`, in that one and in `name`."""
+    parts = name.split(".")
+    for count in range(len(parts), 1, -1):  # one common part, such as "weight", says nothing
+        end = ".".join(parts[-count:])
+        for other in others:
+            if other.endswith(f".{end}"):
+                return other.removesuffix(end), name.removesuffix(end)
+    return "", ""
 
 
 def _is_ignored(name: str, model: PreTrainedModel) -> bool:
@@ -217,17 +276,33 @@ def _check_equal(files: CheckpointFolder, one: str, other: str) -> None:
     )
 
 
+def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
+    """The causal LM in `folder`, by `AutoModelForCausalLM.from_pretrained`, with every tensor read from the folder.
+
+    Raises:
+        CheckpointNamesError: transformers would fill tensors that the folder does not have with random values.
+        ValueError: a weight file is a Git LFS pointer.
+    """
+    refuse_pointers(Path(folder).glob("*.safetensors"))
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        unknown = sorted(info["unexpected_keys"])
+        raise CheckpointNamesError(f"{folder}: {_incomplete(missing, unknown, model)}")
+    return model
+
+
 def read_dense_config(folder: Path) -> PreTrainedConfig:
     """The config of the dense model in `folder`.
 
     Raises:
         FileNotFoundError: no config.json.
         UnsupportedAnchorError: it is a FlexMoE model or quantised, or transformers does not know its model type.
-        ValueError: it is an expert package.
+        ValueError: it is an expert package, or a Git LFS pointer.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a transformers checkpoint.")
+    refuse_pointers([path])
     raw, _ = PreTrainedConfig.get_config_dict(folder)
     if raw.get("model_type") == "flexmoe":
         raise UnsupportedAnchorError(f"{folder} is a FlexMoE already: train experts for it, or add packages to it.")
@@ -257,4 +332,11 @@ def _raise_for(fault: str, names: Sequence[str], remedy: str = "") -> None:
         raise CheckpointNamesError(f"{len(names)} tensor(s) {fault}: {listed(names, MAX_LISTED)}. {remedy}".rstrip())
 
 
-__all__ = ["CheckpointNamesError", "DenseCheckpoint", "NameMatch", "match_names", "read_dense_config"]
+__all__ = [
+    "CheckpointNamesError",
+    "DenseCheckpoint",
+    "NameMatch",
+    "load_causal_lm",
+    "match_names",
+    "read_dense_config",
+]

@@ -30,7 +30,7 @@ from flexmoe.io.tensors import (
     expected_bytes,
     tensor_info,
 )
-from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES, tensor_bytes
+from flexmoe.modeling.fingerprint_flexmoe import ALIGNMENT, TORCH_DTYPES, tensor_bytes
 
 FLUSH_BYTES = 128 << 20
 MAX_SHARD_SIZE = 5_000_000_000  # bytes; above it a checkpoint is split, as the Hub recommends
@@ -112,6 +112,7 @@ def write_checkpoint(
     *,
     stem: str = "model",
     max_shard_size: int = MAX_SHARD_SIZE,
+    aligned: bool = True,
     hash_tensors: Collection[str] = (),
     hash_files: bool = False,
     concurrent: bool = False,
@@ -121,11 +122,13 @@ def write_checkpoint(
     """Streams `sources` into `<stem>.safetensors`, or into shards of at most `max_shard_size` bytes and an index.
 
     Tensors are assigned to shards in the order given; one that is larger than a shard gets a shard of its own. Within
-    a file, wider dtypes come first (as in safetensors' own writer), so that every tensor is aligned; otherwise the
-    order is kept. Files and shards are named as by transformers. A few chunks are in memory at a time. The folder must
-    exist and hold none of these files; after an error it holds a partial checkpoint, so write into an `atomic_folder`.
+    a file, wider dtypes come first, as in safetensors' own writer; otherwise the order is kept. Files and shards are
+    named as by transformers. A few chunks are in memory at a time. The folder must exist and hold none of these files;
+    after an error it holds a partial checkpoint, so write into an `atomic_folder`.
 
     Args:
+        aligned: put tensors at multiples of `ALIGNMENT` bytes, and those whose size is none at the end, so that a
+            mapped file is used without copies. Packages do without: their bytes are part of their identity.
         hash_files: also compute the SHA-256 of each file, in a background thread.
         hash_tensors: names of the tensors to compute the SHA-256 of.
         concurrent: stream several tensors at the same time, each in its own thread; sources must not share mutable
@@ -141,11 +144,13 @@ def write_checkpoint(
     _check_sources(sources, max_shard_size)
     if concurrent and hash_files:
         raise ValueError("concurrent=True writes a file out of order, so it cannot be combined with hash_files=True.")
-    shards = _assign_to_shards(sources, max_shard_size)
+    shards = _assign_to_shards(sources, max_shard_size, aligned)
+    multiple = ALIGNMENT if aligned else 8
     files: dict[str, str | None] = {}
     tensor_sha256: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        header = _header_bytes([source.info for source in shard], multiple)
         with (
             open(Path(folder, name), "xb") as file,
             _Flusher(file) as flusher,
@@ -153,9 +158,9 @@ def write_checkpoint(
         ):
             listeners = [*([flusher.written] if flush else []), *([progress] if progress else [])]
             if concurrent:
-                tensor_sha256.update(_write_file_in_threads(file, shard, listeners, hash_tensors))
+                tensor_sha256.update(_write_file_in_threads(file, shard, header, listeners, hash_tensors))
             else:
-                _write_file(file, shard, listeners, hasher)
+                _write_file(file, shard, header, listeners, hasher)
         files[name] = hasher.file_sha256() if hash_files else None
         tensor_sha256.update(hasher.tensor_sha256())
     if len(shards) > 1:
@@ -192,9 +197,12 @@ class _Flusher:
 
 
 def _write_file(
-    file: BinaryIO, shard: Sequence[TensorSource], listeners: Sequence[Callable[[int], None]], hasher: BackgroundHasher
+    file: BinaryIO,
+    shard: Sequence[TensorSource],
+    header: bytes,
+    listeners: Sequence[Callable[[int], None]],
+    hasher: BackgroundHasher,
 ) -> None:
-    header = _header_bytes([source.info for source in shard])
     file.write(header)
     hasher.add(header)
     for source in shard:
@@ -215,6 +223,7 @@ def _write_file(
 def _write_file_in_threads(
     file: BinaryIO,
     shard: Sequence[TensorSource],
+    header: bytes,
     listeners: Sequence[Callable[[int], None]],
     hash_tensors: Collection[str],
 ) -> dict[str, str]:
@@ -223,7 +232,6 @@ def _write_file_in_threads(
     One thread is slower than the page cache, and a hash is sequential: so each thread streams one tensor at a time, to
     its position in the file.
     """
-    header = _header_bytes([source.info for source in shard])
     descriptor, lock = file.fileno(), Lock()
     os.pwrite(descriptor, header, 0)
 
@@ -266,7 +274,7 @@ def _wrong_size(info: TensorInfo, given: int) -> ValueError:
     return ValueError(f"{info.name}: its source yielded {given:,} bytes or more, not {info.nbytes:,}.")
 
 
-def _header_bytes(infos: Sequence[TensorInfo]) -> bytes:
+def _header_bytes(infos: Sequence[TensorInfo], multiple: int) -> bytes:
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for info in infos:
@@ -274,11 +282,11 @@ def _header_bytes(infos: Sequence[TensorInfo]) -> bytes:
         entries[info.name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
         position += info.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    text += b" " * (-(8 + len(text)) % multiple)
     return len(text).to_bytes(8, "little") + text
 
 
-def _assign_to_shards(sources: Sequence[TensorSource], max_shard_size: int) -> list[list[TensorSource]]:
+def _assign_to_shards(sources: Sequence[TensorSource], max_shard_size: int, aligned: bool) -> list[list[TensorSource]]:
     shards: list[list[TensorSource]] = [[]]
     room = max_shard_size
     for source in sources:
@@ -287,7 +295,12 @@ def _assign_to_shards(sources: Sequence[TensorSource], max_shard_size: int) -> l
             room = max_shard_size
         shards[-1].append(source)
         room -= source.info.nbytes
-    return [sorted(shard, key=lambda source: -TORCH_DTYPES[source.info.dtype].itemsize) for shard in shards]
+
+    def order(source: TensorSource) -> tuple[bool, int]:
+        shifts_others = aligned and source.info.nbytes % ALIGNMENT != 0
+        return shifts_others, -TORCH_DTYPES[source.info.dtype].itemsize
+
+    return [sorted(shard, key=order) for shard in shards]
 
 
 def _check_sources(sources: Sequence[TensorSource], max_shard_size: int) -> None:

@@ -31,9 +31,9 @@ from flexmoe.io.hashing import BackgroundHasher
 from flexmoe.io.strict_json import json_text, parse_json_object
 from flexmoe.io.tensors import FILL_BYTES, TensorFile, TensorInfo, empty_tensor
 from flexmoe.io.writer import TensorSource, finite_source, source_from_tensor, write_checkpoint
-from flexmoe.modeling.configuration_flexmoe import ExpertPackageConfig
+from flexmoe.io.package_config import ExpertPackageConfig
 from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
-from flexmoe.packages.manifest import MANIFEST_FILE, WEIGHT_FILE, ExpertManifest, PackageError
+from flexmoe.packages.manifest import MANIFEST_FILE, MAX_DEPTH, WEIGHT_FILE, ExpertManifest, PackageError
 
 MAX_MANIFEST_BYTES = 1 << 20  # its contents become part of a model's config
 CARD_FILE = "README.md"
@@ -97,7 +97,8 @@ class ExpertPackage:
         with _as_package_errors():
             path = file_inside(folder, MANIFEST_FILE)
             data = read_regular_file(path, max_bytes=MAX_MANIFEST_BYTES)
-            manifest = ExpertManifest.from_dict(parse_json_object(data, str(path)), where=str(path))
+            values = parse_json_object(data, str(path), max_depth=MAX_DEPTH)
+            manifest = ExpertManifest.from_dict(values, where=str(path))
             _check_files(folder, manifest)
             infos: dict[str, TensorInfo] = {}
             for name in sorted(manifest.sha256):
@@ -227,7 +228,7 @@ def stream_package(
     _check_infos(str(out), manifest, infos)
     checked = [finite_source(source, _not_finite(out, source.info.name)) for source in sources]
     with atomic_folder(out, overwrite) as folder:
-        written = write_checkpoint(folder, checked, stem="expert", hash_files=True, progress=progress)
+        written = write_checkpoint(folder, checked, stem="expert", aligned=False, hash_files=True, progress=progress)
         manifest = replace(manifest, sha256={name: digest or "" for name, digest in written.files.items()})
         (folder / MANIFEST_FILE).write_text(json_text(manifest.to_dict()), encoding="utf-8")
         (folder / CONFIG_FILE).write_text(json_text({"model_type": ExpertPackageConfig.model_type}), encoding="utf-8")

@@ -1,0 +1,157 @@
+"""Continuous batching with a choice of experts: `init_continuous_batching`, `generate_batch`, paged `generate`.
+
+A manager runs its requests in a thread of its own, packed into one row, over a KV cache that requests may share. Each
+manager therefore has one set of experts, fixed when it is made; prompts with different sets run one set after the
+other. Changes of the experts are refused while a manager runs.
+
+Does not cover the batching itself (transformers), or one batch that mixes sets of experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from flexmoe.modeling.masking_flexmoe import model_scope, scoped_values, select_experts
+
+_KEYWORDS = frozenset(
+    {
+        "continuous_batching_config",
+        "generation_config",
+        "max_new_tokens",
+        "persistent_manager",
+        "progress_bar",
+        "record_timestamps",
+        "warmup",
+    }
+)
+"""What `generate_batch` uses; transformers ignores other keywords."""
+
+
+def start_manager(
+    model: Any,
+    make: Callable[..., Any],
+    experts: Sequence[str] | None,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Makes a manager with `make` (transformers' `init_continuous_batching`) whose requests use these experts.
+
+    Args:
+        model: the FlexMoE model.
+        experts: names; None takes `experts` of the generation config, or all that the active set and the enclosing
+            `only_experts` allow now.
+
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: a persistent manager with other experts runs.
+    """
+    config = kwargs.get("generation_config", args[0] if args else None) or model.generation_config
+    experts = getattr(config, "experts", None) if experts is None else experts
+    with contextlib.nullcontext() if experts is None else model.only_experts(*experts):
+        allowed = tuple(model.serial_of(name) for name in select_experts(model, None, None).names)
+        cached = getattr(model, "_cached_continuous_batching_manager", None)
+        if cached is not None and getattr(cached, "_flexmoe_experts", allowed) != allowed:
+            if cached.is_running():
+                raise RuntimeError(
+                    "The persistent manager runs with other experts: stop it, or choose the same ones (experts=...)."
+                )
+            model.destroy_cached_continuous_batching_manager()  # its cache was filled by others
+        manager = make(*args, **kwargs)
+        if not hasattr(manager, "_flexmoe_experts"):
+            manager._flexmoe_experts = allowed
+            manager.add_request = functools.partial(_add_request, manager.add_request)
+            context = contextvars.copy_context()
+            for name in ("_run_generation_loop", "warmup"):
+                setattr(manager, name, functools.partial(_run_in, context, getattr(manager, name)))
+            model._guard.managers.add(manager)
+    return manager
+
+
+def _run_in(context: contextvars.Context, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return context.copy().run(function, *args, **kwargs)  # a context cannot be entered twice
+
+
+def _add_request(add_request: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    for name in ("experts", "expert_mask", "num_experts_per_tok"):
+        if name in kwargs:
+            raise TypeError(
+                f"add_request does not take {name}: a manager has one set of experts, that of "
+                "init_continuous_batching(experts=...). Use one manager per set, or generate_batch(experts=...)."
+            )
+    return add_request(*args, **kwargs)
+
+
+def generate_batch(
+    model: Any,
+    run: Callable[..., dict[str, Any]],
+    inputs: Sequence[Sequence[int]],
+    experts: Any,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """`generate_batch` of transformers (`run`) with `experts` as in `generate`; prompts are grouped by their set.
+
+    Raises:
+        ValueError, TypeError: as `generate`; or an unknown keyword, which transformers would ignore.
+    """
+    paged = scoped_values(model, "paged")
+    if paged:  # transformers repeats what the prepared generation config has
+        kwargs = {name: value for name, value in kwargs.items() if name in _KEYWORDS}
+    if unknown := sorted(kwargs.keys() - _KEYWORDS):
+        raise TypeError(
+            f"generate_batch does not use {unknown}: it takes experts and {sorted(_KEYWORDS)}; other settings belong "
+            "into the generation config."
+        )
+    config = kwargs.get("generation_config", args[0] if args else None) or model.generation_config
+    if experts is None:
+        experts = paged[0] if paged else getattr(config, "experts", None)
+    if experts is None or all(isinstance(name, str) for name in experts):
+        with contextlib.nullcontext() if experts is None else model.only_experts(*experts):
+            return run(inputs, *args, **kwargs)
+    names = [tuple(model.expert_names) if row is None else tuple(row) for row in experts]
+    model.mask_of(experts, len(inputs))  # checks the lists
+    copies = getattr(config, "num_return_sequences", None) or 1
+    outputs: dict[int, list[Any]] = {}
+    for group in dict.fromkeys(names):
+        members = [i for i, row in enumerate(names) if row == group]
+        with model.only_experts(*group):
+            results = list(run([inputs[i] for i in members], *args, **kwargs).values())
+        for place, i in enumerate(members):
+            outputs[i] = results[place * copies : (place + 1) * copies]
+    return {out.request_id: out for i in sorted(outputs) for out in _renamed(outputs[i], f"req_{i}")}
+
+
+def _renamed(outputs: Sequence[Any], name: str) -> list[Any]:
+    """The outputs of one prompt under the request id `name`; children keep their suffix."""
+    ids = [name + out.request_id[len(out.request_id.partition("__")[0]) :] for out in outputs]
+    return [dataclasses.replace(out, request_id=new) for out, new in zip(outputs, ids, strict=True)]
+
+
+def generate_paged(model: Any, run: Callable[..., Any], experts: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """`generate(cache_implementation="paged")`: transformers hands it over to `generate_batch`.
+
+    Raises:
+        ValueError: an argument of this call that continuous batching ignores.
+    """
+    for name in ("expert_mask", "num_experts_per_tok", "output_router_logits"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f'{name} does not reach generate(cache_implementation="paged"): use experts=[...], set the value in '
+                "model.config, or use another cache."
+            )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not mask.all():
+        raise ValueError(
+            'generate(cache_implementation="paged") ignores attention_mask, so padding would be read as text: pass '
+            "the prompts without padding to generate_batch."
+        )
+    with model_scope(model, "paged", experts):
+        return run(*args, **kwargs)
+
+
+__all__ = ["generate_batch", "generate_paged", "start_manager"]
