@@ -1,4 +1,4 @@
-"""Checks of rows, biases and weights, with visible constants."""
+"""Checks of rows and biases with visible constants, and of live models. See also `test_outputs.py`."""
 
 import copy
 import math
@@ -9,6 +9,7 @@ from torch import nn
 
 from flexmoe.admission.checks import check_expert
 from flexmoe.admission.findings import AdmissionError, Finding, refuse_unless_admitted
+from flexmoe.admission.outputs import EMPTY, OUTPUT
 from flexmoe.admission.rows import (
     BIAS,
     BIAS_THRESHOLD,
@@ -19,8 +20,8 @@ from flexmoe.admission.rows import (
     check_row_tensors,
     check_rows,
 )
-from flexmoe.admission.weights import EMPTY_THRESHOLD, WEIGHT_THRESHOLD, check_weights
 from flexmoe.modeling import PUBLIC, FlexMoeForCausalLM
+from flexmoe.modeling.low_rank_flexmoe import LowRankDelta
 from flexmoe.packages.modules import fresh_experts, parts_from_public
 from flexmoe.packages.package import PackageError
 from flexmoe.testing import tiny_flexmoe
@@ -164,75 +165,6 @@ class TestRows:
         assert "layer 10" in by_name(found)[OTHERS].message
 
 
-class TestWeights:
-    """Public's matrices are 64 x 64 of 0.5: above the size of one that preserves its input's, 1 / 8."""
-
-    @staticmethod
-    def network(**scales: float) -> nn.Module:
-        network = nn.Module()
-        for name in ("up", "down"):
-            part = nn.Linear(64, 64)
-            nn.init.constant_(part.weight, 0.5 * scales.get(name, 1.0))
-            nn.init.constant_(part.bias, 2.0 * scales.get(f"{name}_bias", 1.0))
-            network.add_module(name, part)
-        return network
-
-    @pytest.mark.parametrize(
-        ("scales", "weights", "empty", "value"),
-        [
-            ({}, ACCEPT, ACCEPT, 1),
-            ({"down": 1.15}, ACCEPT, ACCEPT, 1.15),
-            ({"down": 30}, REFUSE, ACCEPT, 30),
-            ({"down": -30}, REFUSE, ACCEPT, 30),
-            ({"up_bias": 30}, REFUSE, ACCEPT, 30),
-            ({"up": WEIGHT_THRESHOLD - 0.1}, ACCEPT, ACCEPT, WEIGHT_THRESHOLD - 0.1),
-            ({"up": WEIGHT_THRESHOLD + 0.1}, REFUSE, ACCEPT, WEIGHT_THRESHOLD + 0.1),
-            ({"up": 0}, ACCEPT, REFUSE, 1),
-            ({"up_bias": 0}, ACCEPT, ACCEPT, 1),
-            ({"down": EMPTY_THRESHOLD * 0.9}, ACCEPT, REFUSE, 1),
-            ({"down": EMPTY_THRESHOLD * 1.1}, ACCEPT, ACCEPT, 1),
-        ],
-    )
-    def test_size_against_public(self, scales, weights, empty, value):
-        found = by_name(check_weights([self.network(), self.network(**scales)], [self.network(), self.network()]))
-        assert (found["weights"].verdict, found["empty weights"].verdict) == (weights, empty)
-        assert found["weights"].value == pytest.approx(value, rel=0.01)
-        if weights == REFUSE:
-            assert f"{next(iter(scales)).replace('_', '.').removesuffix('.bias')}." in found["weights"].message
-            assert "layer 1" in found["weights"].message
-
-    @pytest.mark.parametrize(("size", "verdict"), [(4.0 / 8, ACCEPT), (4.1 / 8, REFUSE)])
-    def test_a_matrix_initialised_with_zeros_may_grow_to_preserve_the_size_of_its_input(self, size, verdict):
-        public, grown = self.network(down=0), self.network(down=size / 0.5)
-        found = by_name(check_weights([grown], [public]))
-        assert found["weights"].verdict == verdict
-        assert found["empty weights"].verdict == ACCEPT
-
-    def test_experts_of_another_width_are_comparable(self):
-        narrow = self.network()
-        narrow.up = nn.Linear(64, 32)
-        nn.init.constant_(narrow.up.weight, 0.5)
-        nn.init.constant_(narrow.up.bias, 2.0)
-        assert by_name(check_weights([narrow], [self.network()]))["weights"].value == pytest.approx(1)
-
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-    def test_in_other_dtypes(self, dtype):
-        def cast(network):
-            for part in (network.up, network.down):
-                for key in ("weight", "bias"):
-                    setattr(part, key, nn.Parameter(getattr(part, key).detach().to(dtype), requires_grad=False))
-            return network
-
-        found = by_name(check_weights([cast(self.network(down=30))], [cast(self.network())]))
-        assert found["weights"].value == pytest.approx(30, rel=0.05)
-
-    def test_norms_that_overflow_in_float16(self):
-        public, dominating = self.network().half(), self.network(down=100_000 / 64 / 0.5).half()
-        assert by_name(check_weights([dominating], [public]))["weights"].value == pytest.approx(
-            100_000 / 64 / 0.5, rel=0.01
-        )
-
-
 class TestModels:
     """On live models, which must not change."""
 
@@ -243,11 +175,11 @@ class TestModels:
             record |= {"kind": "low_rank", "rank": [rank] * 2}
         return parts_from_public(model.flexmoe_blocks(), fresh_experts(model.config, record))
 
-    @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox"])
+    @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma2"])
     def test_a_copy_of_public_is_accepted_in_any_family(self, family):
         model = tiny_flexmoe(family, ["math"])
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        found = check_expert(model.flexmoe_blocks(), self.parts(model))
+        found = check_expert(model.flexmoe_blocks(), self.parts(model), model.config)
         assert set(verdicts(found).values()) == {ACCEPT}
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -257,33 +189,75 @@ class TestModels:
         for _, row in parts:
             nn.init.constant_(row.weight, 1e3)
         blocks = model.flexmoe_blocks()
-        assert verdicts(check_expert(blocks, parts))[OTHERS] == REFUSE
-        assert verdicts(check_expert(blocks, parts, replaced="math"))[OTHERS] == NOT_CHECKED
+        assert verdicts(check_expert(blocks, parts, model.config))[OTHERS] == REFUSE
+        assert verdicts(check_expert(blocks, parts, model.config, replaced="math"))[OTHERS] == NOT_CHECKED
 
-    @pytest.mark.parametrize(("scale", "verdict"), [(1.0, ACCEPT), (300.0, REFUSE)])
-    def test_a_low_rank_difference_is_measured(self, scale, verdict):
-        model = tiny_flexmoe("llama")
+    @pytest.mark.parametrize(
+        ("a", "b", "verdict"), [(None, 0.3, ACCEPT), (None, 300.0, REFUSE), (3e38, 0.0, REFUSE), (1e37, 1e-37, REFUSE)]
+    )
+    @pytest.mark.parametrize("family", ["llama", "gpt2"])
+    def test_a_low_rank_difference_is_measured(self, family, a, b, verdict):
+        model = tiny_flexmoe(family)
         parts = self.parts(model, rank=2)
-        delta = parts[1][0].down_proj
-        nn.init.normal_(delta.B.weight, std=0.3 * scale, generator=torch.Generator().manual_seed(0))
-        found = by_name(check_expert(model.flexmoe_blocks(), parts))
-        product = delta.B.weight @ delta.A.weight
-        unit = 32**-0.5  # public's random weights are smaller
-        assert found["weights"].value == pytest.approx((product.square().mean().sqrt() / unit).item(), rel=1e-4)
-        assert found["weights"].verdict == verdict
-        assert "empty weights" not in found  # without a difference it equals public
+        delta = next(part for part in parts[1][0].modules() if isinstance(part, LowRankDelta))
+        if a is not None:
+            nn.init.constant_(delta.A.weight, a)
+        nn.init.normal_(delta.B.weight, std=b, generator=torch.Generator().manual_seed(0))
+        for part in parts[1][0].modules():
+            if isinstance(part, LowRankDelta) and b == 300.0:
+                nn.init.normal_(part.B.weight, std=b, generator=torch.Generator().manual_seed(0))
+        found = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        assert found[OUTPUT].verdict == verdict
+        if verdict == REFUSE:
+            assert "in layer 1" in found[OUTPUT].message
+
+    @pytest.mark.parametrize("mode", [True, False])
+    def test_dropout_is_off_and_public_keeps_its_mode(self, mode):
+        model = tiny_flexmoe("gpt2", ["math"]).train(mode)
+        for part in model.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.9
+        parts = self.parts(model)
+        found = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        assert found == by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        assert found[OUTPUT].value < 1  # public's output is smaller than its input
+        assert found[EMPTY].value == 1
+        assert all(part.training == mode for part in model.modules())
 
     def test_unreadable_tensors_are_not_checked_with_the_reason(self):
         model = tiny_flexmoe("llama", ["math"])
         parts = self.parts(model)
         with torch.device("meta"):
             empty = FlexMoeForCausalLM(copy.deepcopy(model.config))
-        found = check_expert(empty.flexmoe_blocks(), parts)
+        found = check_expert(empty.flexmoe_blocks(), parts, model.config)
         assert set(verdicts(found).values()) == {NOT_CHECKED}
-        assert "meta" in by_name(found)["weights"].message
+        assert "meta" in by_name(found)[OUTPUT].message
         refuse_unless_admitted("new", found)
-        found = check_expert(model.flexmoe_blocks(), [(network.to("meta"), row.to("meta")) for network, row in parts])
+        on_meta = [(network.to("meta"), row.to("meta")) for network, row in parts]
+        found = check_expert(model.flexmoe_blocks(), on_meta, model.config)
         assert set(verdicts(found).values()) == {NOT_CHECKED}
+
+    def test_outputs_are_compared_with_those_of_an_offloaded_public(self):
+        accelerate = pytest.importorskip("accelerate")
+        model = tiny_flexmoe("llama", ["math"])
+        parts = self.parts(model)
+        plain = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        accelerate.cpu_offload(model)
+        assert next(model.flexmoe_blocks()[0].experts[PUBLIC].parameters()).is_meta
+        found = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        assert (found[OUTPUT], found[EMPTY]) == (plain[OUTPUT], plain[EMPTY])
+        assert found[OUTPUT].verdict == ACCEPT
+
+    def test_outputs_beside_a_sharded_public_have_to_be_finite(self):
+        model = tiny_flexmoe("llama", ["math"])
+        parts = self.parts(model)
+        for parameter in model.flexmoe_blocks()[0].experts[PUBLIC].parameters():
+            parameter.full_tensor = None  # the attribute of a DTensor
+        found = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        assert found[OUTPUT].verdict == ACCEPT
+        assert "not all layers are compared: layer 0: public's network is sharded" in found[OUTPUT].message
+        nn.init.constant_(parts[0][0].up_proj.weight, 3e38)
+        assert by_name(check_expert(model.flexmoe_blocks(), parts, model.config))[OUTPUT].verdict == REFUSE
 
     def test_rows_are_checked_beside_a_quantised_public(self):
         model = tiny_flexmoe("llama", ["math"])
@@ -292,19 +266,19 @@ class TestModels:
             for matrix in block.experts[PUBLIC].children():
                 if isinstance(matrix, nn.Linear):
                     matrix.weight = nn.Parameter(matrix.weight.detach().to(torch.int8), requires_grad=False)
-        found = by_name(check_expert(model.flexmoe_blocks(), parts))
+        found = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
         assert found[OTHERS].verdict == found[BIAS].verdict == ACCEPT
-        assert found[LONE].verdict == found["weights"].verdict == NOT_CHECKED
-        assert "quantised" in found["weights"].message
+        assert found[LONE].verdict == found[OUTPUT].verdict == NOT_CHECKED
+        assert "quantised" in found[OUTPUT].message
 
     def test_tensors_beneath_adapters_are_measured(self):
         peft = pytest.importorskip("peft")
         model = tiny_flexmoe("llama", ["math"])
         parts = self.parts(model)
-        plain = check_expert(model.flexmoe_blocks(), parts)
+        plain = check_expert(model.flexmoe_blocks(), parts, model.config)
         pattern = r".*\.experts\.(?:public)\.(?:down_proj|gate_proj)"
         peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=pattern))
-        assert check_expert(model.flexmoe_blocks(), parts) == plain
+        assert check_expert(model.flexmoe_blocks(), parts, model.config) == plain
 
 
 def test_a_refusal_has_name_values_thresholds_and_what_to_do():

@@ -15,6 +15,7 @@ import pytest
 import torch
 import typer.main
 
+from flexmoe.admission.outputs import EMPTY, EMPTY_THRESHOLD, OUTPUT, OUTPUT_THRESHOLD
 from flexmoe.admission.public_text import (
     LAYER_SHARE,
     LAYER_SHARE_THRESHOLD,
@@ -27,7 +28,6 @@ from flexmoe.admission.public_text import (
 )
 from flexmoe.admission.rows import BIAS, BIAS_THRESHOLD, LONE, LONE_ROW_THRESHOLD, OTHERS, ROW_THRESHOLD
 from flexmoe.admission.verification import verify
-from flexmoe.admission.weights import EMPTY, EMPTY_THRESHOLD, WEIGHT_THRESHOLD, WEIGHTS
 from flexmoe.conversion.compose import compose
 from flexmoe.conversion.graft import graft
 from flexmoe.data import pack
@@ -35,7 +35,7 @@ from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.packages.package import ExpertPackage, write_package
 from flexmoe.routers.hidden_states import RowText, collect_moments, fit_rows
 from flexmoe.routers.rows import row_method
-from flexmoe.testing import tiny_anchor
+from flexmoe.testing import VOCABULARY, tiny_anchor
 from flexmoe_cli import app, main
 from tests.support.hub import HubServer, point_client_at
 from tests.support.letters import letter_tokenizer
@@ -82,7 +82,10 @@ class World:
 def world(tmp_path_factory) -> World:
     torch.manual_seed(0)
     folder, tokenizer = tmp_path_factory.mktemp("world"), letter_tokenizer()
-    texts = {kind: RowText(docs := documents(kind, 150), pack(docs, tokenizer, 64)) for kind in (*KINDS, "public")}
+    texts = {
+        kind: RowText(docs := documents(kind, 150), pack(docs, tokenizer, 64, vocab_size=VOCABULARY))
+        for kind in (*KINDS, "public")
+    }
     anchor = tiny_anchor("llama")
     train(anchor, texts["public"].sequences, steps=120, rate=1e-2)
     for part in (anchor, tokenizer):
@@ -142,8 +145,11 @@ def test_five_honest_experts_are_accepted_one_after_another(world, tmp_path):
         for text in ({}, {"data": [world.public]}):
             verdict = verify(package, model, **text)
             assert verdict.accepted, verdict.refusals
+            assert (
+                next(finding for finding in verdict.findings if finding.check == OUTPUT).value < OUTPUT_THRESHOLD / 2
+            )
             accepting = {finding.check for finding in verdict.findings if finding.verdict == "accept"}
-            assert {"format", "anchor", "shapes", "contents", BIAS, WEIGHTS, EMPTY} <= accepting
+            assert {"format", "anchor", "shapes", "contents", BIAS, OUTPUT, EMPTY} <= accepting
             assert (OTHERS in accepting) == bool(count)
             assert ({SHARE, LAYER_SHARE, LOSS} <= accepting) == bool(text)
         assert verdict.experts == ["public", *KINDS[: count + 1]]
@@ -154,8 +160,8 @@ WITHOUT_TEXT: dict[str, tuple[Change, str, str]] = {
     "a row fifty times as long": (scaled(50, ".router.weight"), OTHERS, r"times as long as the longest other row"),
     "in one layer only": (scaled(50, "layers.1.router.weight"), OTHERS, r"layer 1 is .* times as long"),
     "a bias of 10": (shifted(10), BIAS, r"is 10 above"),
-    "a network thirty times as large": (scaled(30, "down_proj"), WEIGHTS, r"down_proj.weight in layer \d has"),
-    "a network of zeros": (scaled(0, ".ffn."), EMPTY, r"has 0 times the size of public's"),
+    "a network thirty times as large": (scaled(30, "down_proj"), OUTPUT, r"in layer \d, the output is .* as large as"),
+    "a network of zeros": (scaled(0, ".ffn."), EMPTY, r"the output varies 0 times as much as public's"),
 }
 
 
@@ -177,7 +183,7 @@ def test_a_dominating_low_rank_expert_is_refused(world, tmp_path):
     for block in model.flexmoe_blocks():
         torch.nn.init.normal_(block.experts["evil"].down_proj.B.weight, std=30.0)
     verdict = verify(model.save_expert("evil", tmp_path / "evil"), world.composed)
-    assert refused_by(verdict) == {WEIGHTS}
+    assert refused_by(verdict) == {OUTPUT}
 
 
 def test_an_honest_low_rank_expert_is_accepted(world, tmp_path):
@@ -241,7 +247,7 @@ def test_a_bias_of_20_is_refused_without_and_with_text(world, tmp_path):
 def test_all_checks_are_made_after_a_failure(world, tmp_path):
     other = ExpertPackage.open(world.packages["math"]).manifest.anchor | {"fingerprint": "0" * 64}
     evil = change_package(world.packages["math"], tmp_path / "evil", scaled(30, "down_proj"), anchor=other)
-    assert refused_by(verify(evil, world.composed)) == {"anchor", WEIGHTS}
+    assert refused_by(verify(evil, world.composed)) == {"anchor", OUTPUT}
 
 
 def test_damaged_files_are_refused(world, tmp_path):
@@ -324,7 +330,7 @@ def test_the_thresholds_in_the_document_are_those_of_the_code():
         OTHERS: ROW_THRESHOLD,
         LONE: LONE_ROW_THRESHOLD,
         BIAS: BIAS_THRESHOLD,
-        WEIGHTS: WEIGHT_THRESHOLD,
+        OUTPUT: OUTPUT_THRESHOLD,
         EMPTY: EMPTY_THRESHOLD,
         SHARE: SHARE_THRESHOLD,
         LAYER_SHARE: LAYER_SHARE_THRESHOLD,
@@ -392,7 +398,7 @@ class TestCommand:
         assert main(list(map(str, line))) == 0
         out = capsys.readouterr().out
         assert "Accepted: no check refuses news." in out
-        for check in (OTHERS, BIAS, WEIGHTS, SHARE, LOSS, "≥ 0.01", "≤ 12"):
+        for check in (OTHERS, BIAS, OUTPUT, SHARE, LOSS, "≥ 0.01", "≤ 12"):
             assert check in out
 
     def test_refused(self, world, tmp_path, capsys):

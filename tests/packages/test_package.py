@@ -15,11 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import flexmoe
+from flexmoe.io.strict_json import parse_json_object
+from flexmoe.io.tensors import TensorFile
 from flexmoe.io.writer import source_from_tensor, write_checkpoint
+from flexmoe.modeling import FlexMoeConfig
 from flexmoe.packages import package as package_module
 from flexmoe.packages import schema
+from flexmoe.packages.checks import check_config_size
 from flexmoe.packages.package import ExpertManifest, ExpertPackage, PackageError, stream_package, write_package
 from flexmoe.packages.schema import SCHEMA
+from flexmoe.testing import ANCHOR_CONFIGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,6 +45,13 @@ MANIFEST = {
     "data_statement": "Worked problems.",
     "sha256": {"expert.safetensors": "f" * 64},
 }
+
+
+def nested(depth: int) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def manifest(**changes: Any) -> ExpertManifest:
@@ -114,6 +127,19 @@ class TestRoundTrip:
         assert rows.keys() == {name for name in tensors() if ".router." in name}
         assert all(torch.equal(rows[name], tensors()[name]) for name in rows)
 
+    def test_verifying_without_keeping_the_tensors(self, folder: Path) -> None:
+        ExpertPackage.open(folder).verify()
+        data = bytearray((folder / "expert.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "expert.safetensors").write_bytes(data)
+        with pytest.raises(PackageError, match="SHA-256"):
+            ExpertPackage.open(folder).verify()
+        values = tensors()
+        values["layers.0.ffn.up_proj.weight"][0, 0] = float("inf")
+        rewrite_weights(folder, values)
+        with pytest.raises(PackageError, match=r"up_proj\.weight' holds NaN"):
+            ExpertPackage.open(folder).verify()
+
     def test_card(self, folder: Path) -> None:
         card = (folder / "README.md").read_text()
         for line in (
@@ -188,7 +214,20 @@ class TestManifest:
             ({"anchor": {**MANIFEST["anchor"], "fingerprint": "xyz"}}, "SHA-256"),
             ({"anchor": {**MANIFEST["anchor"], "model_type": None}}, "model_type"),
             ({"training": []}, "'training' must be"),
+            ({"training": {"a": 1 << 64}}, "'training' has an integer of more than 64 bits"),
+            ({"training": {"a": [{"b": -(10**90)}]}}, "'training' has an integer of more than 64 bits"),
+            ({"training": {"a": nested(15)}}, "'training' is nested too deep: at most 16 levels"),
+            ({"training": {"a": [0] * 10_000}}, "its entries take .* bytes in a model's config; at most 65,536"),
+            ({"training": {"a": "x" * 70_000}}, "at most 65,536"),
             ({"license": 1}, "'license' must be"),
+            ({"license": "x" * 1001}, "'license' must be text of at most 1,000 characters"),
+            ({"data_statement": "x" * 10_001}, "'data_statement' must be text of at most 10,000 characters"),
+            ({"data_statement": "\U0001f600" * 10_000}, "at most 65,536"),
+            ({"dtype": "x" * 65}, "'dtype' must be"),
+            ({"ffn": {"class": "x" * 201, "hidden": 4, "intermediate": 8}}, "'ffn' must be"),
+            ({"ffn": {"class": "X", "hidden": (1 << 20) + 1, "intermediate": 8}}, "hidden at most 1,048,576"),
+            ({"anchor": {**MANIFEST["anchor"], "model_type": "x" * 201}}, "'anchor' must be"),
+            ({"anchor": {**MANIFEST["anchor"], "repo": "x" * 1001}}, "'anchor' must be"),
             ({"sha256": {}}, "at least one; it is"),
             ({"sha256": {"expert.safetensors\n": "f" * 64}}, "file names"),
             ({"sha256": {"expert.safetensors": "f" * 64 + "\n"}}, "SHA-256 in hex"),
@@ -218,6 +257,48 @@ class TestManifest:
     def test_it_is_validated_when_constructed_in_python(self, change: dict[str, Any], error: str) -> None:
         with pytest.raises(PackageError, match=rf"^expert_config\.json: .*{error}"):
             dataclasses.replace(manifest(), **change)
+
+    @pytest.mark.promise(
+        "`ExpertPackage.open`",
+        "a manifest nested deeper than 16 levels",
+        "refused, so that configs of models can be copied, written and read again",
+    )
+    @pytest.mark.parametrize(("depth", "is_read"), [(13, True), (14, False), (300, False), (490, False), (990, False)])
+    def test_a_manifest_is_not_nested_deeper_than_a_config_can_hold(
+        self, depth: int, is_read: bool, folder: Path
+    ) -> None:
+        text = (folder / "expert_config.json").read_text()
+        deep = "[" * depth + "]" * depth
+        (folder / "expert_config.json").write_text(text.replace('"learning_rate": 0.002', f'"learning_rate": {deep}'))
+        if not is_read:
+            with pytest.raises(PackageError, match="nested too deep: at most 16 levels are read"):
+                ExpertPackage.open(folder)
+            return
+        record = ExpertPackage.open(folder).manifest.record()
+        assert parse_json_object(json.dumps({"config": {"experts": [record]}}).encode(), "config.json")
+
+    def test_values_given_in_python_have_to_be_json(self) -> None:
+        circle: list[Any] = []
+        circle.append(circle)
+        for training, error in (
+            ({"a": circle}, "nested too deep"),
+            ({"a": {1, 2}}, "cannot be written as JSON"),
+            ({"a": float("inf")}, "cannot be written as JSON"),
+        ):
+            with pytest.raises(PackageError, match=error):
+                dataclasses.replace(manifest(), training=training)
+
+    @pytest.mark.promise(
+        "`ExpertPackage.open`", "texts of 900 kB in a manifest", "refused; a config holds the largest of 450 experts"
+    )
+    def test_the_largest_records_of_many_experts_fit_into_a_config(self) -> None:
+        largest = manifest(training={"a": "x" * 55_000}, license="x" * 1000, data_statement="y" * 8000).record()
+        config = FlexMoeConfig(anchor_config=ANCHOR_CONFIGS["llama"](), experts=["public"])
+        with pytest.raises(ValueError, match=r"config\.json would have .* bytes; at most 33,554,432 are read"):
+            check_config_size(config, *[largest] * 600)
+        check_config_size(config, *[largest] * 450)
+        text = json.dumps({"experts": [largest] * 450}, indent=2)
+        assert len(parse_json_object(text.encode(), "config.json")["experts"]) == 450
 
     def test_an_error_in_a_package_names_the_file(self, folder: Path) -> None:
         edit(folder, lambda m: m.update(name="keys"))
@@ -317,6 +398,39 @@ class TestInvalidPackages:
         with pytest.raises(PackageError, match=error) as caught:
             write_package(tmp_path / "new", manifest(), values.items())
         assert str(caught.value).startswith(f"{tmp_path / 'new'}: ")
+
+    @pytest.mark.parametrize(
+        ("hidden", "layers", "error"),
+        [
+            (10**9, 1, "hidden at most 1,048,576"),
+            (1 << 20, 80, r"router rows take 335,544,640 bytes; at most 268,435,456 are read.*1,048,576"),
+            (4, 1, r"has shape \[1, 1000000000\]; a row is \[1, 4\]"),
+        ],
+    )
+    def test_rows_of_any_width_are_refused_by_the_header(
+        self, hidden: int, layers: int, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The weights are a sparse file, which costs its author nothing."""
+        width = 10**9 if hidden == 4 else hidden
+        entries, end = {}, 0
+        for layer in range(layers):
+            for name, shape in {"ffn.up_proj.weight": [1], "router.weight": [1, width], "router.bias": [1]}.items():
+                begin, end = end, end + 4 * shape[-1]
+                entries[f"layers.{layer}.{name}"] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        header = json.dumps(entries).encode()
+        folder = tmp_path / "wide"
+        folder.mkdir()
+        with (folder / "expert.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + end)
+        values = {"layers": list(range(layers)), "ffn": {"class": "X", "hidden": hidden, "intermediate": 8}}
+        text = json.dumps({**MANIFEST, **values, "dtype": "float32"})
+        (folder / "expert_config.json").write_text(text)
+        monkeypatch.setattr(TensorFile, "fill", None)  # no data may be read
+        monkeypatch.setattr(TensorFile, "chunks", None)
+        for read in (ExpertPackage.open, flexmoe.inspect):
+            with pytest.raises(PackageError, match=error):
+                read(folder)
 
     def test_missing_and_additional_files(self, folder: Path, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match="no folder"):

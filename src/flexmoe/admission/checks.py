@@ -1,7 +1,7 @@
-"""All checks of an expert that need no text, on a live model: router rows, biases and weights.
+"""All checks of an expert that need no text, on a live model: router rows, biases, and what its networks compute.
 
-Does not cover stored models (`flexmoe.admission.stored_rows`), text (`flexmoe.admission.verification`), files
-(`flexmoe.packages.package`) or signatures (`flexmoe.packages.trust`).
+Does not cover stored models (`flexmoe.admission.stored_rows`, `flexmoe.admission.stored_outputs`), text
+(`flexmoe.admission.verification`), files (`flexmoe.packages.package`) or signatures (`flexmoe.packages.trust`).
 """
 
 from __future__ import annotations
@@ -9,25 +9,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from flexmoe.admission.findings import Finding
-from flexmoe.admission.measures import input_matrix
+from flexmoe.admission.findings import Finding, not_checked
+from flexmoe.admission.measures import input_matrix, unreadable_reason
+from flexmoe.admission.outputs import EMPTY, OUTPUT, OutputCheck, Probes, Reference, filled, zeros
 from flexmoe.admission.rows import Row, check_rows
-from flexmoe.admission.weights import check_weights
 from flexmoe.modeling.adapters_flexmoe import beneath_adapter
-from flexmoe.modeling.configuration_flexmoe import PUBLIC
-from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
+from flexmoe.modeling.experts_flexmoe import FlexMoeBlock, floating_dtype, has_quantized_weights
+from flexmoe.packages.modules import execution_device, fresh_networks, read_tensor
 
 
 def check_expert(
-    blocks: Sequence[FlexMoeBlock], parts: Sequence[tuple[nn.Module, nn.Module]], *, replaced: str | None = None
+    blocks: Sequence[FlexMoeBlock],
+    parts: Sequence[tuple[nn.Module, nn.Module]],
+    config: FlexMoeConfig,
+    *,
+    replaced: str | None = None,
 ) -> list[Finding]:
-    """Checks an expert before it is added to a model; changes nothing.
+    """Checks an expert before it is added to a model, which does not change; the expert is put in eval mode.
 
     Args:
         blocks: the model's, in layer order.
         parts: the expert's network and router row in each of them.
+        config: the model's.
         replaced: the expert that it replaces, which is no reference for it.
     """
     names = [name for name in blocks[0].router if name not in (PUBLIC, replaced)]
@@ -41,8 +48,47 @@ def check_expert(
                 input_matrix(public, block.hidden_size) for public, block in zip(publics, blocks, strict=True)
             ],
         ),
-        *check_weights([network for network, _ in parts], publics),
+        *_check_outputs(blocks, [network for network, _ in parts], config),
     ]
+
+
+def _check_outputs(
+    blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Module], config: FlexMoeConfig
+) -> list[Finding]:
+    tensors = [tensor for network in networks for tensor in network.parameters()]
+    if reason := next((why for tensor in tensors if (why := unreadable_reason(tensor))), None):
+        return [not_checked(check, f"the expert's network {reason}") for check in (OUTPUT, EMPTY)]
+    dtype = floating_dtype(networks[0]) or torch.get_default_dtype()
+    if dtype.itemsize == 1:  # beside a quantised public network, whose dtype an expert cannot take
+        return [not_checked(check, f"the expert's network is {dtype}") for check in (OUTPUT, EMPTY)]
+    check = OutputCheck()
+    for block, network, fresh in zip(blocks, networks, fresh_networks(config), strict=True):
+        device = next((tensor.device for tensor in network.parameters()), execution_device(block))
+        probes = Probes(block.layer_index, block.hidden_size, dtype, device)
+        public, reference, unread = _public_of(block, fresh, probes)
+        check.add(block.layer_index, network.eval(), public, reference, probes, unread=unread)
+    return check.findings()
+
+
+def _public_of(block: FlexMoeBlock, fresh: nn.Module, probes: Probes) -> tuple[nn.Module, Reference | None, str]:
+    """Public's network without hooks and adapters, what it computes, and the reason if that is not known.
+
+    Args:
+        fresh: the anchor's network of this layer without weights; it is filled.
+    """
+    live = block.experts[PUBLIC]
+    is_quantized = has_quantized_weights(live)  # then it is called as it is
+    try:
+        if any(hasattr(tensor, "full_tensor") for tensor in live.parameters()):  # gathering would need all ranks
+            raise ValueError("public's network is sharded over several ranks")
+        public = live if is_quantized else filled(fresh, {key: read_tensor(live, key) for key in fresh.state_dict()})
+        reference, unread = Reference.of(public, probes), "public's own output is not finite"
+    except (ValueError, RuntimeError, TypeError) as error:
+        reference = None
+        unread = f"public's network is quantised, and cannot be called here: {error}" if is_quantized else str(error)
+    if reference is None:
+        return zeros(fresh, probes.dtype, probes.device), None, unread
+    return public, reference, ""
 
 
 def _live_row(row: nn.Module) -> Row:

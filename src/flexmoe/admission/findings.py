@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from flexmoe.packages.manifest import PackageError
@@ -23,7 +24,7 @@ class Finding:
         check: its name.
         verdict: "accept", "refuse", or "not checked" if the check could not be made.
         value: the measured value, the worst over layers; None if nothing was measured.
-        threshold: the largest (for "empty weights": smallest) accepted value.
+        threshold: the largest (for "empty output": smallest) accepted value.
         message: value and threshold in words, with the layer; or why the check could not be made.
     """
 
@@ -50,8 +51,11 @@ class AdmissionError(PackageError):
         self.findings = tuple(findings)
 
 
-def refuse_unless_admitted(name: str, findings: Sequence[Finding]) -> None:
+def refuse_unless_admitted(name: str, findings: Sequence[Finding], package: Path | None = None) -> None:
     """Raises an error if a finding refuses the expert; checks that could not be made do not refuse it.
+
+    Args:
+        package: the folder of its package, for the message.
 
     Raises:
         AdmissionError: with each refusing check, its value and threshold, and what to do.
@@ -64,10 +68,12 @@ def refuse_unless_admitted(name: str, findings: Sequence[Finding]) -> None:
         for finding in refused
         if finding.value is not None and finding.threshold is not None
     )
+    where = "" if package is None else f"{package}: "
     raise AdmissionError(
-        f"Expert {name!r} is refused. {reasons} Nothing was changed. `flexmoe verify PACKAGE --model MODEL --data "
-        "FILES` shows all checks and the effect on public text. Ask the owner for an expert whose router row is "
-        "fitted as log-odds, as by `flexmoe train`; verify=False (--no-verify) adds it without these checks.",
+        f"{where}Expert {name!r} is refused. {reasons} Nothing was changed. `flexmoe verify PACKAGE --model MODEL "
+        "--data FILES` shows all checks and the effect on public text. Ask the owner for an expert whose networks "
+        "compute outputs of public's size and whose router row is fitted as log-odds, as by `flexmoe train`; "
+        "verify=False (--no-verify) adds it without these checks.",
         findings,
     )
 

@@ -20,7 +20,6 @@ from flexmoe.admission.findings import refuse_unless_admitted
 from flexmoe.hub.client import HubAccess
 from flexmoe.hub.fetch import open_package
 from flexmoe.modeling.configuration_flexmoe import expert_record
-from flexmoe.modeling.distributed_flexmoe import tensor_parallel_mesh
 from flexmoe.packages.checks import (
     check_anchor,
     check_config_size,
@@ -33,6 +32,7 @@ from flexmoe.packages.modules import ExpertPart, fresh_experts, fresh_networks, 
 from flexmoe.packages.package import ExpertPackage
 from flexmoe.packages.quantization import quantize_like
 from flexmoe.packages.trust import TrustPolicy
+from flexmoe.parallel import tensor_parallel_mesh
 
 
 def add_expert(

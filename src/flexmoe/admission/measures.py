@@ -1,6 +1,6 @@
 """Sizes of live tensors: norms, root mean squares over a sample of rows, and tensors beneath adapters.
 
-Does not cover thresholds (`flexmoe.admission.rows`, `flexmoe.admission.weights`).
+Does not cover thresholds (`flexmoe.admission.rows`), or what networks compute (`flexmoe.admission.outputs`).
 """
 
 from __future__ import annotations

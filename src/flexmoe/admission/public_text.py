@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
 
 from flexmoe.admission.findings import Finding, FindingVerdict
 from flexmoe.data import LONGEST_SEQUENCE, pack, read_documents, read_public_sample
 from flexmoe.evaluation import token_losses
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.packages.modules import ExpertPart
+from flexmoe.tokenization import load_tokenizer
 from flexmoe.usage import track_usage
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def read_public_text(
     data: Sequence[str | Path] | None,
     public_sample: bool,
     text_column: str,
+    text_template: str | None,
+    skip_empty: bool,
     tokenizer: PreTrainedTokenizerBase | None,
     max_tokens: int,
 ) -> torch.Tensor | None:
@@ -77,7 +79,7 @@ def read_public_text(
 
     Args:
         folder: of the model, with its public sample and, by default, its tokenizer.
-        data, public_sample, text_column, tokenizer, max_tokens: as in `flexmoe.verify`.
+        Others: as in `flexmoe.verify`.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -86,7 +88,10 @@ def read_public_text(
     if data is None and not public_sample:
         return None
     record: Mapping[str, Any] | None = host.config.public_sample
-    documents = read_public_sample(folder, record) if data is None else read_documents(data, column=text_column)
+    if data is None:
+        documents = read_public_sample(folder, record)
+    else:
+        documents = read_documents(data, column=text_column, template=text_template, skip_empty=skip_empty)
     random.Random(0).shuffle(documents)  # so that a few long ones do not dominate; seeded, so that runs agree
     chosen, characters = [], 0
     for document in documents:  # a token has some five characters: enough documents, without tokenising gigabytes
@@ -94,8 +99,10 @@ def read_public_text(
         characters += len(document)
         if characters > 16 * max_tokens:
             break
-    stream = pack(chosen, tokenizer or AutoTokenizer.from_pretrained(folder), 2).flatten()[:max_tokens]
-    limit = getattr(host.config.get_text_config(), "max_position_embeddings", None) or LONGEST_SEQUENCE
+    config = host.config.get_text_config()
+    packed = pack(chosen, tokenizer or load_tokenizer(folder), 2, vocab_size=config.vocab_size)
+    stream = packed.flatten()[:max_tokens]
+    limit = getattr(config, "max_position_embeddings", None) or LONGEST_SEQUENCE
     length = min(LONGEST_SEQUENCE, limit, len(stream))
     return stream[: len(stream) // length * length].view(-1, length)
 
@@ -120,7 +127,7 @@ def measure_public_text(
     before = token_losses(host, text_NL, batch_size).mean().item()
     if not math.isfinite(before):
         raise ValueError("The model's own loss on this public text is not finite, so nothing can be measured on it.")
-    host.insert_expert(record, parts)
+    host.insert_expert(record, parts, replaces=name in host.expert_names)
     with track_usage(host) as usage:
         after = token_losses(host, text_NL, batch_size).mean().item()
     return PublicText(

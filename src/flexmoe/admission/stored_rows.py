@@ -1,13 +1,13 @@
 """Checks of incoming router rows against those of a stored model, without loading it.
 
-Does not cover the checks themselves (`flexmoe.admission.rows`), or networks, which are not checked on disk.
+Does not cover the checks themselves (`flexmoe.admission.rows`), or what networks compute
+(`flexmoe.admission.stored_outputs`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -60,7 +60,7 @@ def check_incoming_rows(
             incoming={other.name: other.rows for other in incoming if other is not expert},
             input_matrices=input_matrices,
         )
-        refuse_unless_admitted(expert.name, findings)
+        refuse_unless_admitted(expert.name, findings, expert.package.folder)
 
 
 def check_composed_rows(
@@ -123,9 +123,9 @@ def public_input_matrices(stored: StoredModel, model: FlexMoeForCausalLM) -> lis
     ]
 
 
-def anchor_input_matrices(folder: Path, hidden_size: int) -> list[torch.Tensor | None]:
-    """As `public_input_matrices`, for the dense checkpoint in a folder; errors as `DenseCheckpoint`."""
-    dense, matrices = DenseCheckpoint(folder), []
+def anchor_input_matrices(dense: DenseCheckpoint, hidden_size: int) -> list[torch.Tensor | None]:
+    """As `public_input_matrices`, for a dense checkpoint."""
+    matrices = []
     for site in dense.sites:
         name = input_matrix_name(site.ffn(dense.model), hidden_size)
         prefix = f"{site.block}." if len(site.attributes) == 1 else f"{site.layer}."

@@ -1,6 +1,6 @@
 """`flexmoe.verify`: all checks of an expert package for a model, collected into one verdict.
 
-The checks of `add_expert` (format, signature, anchor, shapes, contents, rows and weights) are made without stopping at
+The checks of `add_expert` (format, signature, anchor, shapes, contents, rows and outputs) are made without stopping at
 the first failure; with public text, its effect is measured too. Nothing is written; the model is changed in memory
 only.
 
@@ -32,7 +32,8 @@ from flexmoe.admission.public_text import (
     read_public_text,
 )
 from flexmoe.hub.client import HubAccess, resolve_folder
-from flexmoe.modeling.configuration_flexmoe import check_expert_name, expert_record
+from flexmoe.io.dense import load_causal_lm
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, check_expert_name, expert_record
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.packages.checks import (
     check_anchor,
@@ -49,6 +50,8 @@ from flexmoe.packages.trust import TrustPolicy, UntrustedPackageError, resolve_p
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_MOST_TIMES = 64  # the size of public's networks, up to which a package that does not fit is read nevertheless
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,8 @@ def verify(
     data: Sequence[str | Path] | None = None,
     public_sample: bool = False,
     text_column: str = "text",
+    text_template: str | None = None,
+    skip_empty: bool = False,
     policy: TrustPolicy | str | Path | None = None,
     revision: str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -117,10 +122,10 @@ def verify(
         package: folder, Hub id, or an opened package.
         model: folder or Hub id of a FlexMoE model or composition.
         name: the expert's name in the model; by default the package's own.
-        data: files of public text (.txt, .md, .jsonl, .json, .parquet), to measure the effect on it.
+        data: files of public text, to measure the effect on it; see `flexmoe.data.Documents`.
         public_sample: use the public text stored with the model at its graft. It is known to everyone, so text that
             was not published is a better test.
-        text_column: column of tabular files in `data`.
+        text_column, text_template, skip_empty: how rows of tables become texts; see `flexmoe.data.Documents`.
         policy: a trust policy or its file; by default the file in FLEXMOE_POLICY.
         revision: branch, tag or commit of a package on the Hub.
         tokenizer: by default the one in the model's folder.
@@ -149,7 +154,7 @@ def verify(
     trust = resolve_policy(policy)
     source, opened, origin = _open(package, revision)
     folder = resolve_folder(model).path
-    host = FlexMoeForCausalLM.from_pretrained(model, dtype="auto", policy=trust).eval()
+    host = load_causal_lm(model, FlexMoeForCausalLM, dtype="auto", policy=trust).eval()
     host.to("cuda" if torch.cuda.is_available() else "cpu")
     host.set_active_experts(None)
     text_NL = read_public_text(
@@ -158,6 +163,8 @@ def verify(
         data=data,
         public_sample=public_sample,
         text_column=text_column,
+        text_template=text_template,
+        skip_empty=skip_empty,
         tokenizer=tokenizer,
         max_tokens=max_tokens,
     )
@@ -207,7 +214,7 @@ class _Checks:
         self.findings.append(not_checked(check, reason))
 
     def check_package(self, package: ExpertPackage, trust: TrustPolicy | None, origin: str | None) -> None:
-        """All checks without text: format, signature, anchor, shapes, contents, rows and weights."""
+        """All checks without text: format, signature, anchor, shapes, contents, rows and outputs."""
         self.accept("format", f"{len(package.infos)} tensors with valid names, in safetensors files")
         self._check_signature(package, trust, origin)
         try:
@@ -219,9 +226,9 @@ class _Checks:
         networks = self._check_shapes(package)
         self._check_contents(package, networks)
         if self.parts is None:
-            self.skip("rows and weights", "the package does not fit the model, or is damaged")
+            self.skip("rows and outputs", "the package does not fit the model, or is damaged")
         else:
-            self.findings += check_expert(self.host.flexmoe_blocks(), self.parts, replaced=self.name)
+            self.findings += check_expert(self.host.flexmoe_blocks(), self.parts, self.host.config, replaced=self.name)
 
     def check_text(self, text_NL: torch.Tensor | None, batch_size: int) -> None:
         """The effect on public text, int64 [N, L]."""
@@ -263,10 +270,15 @@ class _Checks:
 
     def _check_contents(self, package: ExpertPackage, networks: list[nn.Module] | None) -> None:
         """Reads every file completely, into the networks if it fits."""
+        size, own = sum(info.nbytes for info in package.infos.values()), _network_bytes(self.host)
+        if networks is None and size > _MOST_TIMES * own:
+            self.skip(
+                "contents", f"they take {size:,} bytes, more than {_MOST_TIMES} times public's networks ({own:,})"
+            )
+            return
         try:
             if networks is None:
-                for _ in package.tensors():
-                    pass
+                package.verify()
             else:
                 self.parts = parts_from_package(self.host.flexmoe_blocks(), networks, package)
         except (ValueError, OSError) as error:
@@ -288,6 +300,11 @@ def _open(
         return str(package), ExpertPackage.open(found.path), found.repo
     except (PackageError, FileNotFoundError) as error:  # the latter: a weight file is missing
         return str(package), error, found.repo
+
+
+def _network_bytes(host: FlexMoeForCausalLM) -> int:
+    tensors = [tensor for block in host.flexmoe_blocks() for tensor in block.experts[PUBLIC].parameters()]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _describe(source: str, opened: ExpertPackage | Exception) -> dict[str, Any]:

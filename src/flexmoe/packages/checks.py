@@ -6,18 +6,21 @@ the expert would harm the model (`flexmoe.admission`).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from flexmoe.io.strict_json import MAX_JSON_BYTES
+from flexmoe.io.tensors import TensorInfo
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.modeling.experts_flexmoe import intermediate_size
 from flexmoe.modeling.low_rank_flexmoe import is_low_rank
 from flexmoe.packages.manifest import ExpertManifest
 from flexmoe.packages.names import packed_name
-from flexmoe.packages.package import ExpertPackage
+from flexmoe.packages.package import MAX_ROW_BYTES, ExpertPackage
 
 
 def check_anchor(config: FlexMoeConfig, manifest: ExpertManifest) -> None:
@@ -54,6 +57,17 @@ def check_layers(layers: Sequence[int], manifest: ExpertManifest) -> None:
         raise ValueError(f"Expert {manifest.name!r} has the layers {theirs}; this model has {ours}.")
 
 
+def check_hidden_size(config: FlexMoeConfig, manifest: ExpertManifest) -> None:
+    """Checks, by the manifest alone, that an expert's router rows have the width of this model's.
+
+    Raises:
+        ValueError: the hidden sizes differ.
+    """
+    theirs, ours = manifest.ffn["hidden"], config.get_text_config().hidden_size
+    if theirs != ours:
+        raise ValueError(f"Expert {manifest.name!r} has a hidden size of {theirs}; this model has {ours}.")
+
+
 def check_shapes(package: ExpertPackage, expected: Mapping[str, tuple[int, ...]]) -> None:
     """Checks the tensors of a package by their headers; no weights are read.
 
@@ -73,6 +87,28 @@ def check_shapes(package: ExpertPackage, expected: Mapping[str, tuple[int, ...]]
             )
     if missing := sorted(expected.keys() - package.infos.keys()):
         raise ValueError(f"{package.folder} lacks {len(missing)} tensors, for example {missing[0]!r}.")
+
+
+def check_row_shape(info: TensorInfo, hidden_size: int, where: object) -> None:
+    """Checks, by its header entry, that a stored model's router row or bias has the shape of one, before it is read.
+
+    Args:
+        info: of a tensor whose name ends in `.weight` or `.bias`.
+        where: names the model in messages.
+
+    Raises:
+        ValueError: it has another shape, or is too large.
+    """
+    expected = (1, hidden_size) if info.name.endswith(".weight") else (1,)
+    if info.shape != expected:
+        raise ValueError(
+            f"{where}: tensor {info.name!r} has shape {list(info.shape)}; its config implies {list(expected)}."
+        )
+    if info.nbytes > MAX_ROW_BYTES:
+        raise ValueError(
+            f"{where}: tensor {info.name!r} takes {info.nbytes:,} bytes; a router row is no larger than "
+            f"{MAX_ROW_BYTES:,}."
+        )
 
 
 def expected_shapes(networks: Mapping[int, nn.Module], hidden_size: int) -> dict[str, tuple[int, ...]]:
@@ -111,6 +147,20 @@ def package_record(manifest: ExpertManifest, widths: Sequence[int]) -> dict[str,
     return record if manifest.kind != "full" or own == list(widths) else {**record, "intermediate": own}
 
 
+def check_config_size(config: FlexMoeConfig, *records: Mapping[str, Any]) -> None:
+    """Checks that a model's config.json with additional `records` is small enough to be read again.
+
+    Raises:
+        ValueError: it is not.
+    """
+    size = len(config.to_json_string()) + sum(len(json.dumps({"experts": [record]}, indent=2)) for record in records)
+    if size > MAX_JSON_BYTES:
+        raise ValueError(
+            f"The model's config.json would have {size:,} bytes; at most {MAX_JSON_BYTES:,} are read. Most of it are "
+            "the records of its experts: remove some, or add packages with less 'training' and 'data_statement'."
+        )
+
+
 @contextmanager
 def errors_naming(*packages: ExpertPackage) -> Iterator[None]:
     """Prefixes the message of a ValueError raised in the context with the folders of `packages`, if it names none."""
@@ -125,8 +175,11 @@ def errors_naming(*packages: ExpertPackage) -> Iterator[None]:
 
 __all__ = [
     "check_anchor",
+    "check_config_size",
     "check_fingerprint",
+    "check_hidden_size",
     "check_layers",
+    "check_row_shape",
     "check_shapes",
     "errors_naming",
     "expected_shapes",

@@ -4,17 +4,25 @@ Each key is validated by the JSON schema (`flexmoe.packages.schema`); rules that
 Does not cover the weights (`flexmoe.packages.package`), or whether the anchor matches (`flexmoe.packages.checks`).
 """
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from flexmoe.io.strict_json import JsonDepthError, check_depth
 from flexmoe.modeling.configuration_flexmoe import RECORD_KEYS, check_expert_name, is_finite_number
 from flexmoe.packages.schema import FORMAT_VERSION, KINDS, first_error
 
 MANIFEST_FILE = "expert_config.json"
 WEIGHT_FILE = re.compile(r"expert(-\d{5}-of-\d{5})?\.safetensors", re.ASCII)
+MAX_DEPTH = 16
+"""Objects and lists within each other. The manifest becomes a part of a model's config, three levels down, which is
+read to a depth of 32 (`flexmoe.io.strict_json.MAX_JSON_DEPTH`)."""
+MAX_RECORD_BYTES = 64 << 10
+"""Of the expert's record as a config holds it: a config of 32 MiB (`MAX_JSON_BYTES`) has room for 500 such records."""
 
+_MAX_INTEGER_BITS = 64
 _PLACEHOLDER = {"expert.safetensors": "0" * 64}  # for validation, while the files are not written yet
 
 
@@ -117,6 +125,43 @@ class ExpertManifest:
         for key, value in (("rank", self.rank), ("ffn.intermediate", self.ffn["intermediate"])):
             if isinstance(value, list) and len(value) != len(self.layers):
                 raise PackageError(f"{where}: key {key!r} has {len(value)} entries for {len(self.layers)} layers.")
+        self._check_size(where)
+
+    def _check_size(self, where: str) -> None:
+        """Checks that a model's config can hold the expert's record, and that it can be copied and written."""
+        try:
+            check_depth(self.to_dict(), MAX_DEPTH)
+            # indented as in the config of a model
+            size = len(json.dumps({"experts": [self.record()]}, indent=2, allow_nan=False))
+        except JsonDepthError:
+            raise PackageError(f"{where}: key 'training' is nested too deep: at most {MAX_DEPTH} levels.") from None
+        except (TypeError, ValueError) as error:  # given in Python; a file is JSON
+            raise PackageError(f"{where}: key 'training' cannot be written as JSON: {error}.") from None
+        if size > MAX_RECORD_BYTES:
+            raise PackageError(
+                f"{where}: its entries take {size:,} bytes in a model's config; at most {MAX_RECORD_BYTES:,} are "
+                "allowed. Shorten 'data_statement' or 'training', and put long texts into the README.md."
+            )
+        if any(number.bit_length() > _MAX_INTEGER_BITS for number in _integers(self.training)):
+            raise PackageError(f"{where}: key 'training' has an integer of more than {_MAX_INTEGER_BITS} bits.")
 
 
-__all__ = ["FORMAT_VERSION", "KINDS", "MANIFEST_FILE", "WEIGHT_FILE", "ExpertManifest", "PackageError"]
+def _integers(value: Any) -> Iterator[int]:
+    """The integers in dictionaries and lists, nested as deep as `check_depth` allows."""
+    if isinstance(value, int):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for child in value.values() if isinstance(value, dict) else value:
+            yield from _integers(child)
+
+
+__all__ = [
+    "FORMAT_VERSION",
+    "KINDS",
+    "MANIFEST_FILE",
+    "MAX_DEPTH",
+    "MAX_RECORD_BYTES",
+    "WEIGHT_FILE",
+    "ExpertManifest",
+    "PackageError",
+]

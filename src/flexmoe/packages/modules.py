@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from flexmoe.io.finite import cast_finite
+from flexmoe.meta import build_on_meta
 from flexmoe.modeling.adapters_flexmoe import beneath_adapter
-from flexmoe.modeling.anchors_flexmoe import build_on_meta
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
 from flexmoe.modeling.distributed_flexmoe import full_tensor
 from flexmoe.modeling.experts_flexmoe import (

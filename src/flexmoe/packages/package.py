@@ -28,14 +28,16 @@ from flexmoe.cards.rendering import render
 from flexmoe.io.finite import bytes_are_finite
 from flexmoe.io.folders import atomic_folder, file_inside, read_regular_file
 from flexmoe.io.hashing import BackgroundHasher
-from flexmoe.io.strict_json import json_text, parse_json_object
-from flexmoe.io.tensors import FILL_BYTES, TensorFile, TensorInfo, empty_tensor
-from flexmoe.io.writer import TensorSource, finite_source, source_from_tensor, write_checkpoint
 from flexmoe.io.package_config import ExpertPackageConfig
+from flexmoe.io.strict_json import json_text, parse_json_object
+from flexmoe.io.tensors import FILL_BYTES, Chunk, TensorFile, TensorInfo, empty_tensor
+from flexmoe.io.writer import TensorSource, finite_source, source_from_tensor, write_checkpoint
 from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.packages.manifest import MANIFEST_FILE, MAX_DEPTH, WEIGHT_FILE, ExpertManifest, PackageError
 
 MAX_MANIFEST_BYTES = 1 << 20  # its contents become part of a model's config
+MAX_ROW_BYTES = 256 << 20
+"""Of all router rows in a package, which are read before its model is known: 500 layers of 100,000 take 200 MB."""
 CARD_FILE = "README.md"
 CONFIG_FILE = "config.json"
 PACKAGE_FILES = (
@@ -132,6 +134,20 @@ class ExpertPackage:
                     rows.update({key: file.read(key) for key in file.infos if ".router." in key})
         return rows
 
+    def verify(self) -> None:
+        """Reads every weight file once, a few chunks in memory at a time, and checks what `tensors` checks.
+
+        Raises:
+            PackageError: as `tensors`.
+        """
+        with _as_package_errors():
+            for name, sha256 in sorted(self.manifest.sha256.items()):
+                with TensorFile(file_inside(self.folder, name)) as file, BackgroundHasher(file=True) as hasher:
+                    hasher.add(file.header)
+                    for chunk in _finite_chunks(file):
+                        hasher.add(chunk)
+                _check_hash(file.path, hasher.file_sha256(), sha256)
+
     def copy_weights(self, folder: Path, progress: Callable[[int], None] | None = None) -> None:
         """Copies the weight files into `folder` and verifies the copied bytes.
 
@@ -150,14 +166,11 @@ class ExpertPackage:
                 ):
                     hasher.add(file.header)
                     copy.write(file.header)
-                    for info in file.infos.values():
-                        for chunk in file.chunks(info.name, FILL_BYTES):
-                            hasher.add(chunk)
-                            if not bytes_are_finite(chunk, info.dtype):
-                                raise _not_finite(file.path, info.name)
-                            copy.write(chunk)
-                            if progress:
-                                progress(len(chunk))
+                    for chunk in _finite_chunks(file):
+                        hasher.add(chunk)
+                        copy.write(chunk)
+                        if progress:
+                            progress(len(chunk))
                 _check_hash(file.path, hasher.file_sha256(), sha256)
 
     def _verified(self, file: TensorFile, sha256: str) -> Iterator[tuple[str, torch.Tensor]]:
@@ -271,6 +284,12 @@ def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, Tenso
         if match["part"].startswith("ffn."):
             layers.add(int(match["layer"]))
             dtypes.add(str(dtype).removeprefix("torch."))
+    row_bytes = sum(info.nbytes for name, info in infos.items() if ".router." in name)
+    if row_bytes > MAX_ROW_BYTES:
+        raise PackageError(
+            f"{where}: its router rows take {row_bytes:,} bytes; at most {MAX_ROW_BYTES:,} are read. A row is as wide "
+            f"as the hidden size, which is {manifest.ffn['hidden']:,} in the manifest."
+        )
     if rows or (missing := expected - layers):
         lacking = next(iter(rows), None) or f"layers.{min(missing)}.ffn.*"
         raise PackageError(f"{where}: there is no tensor {lacking}.")
@@ -281,6 +300,15 @@ def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, Tenso
 
 def _span(layers: list[int]) -> str:
     return f"{layers[0]} to {layers[-1]}"
+
+
+def _finite_chunks(file: TensorFile) -> Iterator[Chunk]:
+    """The bytes of a weight file's tensors. PackageError: a number is not finite; its chunk is not yielded."""
+    for info in file.infos.values():
+        for chunk in file.chunks(info.name, FILL_BYTES):
+            if not bytes_are_finite(chunk, info.dtype):
+                raise _not_finite(file.path, info.name)
+            yield chunk
 
 
 def _check_hash(path: Path, found: str, wanted: str) -> None:

@@ -9,11 +9,16 @@ Does not cover training experts on a quantised anchor, or changes to quantised c
 """
 
 import copy
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from flexmoe.modeling.experts_flexmoe import has_quantized_weights
+
+logger = logging.getLogger(__name__)
 
 
 def quantize_like(model: PreTrainedModel, networks: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -129,8 +134,22 @@ def _by_device(networks: Mapping[str, nn.Module]) -> dict[torch.device, list[str
     return found
 
 
+def warn_if_nothing_was_quantized(model: PreTrainedModel) -> None:
+    """Warns if a quantiser found nothing to quantise, as torchao does in GPT-2's Conv1D."""
+    if has_quantized_weights(model):
+        return
+    kinds = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "weight")})
+    logger.warning(
+        "quantization_config=%s quantised no weight of this model: it knows Linear layers, and the layers here are of "
+        "the classes %s, or are excluded. The model is as large as without it.",
+        type(model.hf_quantizer.quantization_config).__name__,
+        kinds,
+    )
+
+
 __all__ = [
     "check_unquantized",
     "copy_quantized",
     "quantize_like",
+    "warn_if_nothing_was_quantized",
 ]

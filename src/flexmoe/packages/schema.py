@@ -19,6 +19,7 @@ _END = r"$(?!\n)"  # Python's `$` also matches before a final newline
 _DIGEST = {"type": "string", "pattern": f"^[0-9a-f]{{64}}{_END}"}
 _SIZE = {"type": "integer", "minimum": 1, "maximum": (1 << 31) - 1}
 _LAYERS = 10_000  # far above any model; bounds the cost of a list in an untrusted file
+_HIDDEN = {**_SIZE, "maximum": 1 << 20}  # far above any model; bounds the router rows, which are read before all else
 
 
 def _sizes(*types: str) -> dict[str, Any]:
@@ -54,17 +55,17 @@ SCHEMA: dict[str, Any] = {
         },
         "ffn": {
             "description": "an object with class (text), hidden and intermediate (positive integers, or a list of "
-            "them)",
+            "them; hidden at most 1,048,576)",
             "type": "object",
             "additionalProperties": False,
             "required": ["class", "hidden", "intermediate"],
             "properties": {
-                "class": {"type": "string"},
-                "hidden": _SIZE,
+                "class": {"type": "string", "maxLength": 200},
+                "hidden": _HIDDEN,
                 "intermediate": {"anyOf": [_SIZE, _sizes()]},
             },
         },
-        "dtype": {"description": "text such as 'bfloat16', or 'mixed'", "type": "string"},
+        "dtype": {"description": "text such as 'bfloat16', or 'mixed'", "type": "string", "maxLength": 64},
         "anchor": {
             "description": "an object with model_type (text), repo and revision (text or null) and fingerprint "
             "(SHA-256 hex, or null)",
@@ -72,15 +73,23 @@ SCHEMA: dict[str, Any] = {
             "additionalProperties": False,
             "required": ["repo", "revision", "fingerprint", "model_type"],
             "properties": {
-                "repo": {"type": ["string", "null"]},
-                "revision": {"type": ["string", "null"]},
+                "repo": {"type": ["string", "null"], "maxLength": 1000},
+                "revision": {"type": ["string", "null"], "maxLength": 1000},
                 "fingerprint": {"anyOf": [_DIGEST, {"type": "null"}]},
-                "model_type": {"type": "string"},
+                "model_type": {"type": "string", "maxLength": 200},
             },
         },
         "training": {"description": "an object", "type": ["object", "null"]},
-        "license": {"description": "text", "type": ["string", "null"]},
-        "data_statement": {"description": "text", "type": ["string", "null"]},
+        "license": {
+            "description": "text of at most 1,000 characters, the name of a licence",
+            "type": ["string", "null"],
+            "maxLength": 1000,
+        },
+        "data_statement": {
+            "description": "text of at most 10,000 characters",
+            "type": ["string", "null"],
+            "maxLength": 10_000,
+        },
         "sha256": {
             "description": "an object from expert*.safetensors file names to SHA-256 in hex, at least one",
             "type": "object",
