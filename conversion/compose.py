@@ -9,7 +9,6 @@ Does not cover live models (`flexmoe.modeling.lifecycle_flexmoe`), training, or 
 """
 
 import copy
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,26 +19,28 @@ from flexmoe.admission.incoming import (
     IncomingExpert,
     PackageLike,
     PolicyLike,
+    check_public_prior,
     choose_prior,
     rename_incoming,
     with_experts,
 )
+from flexmoe.admission.stored_outputs import PublicNetworks
 from flexmoe.admission.stored_rows import check_incoming_rows, public_input_matrices, tensor_places
 from flexmoe.cards.facts import model_facts
 from flexmoe.cards.rendering import render
+from flexmoe.hub.contents import check_others, copy_companions, model_files
 from flexmoe.hub.stored_model import CONFIG_FILE, StoredModel
 from flexmoe.io.finite import cast_finite
-from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder, file_inside
+from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder
+from flexmoe.io.strict_json import read_json_object
 from flexmoe.io.tensors import Chunk, TensorInfo, expected_bytes
 from flexmoe.io.writer import MAX_SHARD_SIZE, TensorSource, source_from_file, source_from_tensor, write_checkpoint
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, drop_experts
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_top_k, drop_experts
 from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.packages.checks import check_shapes, errors_naming
 from flexmoe.packages.package import CARD_FILE, ExpertPackage, PackageError
-
-CODE = "_flexmoe.py"  # suffix of remote-code files; an older checkpoint may have other ones
-_WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx"}
+from flexmoe.tokenization import check_tokenizer
 
 
 def compose(
@@ -66,8 +67,9 @@ def compose(
             if none is; a default that depended on single experts would make removal inexact. For a model whose public
             row is not zero (an imported one), its own prior is the default.
         num_experts_per_tok: k of the top-k. Default: the graft's.
-        verify: refuse experts whose router row or bias would dominate the routing (`flexmoe.verify` checks more). They
-            are compared with the graft, and the norms of their rows with the smallest among the other packages.
+        verify: refuse experts whose router row or bias would dominate the routing, or whose networks would dominate
+            the outputs (`flexmoe.verify` checks more). They are compared with the graft, and the norms of their rows
+            with the smallest among the other packages.
         policy: which packages are trusted: a policy file; default: the one that FLEXMOE_POLICY names.
         max_shard_size: bytes per weight file.
         overwrite: replace an existing `out`.
@@ -92,6 +94,10 @@ def compose(
     """
     if isinstance(packages, str | Path | ExpertPackage):
         raise TypeError(f"packages: one package ({packages!r}), expected a list of them. Write [{packages!r}].")
+    if num_experts_per_tok is not None:
+        check_top_k(num_experts_per_tok)
+    if public_prior is not None:
+        check_public_prior(public_prior)
     model = StoredModel(grafted)
     if len(model.config.expert_names) > 1:
         raise ValueError(
@@ -100,7 +106,7 @@ def compose(
         )
     if not packages:
         raise ValueError("There is no package to compose with: give at least one.")
-    incoming = [IncomingExpert.open(package, policy) for package in packages]
+    incoming = [IncomingExpert.open(package, model.config, policy) for package in packages]
     rename_incoming(incoming, packages, names or {})
     prior = choose_prior(model, incoming, public_prior)
     config = with_experts(model.config, incoming)
@@ -135,7 +141,8 @@ def add(
         ['public', 'math', 'code', 'law']
         ```
     """
-    stored, expert = StoredModel(model), IncomingExpert.open(package, policy)
+    stored = StoredModel(model)
+    expert = IncomingExpert.open(package, stored.config, policy)
     expert.name = name or expert.name
     config = with_experts(stored.config, [expert])
     return _write(stored, config, [expert], out, overwrite, max_shard_size, progress, verify=verify)
@@ -231,11 +238,16 @@ def _write(
     sources = _sources(stored, model, {expert.name: expert for expert in incoming}, streams, public_prior)
     if verify and incoming:
         check_incoming_rows(incoming, _present_rows(stored, model, public_prior), public_input_matrices(stored, model))
+        publics = PublicNetworks.of_model(stored)
+        for expert in incoming:
+            expert.expect(config, publics, verify=True)
+    check_others(stored.folder, target, model_files(stored.folder, read_json_object(stored.folder / CONFIG_FILE)))
+    check_tokenizer(stored.folder)
     with atomic_folder(target, overwrite) as folder:
         write_checkpoint(folder, sources, max_shard_size=max_shard_size, progress=progress)
         for stream in streams.values():
             stream.finish()
-        _copy_companions(stored.folder, folder)
+        copy_companions(stored.folder, folder, config)
         # a function of the model's experts, instead of the card that was copied
         (folder / CARD_FILE).write_text(render("model", model_facts(config)), encoding="utf-8")
         model.save_code(folder)
@@ -347,28 +359,6 @@ def _prefixes_of_removed(stored: StoredModel, owned: Mapping[str, tuple[str, str
 
 def _shape(shape: Sequence[int] | None) -> str:
     return "none" if shape is None else str(list(shape))
-
-
-def _copy_companions(source: Path, folder: Path) -> None:
-    """Copies the other files: tokenizer, public sample, licence; not weights, config, code and hidden files."""
-    for entry in sorted(source.iterdir()):
-        if (
-            entry.name.startswith(".")
-            or entry.name == CONFIG_FILE
-            or entry.name.endswith(CODE)
-            or _holds_weights(entry)
-        ):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            (folder / entry.name).mkdir()
-            _copy_companions(entry, folder / entry.name)
-        else:
-            shutil.copyfile(file_inside(source, entry.name), folder / entry.name)
-
-
-def _holds_weights(path: Path) -> bool:
-    name = path.name.removesuffix(".json").removesuffix(".index")
-    return Path(name).suffix in _WEIGHT_SUFFIXES
 
 
 __all__ = ["PRIOR_WITH_BIASES", "add", "compose", "remove"]

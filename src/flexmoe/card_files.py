@@ -108,14 +108,19 @@ def license_conflicts(
 
 
 def measure(
-    folder: str | Path, data: Mapping[str, Sequence[str | Path]], *, text_column: str = "text"
+    folder: str | Path,
+    data: Mapping[str, Sequence[str | Path]],
+    *,
+    text_column: str = "text",
+    text_template: str | None = None,
+    skip_empty: bool = False,
 ) -> tuple[dict[str, DomainScore], dict[str, ExpertUsage]]:
     """Scores a model on the text of each domain, and records expert usage in the same forward passes.
 
     Args:
         folder: a merged FlexMoE model with its tokenizer; loaded once, on a GPU if there is one.
-        data: files per domain: .txt, .md, .jsonl, .json, .parquet.
-        text_column: column of tabular files.
+        data: files per domain; see `flexmoe.data.Documents`.
+        text_column, text_template, skip_empty: how rows of tables become texts; see `flexmoe.data.Documents`.
 
     Returns:
         Scores and usage by domain, for `evaluation` and `routing` of `write_card`.
@@ -132,18 +137,20 @@ def measure(
             "evaluated: make one with flexmoe compose, or of a composition with save_pretrained."
         )
     import torch
-    from transformers import AutoModelForCausalLM
 
     from flexmoe.evaluation import evaluate
+    from flexmoe.io.dense import load_causal_lm
     from flexmoe.usage import track_usage
 
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    model: Any = load_causal_lm(path, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     scores: dict[str, DomainScore] = {}
     usages: dict[str, ExpertUsage] = {}
     for domain, files in data.items():
         with track_usage(model) as usages[domain]:
-            scores |= evaluate(model, {domain: files}, text_column=text_column)
+            scores |= evaluate(
+                model, {domain: files}, text_column=text_column, text_template=text_template, skip_empty=skip_empty
+            )
     return scores, usages
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -28,20 +29,22 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 ANY_CLASS = "TokenizersBackend"
 """transformers' class that reads tokenizer.json as it is, for every family."""
 
-VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer.model*",
-    "vocab.*",
-    "merges.txt",
-    "tekken.json",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.spm",
-    "*.tiktoken",
+TOKENIZER_FILES = frozenset(
+    {
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+        *("tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model", "spiece.model", "spm.model"),
+        *("source.spm", "target.spm", "spm_char.model", "vocab.json", "vocab.txt", "vocab.bpe", "dict.txt"),
+        *("vocab-src.json", "vocab-tgt.json", "target_vocab.json", "merges.txt", "bpe.codes", "emoji.json"),
+        *("entity_vocab.json", "normalizer.json", "byte_maps.json", "prophetnet.tokenizer", "tekken.json"),
+        *("word_shape.json", "word_pronunciation.json"),
+    }
 )
-"""Files that hold a vocabulary: a folder without any of them has no tokenizer."""
+"""The files that tokenizers of transformers read and write; beside these, `_OTHER_VOCABULARY`."""
 
-FILES = (*VOCABULARIES, "tokenizer*", "special_tokens_map.json", "added_tokens.json")
+_SETTINGS = frozenset({"tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"})
+
+# such as tokenizer.model.v3 of Mistral, and qwen.tiktoken
+_OTHER_VOCABULARY = re.compile(r"tokenizer\.model\.v\d{1,2}(m\d{1,2})?|\w[\w.-]*\.tiktoken", re.ASCII)
 
 PROBE = (
     "Hello world, it's 12 o'clock; they'LL say we've 1234567 or 3.14159 or ١٢٣.",
@@ -62,9 +65,19 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be read, or that reads other tokens than the anchor's."""
 
 
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file of this name belongs to a tokenizer."""
+    return name in TOKENIZER_FILES or _OTHER_VOCABULARY.fullmatch(name) is not None
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """The names of the files of a tokenizer in `folder`."""
+    return sorted(path.name for path in folder.iterdir() if is_tokenizer_file(path.name) and not path.is_dir())
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether `folder` holds a vocabulary."""
-    return any(True for pattern in VOCABULARIES for _ in folder.glob(pattern))
+    return not _SETTINGS.issuperset(tokenizer_files(folder))
 
 
 def read_tokenizer(
@@ -80,7 +93,7 @@ def read_tokenizer(
         TokenizerError: it cannot be read, or is code of the repository.
         GitLfsPointerError: a file of it is a Git LFS pointer.
     """
-    refuse_pointers(path for pattern in FILES for path in folder.glob(pattern))
+    refuse_pointers(folder / name for name in tokenizer_files(folder))
     try:
         if config is None and repo is not None:
             config = AutoConfig.from_pretrained(folder)
@@ -173,10 +186,8 @@ def copy_tokenizer(source: Path, folder: Path, config: PreTrainedConfig, repo: s
     Warns:
         UserWarning: code of the repository that the files name is left out; or ids have no embedding.
     """
-    for pattern in FILES:
-        for path in sorted(source.glob(pattern)):
-            if not path.is_dir():
-                shutil.copyfile(file_inside(source, path.name), folder / path.name)
+    for name in tokenizer_files(source):
+        shutil.copyfile(file_inside(source, name), folder / name)
     values = _tokenizer_config(source)
     if code := _foreign_code(values):
         warnings.warn(
@@ -238,19 +249,22 @@ def _write_config(folder: Path, values: dict[str, Any], tokenizer_class: str | N
     if tokenizer_class is not None:
         wanted["tokenizer_class"] = tokenizer_class
     path = folder / TOKENIZER_CONFIG
-    if wanted and (not path.is_file() or json.loads(path.read_bytes()) != wanted):
+    if values and not wanted:
+        path.unlink(missing_ok=True)
+    elif wanted and (not path.is_file() or json.loads(path.read_bytes()) != wanted):
         path.write_text(json_text(wanted), encoding="utf-8")
 
 
 __all__ = [
-    "FILES",
     "PROBE",
+    "TOKENIZER_FILES",
     "TokenizerError",
     "check_tokenizer",
     "copy_tokenizer",
     "differs_from_anchor",
     "first_difference",
     "has_tokenizer",
+    "is_tokenizer_file",
     "load_tokenizer",
     "read_tokenizer",
 ]

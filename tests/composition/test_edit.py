@@ -15,6 +15,7 @@ from flexmoe.conversion.compose import compose
 from flexmoe.conversion.graft import graft
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.testing import perturb_expert, random_tokens, realigned, tiny_anchor
+from flexmoe.tokenization import TokenizerError
 from tests.support.hub import HubServer, point_client_at
 
 OWNERS = ("math", "code", "law")
@@ -139,6 +140,70 @@ class TestComposing:
         with pytest.raises(ValueError, match="SHA-256"):
             by_reference(world, "out", "math")
         assert not (world / "out").exists()
+
+
+class TestFilesBesideTheConfig:
+    """Generation settings come along; of a composition also what its author put beside it, and nothing else."""
+
+    @pytest.mark.promise(
+        "`compose --update`",
+        "a composition with a tokenizer, terms and other files",
+        "the first two are kept, the others named in a warning",
+    )
+    def test_a_tokenizer_and_terms_of_a_composition_are_kept(self, world: Path) -> None:
+        base = by_reference(world, "base", "math")
+        (base / "LICENSE").write_text("Terms.")
+        (base / "tokenizer_config.json").write_text('{"model_max_length": 8}')
+        (base / "notes.txt").write_text("Private.")
+        with pytest.warns(UserWarning, match=r"Not copied from .*: notes\.txt"):
+            update_composition(base, world / "newer")
+        copied = {path.name for path in (world / "newer").iterdir()}
+        assert {"LICENSE", "tokenizer_config.json"} <= copied
+        assert "notes.txt" not in copied
+        with pytest.raises(ValueError, match=r"would delete notes\.txt"):
+            update_composition(base, base, overwrite=True)
+        assert (base / "notes.txt").exists()
+
+    @pytest.mark.parametrize("base", ["grafted", "composition"])
+    def test_links_out_of_the_folder(self, world: Path, base: str) -> None:
+        if base == "composition":
+            by_reference(world, base, "code")
+        (world / "secret").write_text('{"top_p": 0.5}')
+        (world / base / "generation_config.json").unlink(missing_ok=True)
+        (world / base / "generation_config.json").symlink_to(world / "secret")
+        with pytest.raises(ValueError, match="leads out of the folder"):
+            compose_by_reference(world / base, [world / "math"], world / "out", anchor=world / "anchor")
+        assert not (world / "out").exists()
+
+    @pytest.mark.promise(
+        "`compose --by-reference`", "a base whose JSON files name code of others", "left out with a warning"
+    )
+    @pytest.mark.parametrize("base", ["grafted", "composition"])
+    def test_code_of_others_is_left_out(self, world: Path, base: str) -> None:
+        evil = "evil/repo--x.Evil"
+        if base == "composition":
+            by_reference(world, base, "code")
+        for file in ("config.json", "generation_config.json"):
+            values = json.loads((world / base / file).read_text())
+            (world / base / file).write_text(json.dumps(values | {"auto_map": {"AutoModel": evil}}))
+        with pytest.warns(UserWarning, match=evil):
+            out = compose_by_reference(world / base, [world / "math"], world / "out", anchor=world / "anchor")
+        assert not [path.name for path in out.iterdir() if evil.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("way", ["by reference", "update"])
+def test_a_tokenizer_that_reads_other_tokens_than_the_anchors(
+    world: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = by_reference(world, "base", "math")
+    monkeypatch.setattr("flexmoe.tokenization.differs_from_anchor", lambda *_: "other tokens")
+    ways = {
+        "by reference": lambda: by_reference(world, "out", "code"),
+        "update": lambda: update_composition(base, world / "out"),
+    }
+    with pytest.raises(TokenizerError, match="other tokens"):
+        ways[way]()
+    assert not (world / "out").exists()
 
 
 class TestMerging:

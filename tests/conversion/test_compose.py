@@ -15,11 +15,14 @@ from flexmoe.conversion.compose import add, compose, remove
 from flexmoe.conversion.graft import graft
 from flexmoe.io.folders import TEMPORARY_MARK
 from flexmoe.io.tensors import CheckpointFolder
+from flexmoe.modeling.configuration_flexmoe import AUTO_MAP
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.packages.package import ExpertPackage, PackageError
 from flexmoe.testing import perturb_expert, random_tokens, tiny_anchor
+from flexmoe.tokenization import TokenizerError
 from flexmoe_cli import main
 
+WEIGHTS = "model.safetensors"
 FAMILIES = ("llama", "gpt2", "gemma2", "phi3")  # Linear; Conv1D with biases; tied and post-norm; fused gate_up
 
 
@@ -114,16 +117,34 @@ class TestEqualsTheLiveModel:
         for name in ("public_sample.jsonl", "tokenizer_config.json"):
             assert (folder / name).read_bytes() == (llama / "grafted" / name).read_bytes()
 
+    @pytest.mark.promise(
+        "`compose`, `add`, `remove`",
+        "other files in the folder of the model",
+        "tokenizer, templates, terms and the public sample are copied; the others are named in a warning",
+    )
     def test_which_other_files_are_copied(self, llama: Path, tmp_path: Path) -> None:
         model = shutil.copytree(llama / "grafted", tmp_path / "model")
-        copied = ["extra/terms.txt"]
-        left_out = [".hidden", ".git/config", "old_flexmoe.py", "extra/model.bin.index.json"]
-        for name in copied + left_out:
+        copied = ["TERMS.txt", "LICENSE", "chat_template.jinja", "additional_chat_templates/rag.jinja"]
+        hidden = [".hidden", ".git/config", "old_flexmoe.py"]
+        strays = ["notes.txt", "custom_generate/generate.py", "model-with-math.safetensors", "model.bin.index.json"]
+        for name in copied + hidden + strays:
             (model / name).parent.mkdir(exist_ok=True)
             (model / name).write_text("Text.")
-        folder = compose(model, packages(llama, "math"), tmp_path / "out")
-        assert [name for name in copied + left_out if (folder / name).exists()] == copied
-        assert (folder / "extra" / "terms.txt").read_text() == "Text."
+        with pytest.warns(UserWarning, match=r"Not copied from .*: custom_generate, model-with-.*, notes\.txt\."):
+            folder = compose(model, packages(llama, "math"), tmp_path / "out")
+        assert [name for name in copied + hidden + strays if (folder / name).exists()] == copied
+        assert (folder / "TERMS.txt").read_text() == "Text."
+
+    @pytest.mark.promise(
+        "`compose`, `add`, `remove`", "overwriting a folder that holds other files", "refused with their names"
+    )
+    def test_files_that_would_be_lost_in_place(self, llama: Path, tmp_path: Path) -> None:
+        model = composed(llama, tmp_path / "model", "math")
+        (model / "scores.json").write_text("{}")
+        before = content(model)
+        with pytest.raises(ValueError, match=r"would delete scores\.json, which the model does not consist of"):
+            remove(model, "math", model, overwrite=True)
+        assert content(model) == before
 
     def test_k_is_that_of_the_graft_or_of_the_call(self, llama: Path, tmp_path: Path) -> None:
         def k_of(folder: Path) -> int:
@@ -282,7 +303,7 @@ class TestErrors:
         manifest["dtype"] = "mixed" if ".ffn." in name else "float32"
         (bad / "expert_config.json").write_text(json.dumps(manifest))
         with pytest.raises(ValueError, match=f"bad: '{name}' holds numbers too large"):
-            compose(llama / "grafted", [bad], tmp_path / "out", public_prior=0.0)
+            compose(llama / "grafted", [bad], tmp_path / "out", public_prior=0.0, verify=False)
         assert os.listdir(tmp_path) == ["bad"]
 
     def test_outputs_are_kept_apart_from_inputs(self, llama: Path, tmp_path: Path) -> None:
@@ -330,13 +351,63 @@ class TestErrors:
                 write()
         assert content(model) == before
 
-    def test_links_out_of_the_model_folder_are_not_copied(self, llama: Path, tmp_path: Path) -> None:
+    @pytest.mark.promise(
+        "`compose`, `add`, `remove`", "weights, config or other files that are links out of the folder", "refused"
+    )
+    @pytest.mark.parametrize("name", ["vocab.txt", "LICENSE", "generation_config.json", "config.json", WEIGHTS])
+    def test_links_out_of_the_model_folder_are_not_copied(self, llama: Path, tmp_path: Path, name: str) -> None:
         model = shutil.copytree(llama / "grafted", tmp_path / "model")
-        (tmp_path / "secret").write_text("secret")
-        (model / "vocab.txt").symlink_to(tmp_path / "secret")
+        if (model / name).exists():
+            shutil.move(model / name, tmp_path / "secret")
+        else:
+            (tmp_path / "secret").write_text("{}")
+        (model / name).symlink_to(tmp_path / "secret")
         with pytest.raises(ValueError, match="leads out of the folder"):
             compose(model, packages(llama, "math"), tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+    @pytest.mark.promise(
+        "`compose`, `add`, `remove`", "a model whose JSON files name code of others", "left out with a warning"
+    )
+    @pytest.mark.parametrize("way", ["compose", "add", "remove"])
+    def test_code_of_others_is_left_out(self, llama: Path, tmp_path: Path, way: str) -> None:
+        evil = "evil/repo--x.Evil"
+        if way == "compose":
+            model = shutil.copytree(llama / "grafted", tmp_path / "model")
+        else:
+            model = composed(llama, tmp_path / "model", "math", "code")
+        for file, name in (
+            ("config.json", "AutoModel"),
+            ("tokenizer_config.json", "AutoTokenizer"),
+            ("generation_config.json", "AutoConfig"),
+        ):
+            values = json.loads((model / file).read_text()) if (model / file).exists() else {}
+            (model / file).write_text(json.dumps(values | {"a": 1, "auto_map": {name: evil}}))
+        ways = {
+            "compose": lambda: compose(model, packages(llama, "math"), tmp_path / "out"),
+            "add": lambda: add(model, llama / "law", tmp_path / "out"),
+            "remove": lambda: remove(model, "math", tmp_path / "out"),
+        }
+        with pytest.warns(UserWarning, match=evil):
+            folder = ways[way]()
+        assert not [name for name, data in content(folder).items() if evil.encode() in data]
+        assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+@pytest.mark.parametrize("way", ["compose", "add", "remove"])
+def test_a_model_that_reads_other_tokens_than_its_anchor(
+    llama: Path, tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = composed(llama, tmp_path / "model", "math")
+    monkeypatch.setattr("flexmoe.tokenization.differs_from_anchor", lambda *_: "other tokens")
+    ways = {
+        "compose": lambda: composed(llama, tmp_path / "out", "math"),
+        "add": lambda: add(model, llama / "code", tmp_path / "out"),
+        "remove": lambda: remove(model, "math", tmp_path / "out"),
+    }
+    with pytest.raises(TokenizerError, match="other tokens"):
+        ways[way]()
+    assert not (tmp_path / "out").exists()
 
 
 def test_progress_counts_every_byte_of_the_tensors(llama: Path, tmp_path: Path) -> None:

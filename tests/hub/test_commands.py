@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -65,8 +66,11 @@ def test_push_and_pull(world: SimpleNamespace, capsys: pytest.CaptureFixture[str
     pushed = json.loads(run(capsys, "push", "math", "alice/math", "--json", "--message", "First")[0])
     assert pushed["url"] == f"{world.hub.url}/alice/math"
     assert world.hub.repositories["alice/math"].commits[pushed["revision"]].title == "First"
-    out, _ = run(capsys, "push", "code", "alice/code")
+    folder = shutil.copytree("code", world.out / "with-notes")
+    (folder / "notes.txt").write_text("Private.")
+    out, _ = run(capsys, "push", folder, "alice/code")
     assert f"Pushed to {world.hub.url}/alice/code, commit " in out
+    assert "Not pushed: notes.txt" in out
     pulled = json.loads(run(capsys, "pull", "alice/math", "--out", world.out / "pulled", "--json")[0])
     assert (pulled["kind"], pulled["experts"][0]["name"]) == ("package", "math")
     out, _ = run(capsys, "pull", "alice/code", "--out", world.out / "code")
@@ -141,6 +145,10 @@ def test_private_text_is_listed(world: SimpleNamespace, capsys: pytest.CaptureFi
     assert out.count("Looks private:") == 2  # in the manifest, and in the card that quotes it
     _, err = run(capsys, "push", folder, "alice/math", code=1)
     assert "an e-mail address (jane@hospital.example.org)" in err
+    _, err = run(capsys, "push", folder, "alice/math", "--allow-private-text-in", "README.md", code=1)
+    assert "README.md, line" not in err
+    both = ("--allow-private-text-in", "README.md", "--allow-private-text-in", "expert_config.json")
+    run(capsys, "push", folder, "alice/math", "--dry-run", *both)
     run(capsys, "push", folder, "alice/math", "--allow-private-text")
 
 

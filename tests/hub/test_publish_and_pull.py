@@ -1,6 +1,5 @@
 """Experts, compositions and models on the Hub, through the real client against a fake Hub on the loopback."""
 
-import hashlib
 import itertools
 import json
 import shutil
@@ -321,62 +320,69 @@ class TestAddFromTheHub:
         self.refuse(world, repo, FileNotFoundError, f"{repo}.*neither a local folder nor a Hub repository")
 
 
-# Files beside a model, and whether they are uploaded.
-BESIDE = {
-    "tokenizer.json": True,
-    "tokenizer_config.json": True,
-    "tokenizer.model": True,
-    "vocab.json": True,
-    "merges.txt": True,
-    "chat_template.jinja": True,
-    "LICENSE": True,
-    "USE_POLICY.md": True,
-    "me.pem": False,
-    "train.jsonl": False,
-    "notes.txt": False,
-    "scores.json": False,
-    "LICENSE.pem": False,
-    "LICENSE.pkl": False,
-    ".env": False,
-    ".config.json": False,
-    "pytorch_model.bin": False,
-    "optimizer.pt": False,
-    "train.py": False,
-    "model.sig": False,
-    "expert.safetensors": False,
-    "adapter_model.safetensors": False,
-}
-
-
 class TestSelectedFiles:
-    @pytest.mark.parametrize("kind", ["merged", "composition"])
-    def test_only_the_files_of_a_model_are_uploaded(self, world: SimpleNamespace, kind: str) -> None:
-        folder = world.folder / kind
-        before = {file.name for file in plan_upload(folder).files}
-        weights = "router.safetensors" if kind == "merged" else "model.safetensors"  # the other kind's
-        for name in (*BESIDE, weights):
-            (folder / name).write_bytes(b"x")
-        (folder / "vocab.txt").mkdir()
-        plan = plan_upload(folder)
-        assert {file.name for file in plan.files} - before == {
-            name for name, is_uploaded in BESIDE.items() if is_uploaded
-        }
-        left = {name for name, is_uploaded in BESIDE.items() if not is_uploaded} | {weights, "vocab.txt"}
-        assert set(plan.left_out) == left
+    """Which files are selected is tested in `test_contents.py`; here, that they and no others are sent and pulled."""
 
-    @pytest.mark.parametrize("name", ["public_sample.jsonl", "me.pem", ".secret.jsonl"])
-    def test_the_public_sample_by_its_hash(self, world: SimpleNamespace, name: str) -> None:
-        folder, text = world.folder / "merged", b'{"text": "of all"}\n'
+    @pytest.mark.parametrize("kind", ["merged", "composition", "math"])
+    def test_stray_files_stay_on_the_machine(self, world: SimpleNamespace, kind: str) -> None:
+        folder, repo = world.folder / kind, f"{world.lab}/{kind}"
+        expected = {file.name for file in plan_upload(folder).files}
+        strays = ("expert-old.safetensors", "model-with-math.safetensors", "evil_flexmoe.py", "notes.txt", ".env")
+        for name in strays:
+            (folder / name).write_bytes(b"private")
+        push(folder, repo)
+        assert remote_files(world, repo).keys() == expected
+        for name in strays:
+            HfApi().upload_file(path_or_fileobj=b"private", path_in_repo=name, repo_id=repo)
+        pulled = {path.name for path in pull(repo, world.folder / "pulled").iterdir()}
+        assert pulled == {name for name in expected if not name.endswith(".py")}
+
+    def test_all_is_one_commit(self, world: SimpleNamespace) -> None:
+        repo = f"{world.lab}/model"
+        templates = world.folder / "merged" / "additional_chat_templates"
+        templates.mkdir()
+        (templates / "rag.jinja").write_text("{{ messages }}")
+        push(world.folder / "merged", repo)
+        assert "additional_chat_templates/rag.jinja" in remote_files(world, repo)
+        assert len(world.hub.repositories[repo].commits) == 2  # with the initial one
+
+    @pytest.mark.promise(
+        "`pull`", "a model whose JSON files name code of others", "pulled without these entries, with a warning"
+    )
+    def test_a_pulled_model_names_no_code_of_others(self, world: SimpleNamespace) -> None:
+        folder, evil = world.folder / "merged", "evil/repo--x.Y"
         config = json.loads((folder / "config.json").read_text())
-        config["public_sample"] = {"file": name, "sha256": hashlib.sha256(text).hexdigest()}
-        (folder / "config.json").write_text(json.dumps(config))
-        (folder / name).write_bytes(text)
-        is_uploaded = name == "public_sample.jsonl"
-        assert (name in {file.name for file in plan_upload(folder).files}) is is_uploaded
-        (folder / name).write_bytes(b"something else")
-        if is_uploaded:
-            with pytest.raises(ValueError, match="the file was changed"):
-                plan_upload(folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": [evil, None]}}))
+        (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": evil}}))
+        world.hub.push_folder(f"{world.lab}/evil", folder)
+        with pytest.warns(UserWarning, match=evil) as warned:
+            pulled = pull(f"{world.lab}/evil", world.folder / "pulled")
+        assert len([warning for warning in warned if evil in str(warning.message)]) >= 2
+        assert not [path.name for path in pulled.iterdir() if evil in path.read_bytes().decode(errors="replace")]
+
+    def test_a_package_that_names_code_is_not_pulled(self, world: SimpleNamespace) -> None:
+        values = {"model_type": "flexmoe_expert", "auto_map": {"AutoConfig": "evil/repo--x.Y"}}
+        (world.folder / "math" / "config.json").write_text(json.dumps(values))
+        world.hub.push_folder(f"{world.lab}/evil", world.folder / "math")
+        with pytest.raises(
+            PackageError, match=r"config\.json names code of others .auto_map AutoConfig: evil/repo--x.Y"
+        ):
+            pull(f"{world.lab}/evil", world.folder / "pulled")
+        assert not (world.folder / "pulled").exists()
+
+    def test_private_text_may_be_allowed_by_file(self, world: SimpleNamespace) -> None:
+        folder, repo = world.folder / "merged", f"{world.lab}/model"
+        (folder / "USE_POLICY.md").write_text("Report to policy@example.org")
+        (folder / "LICENSE").write_text("Ask jane@hospital.example.org")
+        with pytest.raises(PrivateTextError, match="LICENSE") as caught:
+            push(folder, repo, allow_private_text=["USE_POLICY.md"])
+        assert "USE_POLICY" not in str(caught.value)
+        with pytest.raises(ValueError, match="'LICENCE', which is not among the files"):
+            push(folder, repo, allow_private_text=["LICENCE"])
+        with pytest.raises(TypeError, match="expected a boolean or a list of file names"):
+            push(folder, repo, allow_private_text="LICENSE")
+        assert not world.hub.requests
+        push(folder, repo, allow_private_text=["USE_POLICY.md", "LICENSE"])
 
 
 class TestOutdatedFiles:
@@ -386,8 +392,8 @@ class TestOutdatedFiles:
     @pytest.mark.parametrize("old", ["math", "composition", "merged"])
     def test_files_of_another_kind_are_deleted(self, world: SimpleNamespace, old: str, new: str) -> None:
         repo = f"{world.lab}/mixed"
-        for name in ("tokenizer.json", "router.safetensors") if old == "composition" else ():
-            (world.folder / old / name).write_text("{}")
+        if old == "composition":
+            (world.folder / old / "tokenizer.json").write_text("{}")
         push(world.folder / old, repo)
         push(world.folder / new, repo)
         assert remote_files(world, repo).keys() == {file.name for file in plan_upload(world.folder / new).files}

@@ -9,12 +9,11 @@ Does not cover checkpoints with weights (`flexmoe.conversion.compose`), live mod
 from __future__ import annotations
 
 import copy
-import shutil
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from math import isfinite
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,13 @@ from flexmoe.admission.incoming import (
     IncomingExpert,
     PackageLike,
     PolicyLike,
+    check_public_prior,
     choose_prior,
+    read_public_rows,
     rename_incoming,
     with_experts,
 )
+from flexmoe.admission.stored_outputs import PublicNetworks
 from flexmoe.admission.stored_rows import anchor_input_matrices, check_composed_rows, public_input_matrices
 from flexmoe.composition.format import (
     CONFIG_FILE,
@@ -44,11 +46,16 @@ from flexmoe.composition.format import (
 )
 from flexmoe.composition.load import Sources, check_pin
 from flexmoe.hub.client import HubAccess, ResolvedFolder, resolve_folder
+from flexmoe.hub.contents import check_others, composition_files, copy_companions
+from flexmoe.hub.foreign_code import copy_companion
 from flexmoe.hub.stored_model import StoredModel
-from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
+from flexmoe.io.dense import DenseCheckpoint
+from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder, file_inside
+from flexmoe.io.strict_json import read_json_object
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_top_k
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.packages.checks import check_anchor, errors_naming
+from flexmoe.packages.checks import errors_naming
+from flexmoe.tokenization import check_tokenizer
 
 
 def compose_by_reference(
@@ -76,8 +83,10 @@ def compose_by_reference(
         num_experts_per_tok: k of the top-k. Default: the base's.
         anchor: folder or Hub id of the dense checkpoint, needed if the base records no Hub repository of it. Its
             fingerprint is compared.
-        verify: refuse experts of `parts` whose router row or bias would dominate the routing: those of packages as in
-            `compose`, those of compositions with the rows that they have there. The base's experts are the reference.
+        verify: refuse experts of `parts` whose router row or bias would dominate the routing, or whose networks the
+            outputs: those of packages as in `compose`, those of compositions with the rows that they have there. The
+            base's experts are the reference for rows; public's networks that for outputs, if the anchor is available
+            without a download.
         policy: which packages are trusted, also those of the base and of compositions: a policy file; default: the one
             that FLEXMOE_POLICY names.
         overwrite: replace an existing `out`.
@@ -101,13 +110,18 @@ def compose_by_reference(
     """
     if isinstance(parts, str | Path):
         raise TypeError(f"parts: one package ({parts!r}), expected a list of them. Write [{parts!r}].")
+    if num_experts_per_tok is not None:
+        check_top_k(num_experts_per_tok)
+    if public_prior is not None:
+        check_public_prior(public_prior)
     target = check_new_folder(out, overwrite)
     draft = Draft.open(base, target)
+    draft.given_anchor = anchor
     to_merge = {
         i: Draft.open(part, target) for i, part in enumerate(parts) if not draft.graft and is_composition(part)
     }
     packages = [part for i, part in enumerate(parts) if i not in to_merge]
-    incoming = [IncomingExpert.open(package, policy) for package in packages]
+    incoming = [IncomingExpert.open(package, draft.config, policy) for package in packages]
     merged_names = {name for other in to_merge.values() for name in other.config.expert_names}
     rename_incoming(incoming, packages, {key: name for key, name in (names or {}).items() if key not in merged_names})
     if draft.graft and not incoming:
@@ -121,12 +135,12 @@ def compose_by_reference(
     to_append, merged = iter(incoming), []
     for i in range(len(parts)):
         if i in to_merge:
-            merged += _merge(draft, to_merge[i], names or {}, decided, policy)
+            merged += _merge(draft, to_merge[i], names or {}, decided, policy, verify)
         else:
-            draft.append(next(to_append))
+            draft.append(next(to_append), verify)
     if verify and (incoming or merged):
-        draft.check_rows([*incoming, *merged], present, anchor)
-    return draft.write(anchor, overwrite)
+        draft.check_rows([*incoming, *merged], present)
+    return draft.write(overwrite)
 
 
 @dataclass(frozen=True)
@@ -162,8 +176,9 @@ def update_composition(
         composition: a folder or Hub id.
         out: where to write; may be the composition's own folder, with `overwrite`.
         experts: the experts to move and the revision to move to (None: the main branch). Default: all experts.
-        verify: refuse versions whose row or bias would dominate the routing, as `compose_by_reference` does. The
-            reference are the experts that stay, if their packages are available, not those that are replaced.
+        verify: refuse versions whose row or bias would dominate the routing, or whose networks the outputs, as
+            `compose_by_reference` does. The reference for rows are the experts that stay, if their packages are
+            available, not those that are replaced.
         policy: which packages are trusted, as in `compose_by_reference`; applies to those that are to be moved.
         overwrite: replace an existing `out`.
 
@@ -197,14 +212,14 @@ def update_composition(
             ) from error
         has_other_weights = newest.package.manifest.sha256 != draft.experts[name].sha256
         (incoming if has_other_weights else present).append(newest)
-        if move := _move_pin(draft, newest):
+        if move := _move_pin(draft, newest, verify and has_other_weights):
             moves.append(move)
     if verify and incoming:
         for name in (name for name in draft.experts if name not in wanted):
             with suppress(OSError, ValueError):  # not available, changed or not trusted: no reference
                 present.append(draft.open_pinned(name, policy))
         draft.check_rows(incoming, present)
-    draft.write(None, overwrite)
+    draft.write(overwrite)
     return moves
 
 
@@ -223,6 +238,7 @@ class Draft:
         experts: pins by name.
         anchor: where the dense checkpoint is; None for a graft, which holds its weights.
         graft: the opened graft; None for a composition.
+        given_anchor: the dense checkpoint, a folder or a Hub id, if it is not where `anchor` says.
     """
 
     source: str
@@ -233,6 +249,7 @@ class Draft:
     experts: dict[str, Pin]
     anchor: Reference | None = None
     graft: StoredModel | None = None
+    given_anchor: str | Path | None = None
 
     @classmethod
     def open(cls, source: str | Path, target: Path) -> Draft:
@@ -249,8 +266,7 @@ class Draft:
                     f"{source} has the experts {graft.config.expert_names} in its weights: compose from the grafted "
                     "anchor, or from a composition (save_composition)."
                 )
-            stored = {name: graft.tensors.read(name) for name in graft.tensors.infos if f".router.{PUBLIC}." in name}
-            rows = {name: row.float() for name, row in stored.items() if bool(row.any())}
+            rows = {name: row.float() for name, row in read_public_rows(graft).items() if bool(row.any())}
             return cls(str(source), found.path, target, copy.deepcopy(graft.config), rows, {}, graft=graft)
         config = FlexMoeConfig.from_pretrained(found.path)
         composition = Composition.from_config(config)
@@ -267,27 +283,41 @@ class Draft:
     def open_package(self, name: str, policy: PolicyLike = None, revision: str | None = None) -> IncomingExpert:
         """Opens the package of the expert `name` at a revision of its repository (None: the main branch)."""
         wanted = self.experts[name].wanted(ResolvedFolder(self.target), ())
-        expert = IncomingExpert.open(wanted.source, policy, revision, is_repo=wanted.is_repo)
+        expert = IncomingExpert.open(wanted.source, self.config, policy, revision, is_repo=wanted.is_repo)
         expert.name = name
         return expert
 
     def open_pinned(self, name: str, policy: PolicyLike = None) -> IncomingExpert:
         """Opens the package of the expert `name` at its pin.
 
-        Raises: as `IncomingExpert.open`; ValueError: it is not the pinned one, or was made for another anchor.
+        Raises: as `IncomingExpert.open`; ValueError: it is not the pinned one.
         """
         pin = self.experts[name]
         expert = self.open_package(name, policy, pin.revision)
         check_pin(name, expert.package, pin)
-        with errors_naming(expert.package):
-            check_anchor(self.config, expert.package.manifest)
         return expert
 
-    def append(self, expert: IncomingExpert) -> None:
-        """Adds the expert of a package, which is read to its end first."""
+    def append(self, expert: IncomingExpert, verify: bool) -> None:
+        """Adds the expert of a package, which is read to its end first; `verify` checks what it computes."""
         self.config = with_experts(self.config, [expert])
-        _read_completely(expert)
+        self.read_completely(expert, verify)
         self.experts[expert.name] = self.pin_of(expert)
+
+    def read_completely(self, expert: IncomingExpert, verify: bool, config: FlexMoeConfig | None = None) -> None:
+        """Reads a package to its end, so its hashes are compared and its values are known to be finite.
+
+        Args:
+            verify: check what its networks compute.
+            config: that has its record; by default the draft's.
+
+        Raises:
+            AdmissionError: the outputs would dominate, or damage, the model.
+            ValueError: the package is damaged, or its tensors do not fit the model.
+        """
+        expert.expect(config or self.config, self._publics, verify=verify)
+        with errors_naming(expert.package):
+            for _ in expert.verified_tensors():
+                pass
 
     def pin_of(self, expert: IncomingExpert) -> Pin:
         """The pin of a package as it is now."""
@@ -295,12 +325,7 @@ class Draft:
         found = ResolvedFolder(expert.package.folder, source.get("repo"), source.get("revision"))
         return Reference.of(found, self.target).pinned(expert.package.manifest.sha256)
 
-    def check_rows(
-        self,
-        incoming: Sequence[IncomingExpert],
-        present: Sequence[IncomingExpert],
-        anchor: str | Path | None = None,
-    ) -> None:
+    def check_rows(self, incoming: Sequence[IncomingExpert], present: Sequence[IncomingExpert]) -> None:
         """Checks the rows and biases of incoming experts, which are in the draft already, against those of others.
 
         Rows count as they are in the composition: those that were changed there, and public's with its prior. Norms
@@ -308,54 +333,66 @@ class Draft:
 
         Args:
             present: the experts that are the reference.
-            anchor: the dense checkpoint, if it is not where the draft records it.
 
         Raises:
             AdmissionError: a row or a bias would dominate the routing.
             ValueError: an expert has other layers than the model.
         """
         model = _meta_model(self.config)
-        check_composed_rows(model, self.rows, incoming, present, self._public_matrices(model, anchor))
+        check_composed_rows(model, self.rows, incoming, present, self._public_matrices(model))
 
-    def _public_matrices(
-        self, model: FlexMoeForCausalLM, anchor: str | Path | None
-    ) -> list[torch.Tensor | None] | None:
-        """The matrices of public's networks that read what the router reads; None if they are not at hand."""
+    def _public_matrices(self, model: FlexMoeForCausalLM) -> list[torch.Tensor | None] | None:
+        """The matrices of public's networks that read what the router reads; None if they are not available."""
         if self.graft is not None:
             return public_input_matrices(self.graft, model)
+        if (dense := self._dense) is None:
+            return None
+        matrices = anchor_input_matrices(dense, self.config.get_text_config().hidden_size)
+        # of another depth: another anchor, which `write` reports
+        return matrices if len(matrices) == len(model.flexmoe_blocks()) else None
+
+    @cached_property
+    def _publics(self) -> PublicNetworks:
+        if self.graft is not None:
+            return PublicNetworks.of_model(self.graft)
+        return PublicNetworks.of_anchor(self.config, self._dense)
+
+    @cached_property
+    def _dense(self) -> DenseCheckpoint | None:
+        """The anchor, if it is available without a download."""
         try:
-            if anchor is not None:
-                found = resolve_folder(anchor)
+            if self.given_anchor is not None:
+                found = resolve_folder(self.given_anchor)
             else:
                 assert self.anchor is not None  # a composition records it
                 wanted = self.anchor.wanted(ResolvedFolder(self.target), ())
                 found = HubAccess(local_files_only=True).resolve(
                     wanted.source, wanted.revision, is_repo=wanted.is_repo
                 )
-            matrices = anchor_input_matrices(found.path, self.config.get_text_config().hidden_size)
+            return DenseCheckpoint(found.path)
         except OSError:  # missing or incomplete
             return None
-        # of another depth: another anchor, which `write` reports
-        return matrices if len(matrices) == len(model.flexmoe_blocks()) else None
 
-    def write(self, anchor: str | Path | None, overwrite: bool) -> Path:
-        """Writes the composition to `target` and returns it.
-
-        Args:
-            anchor: the dense checkpoint, a folder or a Hub id, whose fingerprint is compared; None: as recorded.
+    def write(self, overwrite: bool) -> Path:
+        """Writes the composition to `target` and returns it. The fingerprint of `given_anchor` is compared.
 
         Raises:
             ValueError: the anchor's location is unknown, or it is another anchor; or a part lies in `target`.
         """
         check_has_fingerprint(self.config)
-        composition = Composition(self._anchor_reference(anchor), self.experts)
-        settings = self.folder / GENERATION_FILE
+        composition = Composition(self._anchor_reference(self.given_anchor), self.experts)
+        raw = read_json_object(file_inside(self.folder, CONFIG_FILE))
+        if self.graft is None:
+            check_others(self.folder, self.target, composition_files(self.folder, raw))
+        check_tokenizer(self.folder)
         parts = composition.references.values()
         check_apart(self.target, *(part.path_from(self.target) for part in parts if part.folder))
         self.config.architectures = self.config.architectures or [FlexMoeForCausalLM.__name__]
         with atomic_folder(self.target, overwrite) as temporary:
-            if settings.is_file():
-                shutil.copyfile(settings, temporary / GENERATION_FILE)
+            if self.graft is None:
+                copy_companions(self.folder, temporary, self.config)
+            elif (self.folder / GENERATION_FILE).is_file():
+                copy_companion(file_inside(self.folder, GENERATION_FILE), temporary / GENERATION_FILE)
             FlexMoeForCausalLM.save_code(temporary)
             write_composition(temporary, self.config, composition, self.rows)
         return self.target
@@ -385,8 +422,6 @@ def _set_prior(draft: Draft, incoming: Sequence[IncomingExpert], given: float | 
     prior = given if draft.graft is None else choose_prior(draft.graft, incoming, given)
     if prior is None:
         return
-    if not isfinite(prior):
-        raise ValueError(f"public_prior must be a finite number; it is {prior}.")
     for name in _meta_model(draft.config).state_dict():
         if name.endswith(f".router.{PUBLIC}.bias"):
             draft.rows.pop(name, None)
@@ -395,7 +430,12 @@ def _set_prior(draft: Draft, incoming: Sequence[IncomingExpert], given: float | 
 
 
 def _merge(
-    draft: Draft, other: Draft, names: Mapping[str, str], decided: Collection[str], policy: PolicyLike
+    draft: Draft,
+    other: Draft,
+    names: Mapping[str, str],
+    decided: Collection[str],
+    policy: PolicyLike,
+    verify: bool,
 ) -> list[IncomingExpert]:
     """Adds the experts of `other` to `draft`, with the rows that they have there; returns those that are new.
 
@@ -418,14 +458,14 @@ def _merge(
             if ours is None or ours.sha256 != pin.sha256 or not _equal(rows, rows_of(draft.rows, name)):
                 raise ValueError(
                     f"{other.source} has an expert {name!r}, and so has the base, with other weights or rows: give "
-                    f"that of {other.source} another name (--name {theirs}=NAME)."
+                    f"that of {other.source} another name: --name {theirs}=NAME (names=)."
                 )
             continue
         draft.config.experts = [*draft.config.expert_records, {**record, "name": name}]
         draft.experts[name] = pin
         draft.rows |= rows
         added.append(draft.open_pinned(name, policy))
-        _read_completely(added[-1])
+        draft.read_completely(added[-1], verify)
         all_names.append(name)
         active += [name] if theirs in active_there else []
     draft.config.active_experts = None if set(active) == set(all_names) else active
@@ -453,17 +493,18 @@ def _check_compatible(draft: Draft, other: Draft, decided: Collection[str]) -> N
         raise ValueError(f"{other.source} and {draft.source} cannot be merged: {differences[0]}")
 
 
-def _move_pin(draft: Draft, expert: IncomingExpert) -> Move | None:
+def _move_pin(draft: Draft, expert: IncomingExpert, verify: bool) -> Move | None:
     """Moves the pin of an expert to the package that was opened; None if it is up to date."""
     name = expert.name
     old, new = draft.experts[name], draft.pin_of(expert)
     if new == old:
         return None
-    _read_completely(expert)
     records, position = draft.config.expert_records, draft.config.expert_names.index(name)
     public_alone = copy.deepcopy(draft.config)
     public_alone.active_experts, public_alone.experts = None, records[:1]
-    (_, record) = with_experts(public_alone, [expert]).expert_records
+    with_new = with_experts(public_alone, [expert])
+    (_, record) = with_new.expert_records
+    draft.read_completely(expert, verify, with_new)
     draft.config.experts = [*records[:position], record, *records[position + 1 :]]
     if new.sha256 != old.sha256 and (changed := rows_of(draft.rows, name)):
         warnings.warn(
@@ -473,13 +514,6 @@ def _move_pin(draft: Draft, expert: IncomingExpert) -> Move | None:
         draft.rows = {row: value for row, value in draft.rows.items() if row not in changed}
     draft.experts[name] = new
     return Move(name, old.revision, new.revision, records[position].get("version"), record.get("version"))
-
-
-def _read_completely(expert: IncomingExpert) -> None:
-    """Reads a package to its end, so its hashes are compared and its values are known to be finite."""
-    with errors_naming(expert.package):
-        for _ in expert.verified_tensors():
-            pass
 
 
 def _meta_model(config: FlexMoeConfig) -> FlexMoeForCausalLM:

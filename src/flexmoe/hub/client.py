@@ -6,7 +6,6 @@ cache, resumed downloads and HF_HUB_OFFLINE apply. Does not cover validating dow
 """
 
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, is_offline_mode, snapshot_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -242,23 +241,22 @@ class HubAccess:
             )
 
 
-def push_folder(
-    folder: str | Path,
+def push_files(
+    files: Mapping[str, Path],
     repo: str,
     *,
-    files: Sequence[str],
     outdated: Callable[[Sequence[str]], Sequence[str]] | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-    commit_message: str | None = None,
+    commit_message: str,
     commit_description: str | None = None,
 ) -> Pushed:
-    """Uploads `files` of a folder as one commit to a model repository, which is created if necessary.
+    """Uploads files as one commit to a model repository, which is created if necessary.
 
     Args:
-        files: names of files in `folder`; nothing else is uploaded.
+        files: by their paths in the repository, the files to upload; nothing else is read.
         outdated: called with the file names at the top level of the repository; returns those that the same commit
             deletes unless they are in `files`, e.g. shards of an older version.
         private: visibility of a new repository; None is the account's default.
@@ -281,11 +279,11 @@ def push_folder(
             [name for name in api.list_repo_files(repo, revision=revision) if "/" not in name] if outdated else []
         )
         deleted = [name for name in outdated(present) if name not in files] if outdated else []
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            allow_patterns=[_literally(name) for name in files],
-            delete_patterns=[_literally(name) for name in deleted] or None,
+        operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in deleted]
+        operations += [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+        commit = api.create_commit(
+            repo,
+            operations,
             revision=revision,
             create_pr=create_pr,
             commit_message=commit_message,
@@ -305,11 +303,6 @@ def check_pushable(repo: str) -> None:
         raise ValueError(f"{repo!r} is not a Hub id; expected one such as 'my-organisation/math-expert'.")
     if is_offline_mode():
         raise ConnectionError(f"Nothing can be pushed to {repo!r} while HF_HUB_OFFLINE is set: unset it.")
-
-
-def _literally(name: str) -> str:
-    """A pattern that matches this file name only."""
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 @contextmanager
@@ -426,6 +419,6 @@ __all__ = [
     "Wanted",
     "check_pushable",
     "is_hub_id",
-    "push_folder",
+    "push_files",
     "resolve_folder",
 ]

@@ -7,7 +7,7 @@ or saving to a local folder (`save_pretrained`, `save_expert`, `save_composition
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def push_expert_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
-    allow_private_text: bool = False,
+    allow_private_text: bool | Collection[str] = False,
     **manifest_fields: Any,
 ) -> Pushed:
     """Pushes one expert as a package and records its repository in the config, so that a composition can refer to it.
@@ -41,7 +41,7 @@ def push_expert_to_hub(
         private: visibility of a new repository.
         revision: the branch; created if necessary.
         create_pr: open a pull request instead; nothing is recorded in the config then.
-        allow_private_text: push even if card or manifest hold text that looks private.
+        allow_private_text: push even if text looks private: in all files, or in those of these names.
         manifest_fields: as in `save_expert`.
 
     Returns:
@@ -87,7 +87,7 @@ def push_to_hub(
     *,
     by_reference: bool = False,
     sources: Mapping[str, str | Path] | None = None,
-    allow_private_text: bool = False,
+    allow_private_text: bool | Collection[str] = False,
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
@@ -104,7 +104,7 @@ def push_to_hub(
         repo_id: the Hub's model repository, created if necessary.
         by_reference: push a composition, a few kilobytes that refer to anchor and experts, which must be on the Hub.
         sources: as in `save_composition`.
-        allow_private_text: push even if the card or config.json hold text that looks private.
+        allow_private_text: push even if text looks private: in all files, or in those of these names.
         private: visibility of a new repository.
         revision: the branch; created if necessary.
         create_pr: open a pull request instead.

@@ -1,54 +1,48 @@
 """Uploads of folders to the Hub: which files are selected, checks before the upload, and the upload.
 
-A folder is an expert package, a composition, or a merged model. Its kind determines which files are uploaded. Cards,
-manifests and other short texts are scanned for private text; weights, vocabularies and the public sample are not. Does
-not cover the connection (`flexmoe.hub.client`) or cards (`flexmoe.cards`).
+A folder is an expert package, a composition, or a merged model. Its kind determines which files are uploaded
+(`flexmoe.hub.contents`); FlexMoE's own code is sent as the installed version has it. All of them are scanned for
+private text, the headers of weights included, and the public sample for secrets. Does not cover the connection
+(`flexmoe.hub.client`) or cards (`flexmoe.cards`).
 """
 
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexmoe.hub.client import NEVER_DOWNLOADED, Pushed, push_folder
-from flexmoe.hub.privacy import Discovery, scan
-from flexmoe.io.folders import file_inside, open_regular_file, read_regular_file
-from flexmoe.io.strict_json import MAX_JSON_BYTES, read_json_object
+from flexmoe.hub.client import Pushed, push_files
+from flexmoe.hub.contents import (
+    CODE_FILES,
+    composition_files,
+    left_out,
+    model_files,
+    package_files,
+    sha256_of,
+)
+from flexmoe.hub.foreign_code import MAY_NAME_CODE, foreign_code
+from flexmoe.hub.privacy import SECRETS, Discovery, scan_file
+from flexmoe.io.strict_json import read_json_object
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.packages.manifest import MANIFEST_FILE
-from flexmoe.packages.package import CARD_FILE, CONFIG_FILE, PACKAGE_FILES, ExpertPackage
+from flexmoe.packages.package import CONFIG_FILE, ExpertPackage
+from flexmoe.tokenization import is_tokenizer_file
 
-SCANNED = (
-    CARD_FILE,
-    MANIFEST_FILE,
-    CONFIG_FILE,
-    "generation_config.json",
-    "tokenizer_config.json",
-    "chat_template*",
-    "LICENSE*",
-    "USE_POLICY*",
-)
+MAX_LISTED = 20  # discoveries in an error message
 
-_OF_MODELS = (
-    *(CONFIG_FILE, CARD_FILE, "generation_config.json", "LICENSE*", "USE_POLICY*", "*_flexmoe.py"),
+# What pushes have uploaded, in this version and earlier ones: deleted from a repository with its next push.
+_ONCE_UPLOADED = (
+    *("expert*.safetensors", "expert.safetensors.index.json", MANIFEST_FILE, "model.sig"),
+    *("model*.safetensors", "model.safetensors.index.json", "router.safetensors", "public_sample.jsonl"),
+    *(CONFIG_FILE, "generation_config.json", "*_flexmoe.py"),
     *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
     *("vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "chat_template*.json", "chat_template*.jinja"),
     *("spiece.model", "sentencepiece*.model", "*.spm", "*.tiktoken"),
 )
-_UPLOADED = {
-    "package": PACKAGE_FILES,
-    "composition": ("router.safetensors", *_OF_MODELS),
-    "model": ("model*.safetensors", "model.safetensors.index.json", *_OF_MODELS),
-}
-_NEVER_UPLOADED = (".*", "*.pem", "*.key", *(pattern for pattern in NEVER_DOWNLOADED if pattern != "*.py"))
-# Never deleted from a repository: the first is overwritten, the others may be the owner's own.
-_KEPT = (CARD_FILE, "LICENSE*", "USE_POLICY*")
 _MARKERS = (MANIFEST_FILE, "*_flexmoe.py")  # a repository with one of these was uploaded by FlexMoE
-_ALL_UPLOADED = (*_UPLOADED["package"], *_UPLOADED["composition"], *_UPLOADED["model"], "public_sample.jsonl")
 
 
 class PrivateTextError(ValueError):
@@ -57,11 +51,12 @@ class PrivateTextError(ValueError):
 
 @dataclass(frozen=True)
 class PlannedFile:
-    """A file to be uploaded: its name, size in bytes, and SHA-256 (hex)."""
+    """A file to be uploaded: its path in the repository, size in bytes, SHA-256 (hex), and where it is read from."""
 
     name: str
     nbytes: int
     sha256: str
+    path: Path
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,8 @@ class Upload:
     Attributes:
         kind: "package", "composition" or "model".
         files: the files to upload.
-        left_out: names of the other files in the folder.
-        discoveries: text that looks private, in the files of `SCANNED`.
+        left_out: names of the other files in the folder; of code, those that differ from FlexMoE's own.
+        discoveries: text in the files that looks private.
     """
 
     folder: Path
@@ -86,7 +81,7 @@ class Upload:
         return {
             "folder": str(self.folder),
             "kind": self.kind,
-            "files": [vars(file) for file in self.files],
+            "files": [{"name": file.name, "nbytes": file.nbytes, "sha256": file.sha256} for file in self.files],
             "left_out": list(self.left_out),
             "private": [vars(found) for found in self.discoveries],
         }
@@ -97,23 +92,26 @@ def plan_upload(folder: str | Path) -> Upload:
 
     Raises:
         FileNotFoundError: no such folder, or it is neither an expert package nor a FlexMoE model.
-        ValueError: a package is invalid or damaged (`PackageError`); a composition refers to local folders; the public
-            sample is not the recorded one; or it is a model of another kind.
+        ValueError: a package is invalid or damaged (`PackageError`); a composition refers to local folders; a file is
+            not the one that the config records; a JSON file names code of others; weights hold tensors of an expert
+            that the config does not list; a file is a link out of the folder; or it is a model of another kind.
+        ImportError: the scanner is not installed.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder} to push.")
-    kind, hashes, sample = _kind_of(folder)
-    entries = sorted(entry.name for entry in folder.iterdir())
-    uploaded = [name for name in entries if _is_uploaded(folder, kind, name, sample)]
-    files = []
-    for name in uploaded:
-        size, digest = _size_and_hash(file_inside(folder, name), hashes.get(name))
-        files.append(PlannedFile(name, size, digest))
-    _check_sample(folder, sample, files)
-    found = [discovery for name in uploaded if _matches(name, SCANNED) for discovery in _scan_file(folder, name)]
-    left_out = tuple(name for name in entries if name not in uploaded)
-    return Upload(folder, kind, tuple(files), left_out, tuple(found))
+    kind, files, hashes, sample = _contents(folder)
+    _check_code(files)
+    other = left_out(folder, files)
+    found = [discovery for name, path in files.items() for discovery in _scan(path, name, sample)]
+    if kind != "package":
+        files |= CODE_FILES
+        other = tuple(name for name in other if not _is_own_code(folder, name))
+    planned = []
+    for name, path in sorted(files.items()):
+        size, digest = (path.stat().st_size, hashes[name]) if name in hashes else sha256_of(path)
+        planned.append(PlannedFile(name, size, digest, path))
+    return Upload(folder, kind, tuple(planned), other, tuple(found))
 
 
 def push(
@@ -125,7 +123,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
-    allow_private_text: bool = False,
+    allow_private_text: bool | Collection[str] = False,
 ) -> Pushed:
     """Checks an expert package, a composition or a merged model and pushes it to the Hub as one commit.
 
@@ -135,15 +133,15 @@ def push(
         private: visibility of a new repository; None is the account's default.
         revision: the branch, created if necessary.
         create_pr: open a pull request instead.
-        allow_private_text: push even if its texts (card, manifest, configs, licence) look private.
+        allow_private_text: push even if text in its files looks private: in all of them, or in files of these names.
 
     Returns:
         The repository, its page, and the new commit.
 
     Raises:
         FileNotFoundError: no such folder, or it is not FlexMoE's.
-        ValueError: the folder is invalid; a composition refers to local folders; `repo_id` is not a Hub id; or a text
-            holds an e-mail address, a token, a key or a local path (`PrivateTextError`).
+        ValueError: as `plan_upload`; `repo_id` is not a Hub id; or a file holds an e-mail address, a token, a key or a
+            local path (`PrivateTextError`).
         PermissionError, ConnectionError: the Hub rejects the push.
 
     Example:
@@ -166,43 +164,58 @@ def push(
     )
 
 
-def push_upload(upload: Upload, repo_id: str, *, allow_private_text: bool = False, **options: Any) -> Pushed:
+def push_upload(
+    upload: Upload, repo_id: str, *, allow_private_text: bool | Collection[str] = False, **options: Any
+) -> Pushed:
     """Uploads planned files as one commit, which also deletes files of an older version or of another kind.
 
     Args:
         repo_id: the Hub's model repository, created if necessary.
-        allow_private_text: upload even if a text looks private.
-        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description` of `push_folder`.
+        allow_private_text: as in `push`.
+        options: `private`, `token`, `revision`, `create_pr`, `commit_message`, `commit_description` of `push_files`.
 
     Raises:
-        PrivateTextError: a text looks private, and `allow_private_text` is False.
-        PermissionError, FileNotFoundError, ConnectionError, ValueError: as `push_folder`.
+        PrivateTextError: a text looks private, and `allow_private_text` does not cover it.
+        PermissionError, FileNotFoundError, ConnectionError, ValueError: as `push_files`.
     """
-    if upload.discoveries and not allow_private_text:
-        raise PrivateTextError(
-            f"{upload.folder} holds text that looks private: {'; '.join(map(str, upload.discoveries))}. Change it, or "
-            "push with --allow-private-text (allow_private_text=True) if all of it may be public."
-        )
+    _check_private(upload, allow_private_text)
     if options.get("commit_message") is None:
         options["commit_message"] = f"Upload {upload.kind} with flexmoe"
-    names = [file.name for file in upload.files]
-    return push_folder(upload.folder, repo_id, files=names, outdated=_outdated, **options)
+    files = {file.name: file.path for file in upload.files}
+    return push_files(files, repo_id, outdated=_outdated, **options)
+
+
+def _check_private(upload: Upload, allowed: bool | Collection[str]) -> None:
+    if isinstance(allowed, str):
+        raise TypeError(f"allow_private_text={allowed!r}: expected a boolean or a list of file names, [{allowed!r}].")
+    if not isinstance(allowed, bool) and (unknown := set(allowed) - {file.name for file in upload.files}):
+        raise ValueError(f"allow_private_text names {min(unknown)!r}, which is not among the files to be pushed.")
+    if allowed is True:
+        return
+    found = [str(item) for item in upload.discoveries if not allowed or item.file not in allowed]
+    if found:
+        more = f"; and {len(found) - MAX_LISTED} more" if len(found) > MAX_LISTED else ""
+        raise PrivateTextError(
+            f"{upload.folder} holds text that looks private: {'; '.join(found[:MAX_LISTED])}{more}. Change it. If it "
+            "may be public: --allow-private-text-in FILE or --allow-private-text (allow_private_text=, a list of file "
+            "names or True)."
+        )
 
 
 def _outdated(present: Sequence[str]) -> list[str]:
     """The files in a repository that an earlier push uploaded; none if that was not by FlexMoE."""
     if not any(_matches(name, _MARKERS) for name in present):
         return []
-    return [name for name in present if _matches(name, _ALL_UPLOADED) and not _matches(name, _KEPT)]
+    return [name for name in present if _matches(name, _ONCE_UPLOADED)]
 
 
-def _kind_of(folder: Path) -> tuple[str, Mapping[str, str], Mapping[str, Any]]:
-    """The kind, the hashes computed for it, and the public sample recorded in a model's config."""
+def _contents(folder: Path) -> tuple[str, dict[str, Path], Mapping[str, str], str | None]:
+    """The kind, its files, the hashes that were computed for it, and the name of the public sample."""
     if (folder / MANIFEST_FILE).is_file():
         package = ExpertPackage.open(folder)
         for _ in package.tensors():  # verifies every hash and every number
             pass
-        return "package", package.manifest.sha256, {}
+        return "package", package_files(package), package.manifest.sha256, None
     if not (folder / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} is neither an expert package nor a model: it has no {MANIFEST_FILE} and no {CONFIG_FILE}."
@@ -213,17 +226,17 @@ def _kind_of(folder: Path) -> tuple[str, Mapping[str, str], Mapping[str, Any]]:
             f"{folder} holds a {config.get('model_type')!r} model, not a FlexMoE model: push it with `hf upload`, or "
             "convert it with `flexmoe graft`."
         )
-    recorded = config.get("public_sample")
-    sample = recorded if isinstance(recorded, dict) else {}
+    sample = config.get("public_sample")
+    name = sample.get("file") if isinstance(sample, dict) else None
     if config.get("composition") is None:
-        return "model", {}, sample
+        return "model", model_files(folder, config), {}, name
     if local := local_parts(config["composition"]):
         listed = ", ".join(f"{name} in {place}" for name, place in local.items())
         raise ValueError(
             f"{folder} is a composition that refers to local folders ({listed}), which are not on the Hub. Push these "
             "first, then save it again with their Hub ids (sources=, or `flexmoe compose --by-reference`)."
         )
-    return "composition", {}, sample
+    return "composition", composition_files(folder, config), {}, name
 
 
 def local_parts(composition: Any) -> dict[str, str]:
@@ -244,38 +257,31 @@ def local_parts(composition: Any) -> dict[str, str]:
     return {name: str(part["folder"]) for name, part in parts.items() if isinstance(part, dict) and "folder" in part}
 
 
-def _is_uploaded(folder: Path, kind: str, name: str, sample: Mapping[str, Any]) -> bool:
-    is_listed = _matches(name, _UPLOADED[kind]) or name == sample.get("file")
-    return is_listed and not _matches(name, _NEVER_UPLOADED) and (folder / name).is_file()
-
-
-def _check_sample(folder: Path, sample: Mapping[str, Any], files: Sequence[PlannedFile]) -> None:
-    """Checks the hash of the public sample: an untrusted config could name any file."""
-    for file in files:
-        if file.name == sample.get("file") and file.sha256 != sample.get("sha256"):
+def _check_code(files: Mapping[str, Path]) -> None:
+    """Checks that the files name FlexMoE's own code, or none: whoever loads them may run it."""
+    for name, path in files.items():
+        if name in MAY_NAME_CODE and (named := foreign_code(read_json_object(path))):
             raise ValueError(
-                f"{folder / file.name} has SHA-256 {file.sha256}, but the public sample recorded in config.json has "
-                f"{sample.get('sha256')}: the file was changed. Restore it, or remove it from the folder."
+                f"{path} names code of others ({'; '.join(named)}), which would run for whoever loads the repository "
+                "with trust_remote_code=True. Delete these entries; or load the model and save it again, which leaves "
+                "them out."
             )
+
+
+def _is_own_code(folder: Path, name: str) -> bool:
+    if name not in CODE_FILES or not (folder / name).is_file():
+        return False
+    return (folder / name).read_bytes() == CODE_FILES[name].read_bytes()
+
+
+def _scan(path: Path, name: str, sample: str | None) -> list[Discovery]:
+    found = scan_file(path, name, is_vocabulary=is_tokenizer_file(name))
+    # public text may name people and paths; secrets are in it by mistake
+    return found if name != sample else [discovery for discovery in found if discovery.kind in SECRETS]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _size_and_hash(path: Path, known: str | None) -> tuple[int, str]:
-    if known is not None:
-        return path.stat().st_size, known
-    with open(open_regular_file(path), "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return file.tell(), digest.hexdigest()
-
-
-def _scan_file(folder: Path, name: str) -> list[Discovery]:
-    data = read_regular_file(file_inside(folder, name), max_bytes=MAX_JSON_BYTES)
-    return list(scan(data.decode("utf-8", errors="replace"), name))
 
 
 __all__ = ["PlannedFile", "PrivateTextError", "Upload", "local_parts", "plan_upload", "push", "push_upload"]

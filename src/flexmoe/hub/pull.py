@@ -6,18 +6,18 @@ does.
 
 from __future__ import annotations
 
-import fnmatch
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from flexmoe.hub.client import DOWNLOADED, HubAccess, ResolvedFolder
+from flexmoe.hub.contents import composition_files, model_files, package_files
+from flexmoe.hub.foreign_code import copy_companion, foreign_code
 from flexmoe.hub.publish import local_parts
-from flexmoe.io.folders import atomic_folder, check_new_folder, file_inside
+from flexmoe.io.folders import atomic_folder, check_new_folder
 from flexmoe.io.strict_json import read_json_object
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
-from flexmoe.packages.manifest import MANIFEST_FILE, WEIGHT_FILE, PackageError
+from flexmoe.packages.manifest import MANIFEST_FILE, PackageError
 from flexmoe.packages.package import CONFIG_FILE, PACKAGE_FILES, ExpertPackage
 from flexmoe.packages.trust import TrustPolicy, resolve_policy
 
@@ -34,7 +34,8 @@ def pull(
 ) -> Path:
     """Downloads an expert package, a composition or a merged model and copies it into a folder, atomically.
 
-    The weights of a package are verified while they are copied from the Hub's cache.
+    The weights of a package are verified while they are copied from the Hub's cache. Only the files of the package or
+    model are copied (`flexmoe.hub.contents`): no code, and no entry of a JSON file that names code of others.
 
     Args:
         repo_id: a Hub id, or a folder.
@@ -50,8 +51,12 @@ def pull(
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: there is no such repository, or no access to it.
-        ValueError: it is not FlexMoE's, or a composition that refers to local folders.
-        PackageError: the package is invalid, damaged, or refused by the policy.
+        ValueError: it is not FlexMoE's, or a composition that refers to local folders; or its weights hold an expert
+            that its config does not list.
+        PackageError: the package is invalid, damaged, or refused by the policy; or its config.json names code.
+
+    Warns:
+        UserWarning: a JSON file of a model names code of others, which is left out.
 
     Example:
         ```pycon
@@ -72,12 +77,13 @@ def pull(
     package = ExpertPackage.open(found.path) if is_package else None
     if package is not None and (resolved := resolve_policy(policy)) is not None:
         resolved.check(package, found.repo)
+    files = _model_files(found.path) if package is None else _package_files(package)
     with atomic_folder(out, overwrite) as folder:
         if package is not None:
             package.copy_weights(folder, progress)
-        for entry in sorted(found.path.iterdir()):
-            if _is_copied(entry, package):
-                shutil.copyfile(file_inside(found.path, entry.name), folder / entry.name)
+        for name, path in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            copy_companion(path, folder / name)
         if package is not None:
             _check_manifest(package, folder)
     return Path(out)
@@ -102,11 +108,20 @@ def _check_model(found: ResolvedFolder) -> None:
         )
 
 
-def _is_copied(entry: Path, package: ExpertPackage | None) -> bool:
-    if package is None:
-        return not entry.name.startswith(".") and entry.is_file()
-    is_part = any(fnmatch.fnmatchcase(entry.name, pattern) for pattern in PACKAGE_FILES)
-    return is_part and not WEIGHT_FILE.fullmatch(entry.name)
+def _model_files(folder: Path) -> dict[str, Path]:
+    config = read_json_object(folder / CONFIG_FILE)
+    listed = model_files if config.get("composition") is None else composition_files
+    return listed(folder, config)
+
+
+def _package_files(package: ExpertPackage) -> dict[str, Path]:
+    """The files of a package but its weights; their bytes stay, as they may be signed."""
+    files = {name: path for name, path in package_files(package).items() if name not in package.manifest.sha256}
+    if CONFIG_FILE in files and (named := foreign_code(read_json_object(files[CONFIG_FILE]))):
+        raise PackageError(
+            f"{files[CONFIG_FILE]} names code of others ({'; '.join(named)}); a package has none. Ask its owner."
+        )
+    return files
 
 
 def _check_manifest(package: ExpertPackage, folder: Path) -> None:

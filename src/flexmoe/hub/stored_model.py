@@ -47,8 +47,8 @@ class StoredModel:
         self.config = FlexMoeConfig.from_pretrained(self.folder)
         if self.config.composition is not None:
             raise ValueError(
-                f"{source} is a composition, which refers to its parts and holds no weights. `flexmoe compose` "
-                "accepts it with --by-reference; for everything else merge it first, with "
+                f"{source} is a composition, which refers to its parts and holds no weights. "
+                "`flexmoe compose --by-reference` accepts it; for everything else merge it first, with "
                 "AutoModelForCausalLM.from_pretrained(composition).save_pretrained(folder)."
             )
         check_unquantized(self.config, source, task)
