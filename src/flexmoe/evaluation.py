@@ -8,6 +8,7 @@ answers (use lm-evaluation-harness), or expert usage (`flexmoe.track_usage`).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -17,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from flexmoe.data import LONGEST_SEQUENCE, pack, read_documents
+from flexmoe.data import (
+    LONGEST_SEQUENCE,
+    Documents,
+    TokenizedText,
+    check_template_is_used,
+    cut_sequences,
+    tokenize,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +58,8 @@ def evaluate(
     sequence_length: int | None = None,
     batch_size: int = 8,
     text_column: str = "text",
+    text_template: str | None = None,
+    skip_empty: bool = False,
 ) -> dict[str, DomainScore]:
     """Scores a model on the text of each domain.
 
@@ -58,18 +68,21 @@ def evaluate(
 
     Args:
         model: a folder, a Hub id, or a loaded model, which stays on its device; others use a GPU if there is one.
-        data: files per domain: .txt, .md, .jsonl, .json, .parquet.
+        data: files per domain; see `flexmoe.data.Documents`.
         tokenizer: needed for a loaded model without a tokenizer in its folder.
         experts: the only active experts, including "public" if wanted; None: the model's active experts.
         num_experts_per_tok: k of the top-k; None: the model's.
         sequence_length: tokens per sequence; None: `LONGEST_SEQUENCE`, or the model's limit if that is less.
         batch_size: sequences per forward pass.
-        text_column: column of tabular data.
+        text_column, text_template, skip_empty: how rows of tables become texts; see `flexmoe.data.Documents`.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: no domain, no text in one, nothing to predict, a loss that is NaN, `experts` or
-            `num_experts_per_tok` for a dense model, or an argument out of range.
+        ValueError: no domain, no text in one, a token that the model has no embedding for, nothing to predict, a loss
+            that is NaN, `experts` or `num_experts_per_tok` for a dense model, or an argument out of range.
+
+    Warns:
+        UserWarning: rows without text were skipped; or the tokenizer is not the anchor's.
 
     Example:
         ```pycon
@@ -83,18 +96,25 @@ def evaluate(
         raise ValueError("No domain to evaluate: give at least one name with its files.")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: must be at least 1.")
-    documents = {name: read_documents(files, column=text_column) for name, files in data.items()}
+    documents = {
+        name: Documents(files, column=text_column, template=text_template, skip_empty=skip_empty)
+        for name, files in data.items()
+    }
+    check_template_is_used(documents.values())
+    for domain in documents.values():
+        domain.check()
     if isinstance(model, str | Path):
         model, tokenizer = _load(model, tokenizer)
     elif tokenizer is None:
         tokenizer = _tokenizer_beside(model)
     length = _sequence_length(model, sequence_length)
     forward = _forward_arguments(model, experts, num_experts_per_tok)
+    texts = {name: _tokenized(name, domain, tokenizer, model) for name, domain in documents.items()}
+    for domain in documents.values():
+        if note := domain.skipped_note():
+            warnings.warn(note, stacklevel=2)
     with _only(model, experts):
-        return {
-            name: _score(model, tokenizer, name, texts, length, batch_size, forward)
-            for name, texts in documents.items()
-        }
+        return {name: _score(model, name, text, length, batch_size, forward) for name, text in texts.items()}
 
 
 @torch.no_grad()
@@ -103,7 +123,7 @@ def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: in
 
     Args:
         model: any causal language model; it is evaluated in eval mode, which is then restored.
-        input_ids: int64 [N, L], L at least 2, without padding.
+        input_ids: int64 or int32 [N, L], L at least 2, without padding.
         batch_size: sequences per forward pass.
         forward: further arguments of the model's forward (`num_experts_per_tok=2`).
 
@@ -118,7 +138,9 @@ def token_losses(model: PreTrainedModel, input_ids: torch.Tensor, batch_size: in
     was_training = model.training
     model.eval()
     try:
-        batches = [_batch_losses(model, ids.to(model.device), forward) for ids in input_ids.split(batch_size)]
+        batches = [
+            _batch_losses(model, ids.to(model.device, torch.int64), forward) for ids in input_ids.split(batch_size)
+        ]
     finally:
         model.train(was_training)
     return torch.cat(batches) if batches else torch.empty(0, input_ids.shape[1] - 1)
@@ -136,9 +158,8 @@ def _batch_losses(model: PreTrainedModel, ids_NL: torch.Tensor, forward: dict[st
 
 def _score(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     name: str,
-    documents: list[str],
+    text: TokenizedText,
     length: int,
     batch_size: int,
     forward: dict[str, Any],
@@ -146,22 +167,28 @@ def _score(
     import evaluate as hf_evaluate  # a second to import, and its name is this module's own function
 
     metric = hf_evaluate.load(str(TOKEN_LOSS))
-    for sequences in _windows(_stream(documents, tokenizer), length):
+    # in pairs, so at most the last end-of-sequence token is dropped
+    stream_T = cut_sequences(text.tokens, 2, len(text)).flatten()
+    for sequences in _windows(stream_T, length):
         for ids in sequences.split(batch_size):
             losses = token_losses(model, ids, batch_size, **forward)
             if not losses.isfinite().all():
                 raise ValueError(
                     f"The model's loss on {name!r} is not finite: its weights or its dtype are at fault. `flexmoe "
-                    "inspect` shows row norms; evaluating with --expert finds the expert that causes it."
+                    "inspect` shows row norms; evaluating with --expert (experts=...) finds the expert that causes it."
                 )
             metric.add_batch(predictions=list((-losses).numpy()))
     result = metric.compute()
-    return DomainScore(documents=len(documents), **result)
+    return DomainScore(documents=len(text), **result)
 
 
-def _stream(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    # In pairs, so at most the last end-of-sequence token is dropped.
-    return pack(documents, tokenizer, 2).flatten()
+def _tokenized(
+    name: str, documents: Documents, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> TokenizedText:
+    try:
+        return tokenize(documents, tokenizer, vocab_size=model.config.get_text_config().vocab_size)
+    except ValueError as error:
+        raise ValueError(f"The text of {name!r}: {error}") from error
 
 
 def _windows(stream: torch.Tensor, length: int) -> list[torch.Tensor]:
@@ -175,22 +202,22 @@ def _windows(stream: torch.Tensor, length: int) -> list[torch.Tensor]:
 def _load(
     source: str | Path, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from flexmoe.hub.client import resolve_folder
+    from flexmoe.io.dense import load_causal_lm
+    from flexmoe.tokenization import load_tokenizer
 
     folder = resolve_folder(source).path
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = load_causal_lm(folder, dtype="auto")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model, tokenizer or AutoTokenizer.from_pretrained(folder)
+    return model, tokenizer or load_tokenizer(folder)
 
 
 def _tokenizer_beside(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+    from flexmoe.tokenization import load_tokenizer
 
     if not model.name_or_path or not Path(model.name_or_path).is_dir():
         raise ValueError("The model was not loaded from a folder with a tokenizer: give one with tokenizer=.")
-    return AutoTokenizer.from_pretrained(model.name_or_path)
+    return load_tokenizer(model.name_or_path)
 
 
 def _sequence_length(model: PreTrainedModel, given: int | None) -> int:

@@ -21,7 +21,7 @@ from flexmoe.data import data_paths, read_documents
 from flexmoe.hub.client import ResolvedFolder, resolve_folder
 from flexmoe.io.folders import check_apart, check_new_folder
 from flexmoe.io.writer import MAX_SHARD_SIZE
-from flexmoe.recipes import Recipe, RecipeRows, read_recipe
+from flexmoe.recipes import Recipe, RecipeRows, check_base, read_recipe
 from flexmoe.routers.rows import row_method
 from flexmoe.routers.text_rows import TextRows
 
@@ -45,6 +45,8 @@ def graft(
     public_data: Sequence[str | Path] | None = None,
     public_sample_bytes: int = 2_000_000,
     text_column: str = "text",
+    text_template: str | None = None,
+    skip_empty: bool = False,
     seed: int = 0,
     norm_topk_prob: bool | None = None,
     num_experts_per_tok: int | None = None,
@@ -77,7 +79,8 @@ def graft(
         revision, token: of the Hub repository.
         public_data: files of public text. A sample of complete documents, at most `public_sample_bytes` in all, is
             stored with the model (`public_sample.jsonl`): every owner's rows are fitted against it.
-        text_column: column of tabular data, public and the experts'.
+        text_column, text_template, skip_empty: how rows of tables become texts, public and the experts'; see
+            `flexmoe.data.Documents`.
         seed: of the choice of the sample and of random choices for rows.
         norm_topk_prob: divide the chosen experts' weights by their sum; None: decided by the anchor's block.
         num_experts_per_tok: k of the top-k; None: the default of the configuration.
@@ -118,7 +121,7 @@ def graft(
         given,
         target,
         has_public=public_data is not None,
-        column=text_column,
+        rows={"column": text_column, "template": text_template, "skip_empty": skip_empty},
         router=router,
         bias=router_bias,
         tokens=router_tokens,
@@ -127,6 +130,7 @@ def graft(
     )
     if recipe is not None:
         read = read_recipe(recipe)
+        check_base(read, token)
         for note in read.notes:
             warnings.warn(note, stacklevel=2)
         anchor, given, make_rows = read.base.path, _resolved(read, token), RecipeRows(read, seed)
@@ -142,6 +146,8 @@ def graft(
         public_data=public_data,
         public_sample_bytes=public_sample_bytes,
         text_column=text_column,
+        text_template=text_template,
+        skip_empty=skip_empty,
         seed=seed,
         fingerprint=fingerprint,
         max_shard_size=max_shard_size,
@@ -182,7 +188,7 @@ def _text_rows(
     target: Path,
     *,
     has_public: bool,
-    column: str,
+    rows: Mapping[str, Any],
     router: str,
     bias: bool,
     tokens: int,
@@ -193,7 +199,8 @@ def _text_rows(
     if not router_data:
         if (router, bias, tokens, embedder) != (ROUTER, False, ROUTER_TOKENS, None):
             raise ValueError(
-                "--router, --router-bias, --router-tokens and --embedder apply to router data, but there is none: "
+                "--router, --router-bias, --router-tokens and --embedder (router, router_bias, router_tokens, "
+                "embedder) apply to router data, but there is none: "
                 "give --router-data NAME=FILE (router_data=...), or leave them out."
             )
         return None
@@ -201,7 +208,8 @@ def _text_rows(
     if unknown := [name for name in router_data if name not in experts]:
         known = f"the experts are {', '.join(experts)}" if experts else "no expert is given"
         raise ValueError(
-            f"Router data for {', '.join(unknown)}, which is not grafted; {known}. Graft it: --expert NAME=FOLDER."
+            f"Router data for {', '.join(unknown)}, which is not grafted; {known}. Graft it: --expert NAME=FOLDER "
+            "(experts=...)."
         )
     if tokens < 1:
         raise ValueError(f"router_tokens={tokens}: must be above 0.")
@@ -212,5 +220,5 @@ def _text_rows(
         )
     for files in router_data.values():
         check_apart(target, *data_paths(files))
-    own = {name: read_documents(files, column=column) for name, files in router_data.items()}
+    own = {name: read_documents(files, **rows) for name, files in router_data.items()}
     return TextRows(own=own, method=method, bias=bias, tokens=tokens, embedder=embedder, seed=seed)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,16 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from flexmoe.conversion.graft import graft
+from flexmoe.evaluation import evaluate
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.packages.package import ExpertPackage
 from flexmoe.testing import tiny_anchor
-from flexmoe.training.experts import ROWS_FILE, RUN_FILE, _open_work_folder, train_expert
+from flexmoe.tokenization import load_tokenizer
+from flexmoe.training.experts import train_expert
+from flexmoe.training.messages import TrainingInterrupted
 from flexmoe.training.trainer import ExpertTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:The own text is small")
 
 FAST = {"sequence_length": 32, "batch_size": 5, "max_steps": 8, "router_tokens": 400, "validation_fraction": 0.1}
 
@@ -146,34 +152,6 @@ def test_inputs_are_never_overwritten(workshop, tmp_path):
             train_expert(grafted, "math", data, out, overwrite=True, progress=False, **{**FAST, **options})
     assert own.is_file()
     assert (grafted / "config.json").is_file()
-
-
-def test_only_the_main_process_opens_the_work_folder(tmp_path):
-    work, identity = tmp_path / "work", {"name": "math", "settings": {"seed": 0}}
-    with pytest.raises(FileNotFoundError, match="one file system"):
-        _open_work_folder(work, identity, resume=True, main=False)
-    assert not work.exists()
-    _open_work_folder(work, identity, resume=False, main=True)
-    (work / "checkpoint-3").mkdir()
-    (work / ROWS_FILE).touch()
-    for resume in (True, False):
-        _open_work_folder(work, identity, resume, main=False)
-        assert {path.name for path in work.iterdir()} == {RUN_FILE, ROWS_FILE, "checkpoint-3"}
-    with pytest.raises(ValueError, match=r"other values of: settings\.seed"):
-        _open_work_folder(work, {**identity, "settings": {"seed": 1}}, resume=True, main=False)
-    _open_work_folder(work, identity, resume=True, main=True)
-    assert {path.name for path in work.iterdir()} == {RUN_FILE, ROWS_FILE}, "the unfinished checkpoint is dropped"
-
-
-@pytest.mark.parametrize("content", ['{"name": "ma', "", "[]", '{"name": "math"}'])
-def test_a_run_with_a_truncated_record_starts_over(tmp_path, content):
-    work, identity = tmp_path / "work", {"name": "math", "settings": {"seed": 0}}
-    work.mkdir()
-    (work / RUN_FILE).write_text(content)
-    (work / ROWS_FILE).touch()
-    _open_work_folder(work, identity, resume=True, main=True)
-    assert json.loads((work / RUN_FILE).read_text()) == identity
-    assert [path.name for path in work.iterdir()] == [RUN_FILE]
 
 
 def test_a_single_public_document(workshop, tmp_path):
@@ -334,6 +312,107 @@ def test_resume_after_kill_gives_the_same_bits(workshop, tmp_path):
         assert torch.equal(value, weights(resumed)[name]), name
     manifests = [ExpertPackage.open(package).manifest.training for package in (uninterrupted, resumed)]
     assert manifests[0] == manifests[1]
+
+
+@pytest.fixture(scope="module")
+def interrupted(workshop, tmp_path_factory) -> Path:
+    """A folder with a copy of the model and of the own text, and a run that was interrupted after step 4 of 8."""
+    root = tmp_path_factory.mktemp("interrupted")
+    shutil.copytree(workshop / "grafted", root / "grafted")
+    shutil.copyfile(workshop / "own.jsonl", root / "own.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, step=4)
+        with pytest.raises(TrainingInterrupted, match=r"after step 4 of 8\. The checkpoint of step 4 is kept in"):
+            train(root, root / "math", save_steps=4)
+    return root
+
+
+def change_weights(root: Path) -> None:
+    (file,) = (root / "grafted").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+def change_tokenizer(root: Path) -> None:
+    file = root / "grafted" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    file.write_text(json.dumps(content))
+
+
+def change_data(root: Path) -> None:
+    lines = (root / "own.jsonl").read_text().splitlines(keepends=True)
+    (root / "own.jsonl").write_text("".join(lines[:-1]))
+
+
+def cut_checkpoint(root: Path) -> None:
+    file = root / ".math.training" / "checkpoint-4" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.promise(
+    "`train`",
+    "resuming with another tokenizer, other data or weights, or a damaged checkpoint",
+    "refused with the reason",
+)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_weights, r"of: weights \(the model's weights\)\. Give the same command"),
+        (change_tokenizer, r"of: tokenizer \(the tokenizer, which reads other tokens in the same documents\)\."),
+        (change_data, r"of: text \(the documents\)\."),
+        (cut_checkpoint, r"checkpoint-4 is damaged: optimizer\.pt"),
+    ],
+)
+def test_a_run_is_not_resumed_after_a_change(interrupted, tmp_path, change, message):
+    root = shutil.copytree(interrupted, tmp_path / "copy")
+    change(root)
+    with pytest.raises(ValueError, match=message):
+        train(root, root / "math", save_steps=4)
+    assert (root / ".math.training" / "checkpoint-4").is_dir()
+    assert not (root / "math").exists()
+
+
+@pytest.mark.promise("`train`", "what will be done", "a summary, the expected duration, the losses in the last line")
+def test_the_user_is_told_about_the_run(workshop, tmp_path, capsys, monkeypatch):
+    rows = [json.loads(line) for line in (workshop / "own.jsonl").read_text().splitlines()]
+    rows = [{"a": row["text"][:10], "b": row["text"][10:]} for row in rows] + [{"a": "x", "b": None}]
+    own = tmp_path / "own.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines: list[str] = []
+    options = {**FAST, "text_template": "{a}{b}", "skip_empty": True, "max_steps": 7, "validation_fraction": 0.05}
+    with pytest.warns(UserWarning, match="1 row.s. without text were skipped"):
+        train_expert(
+            workshop / "grafted", "math", [own], tmp_path / "math", progress=False, show=lines.append, **options
+        )
+    assert [line.partition(":")[0] for line in lines] == ["Own text", "Public text", "Training", "Expected"]
+    assert "60 documents" in lines[0]
+    assert "1 row(s) without text" in lines[0]
+    assert "text:" not in capsys.readouterr().err
+    monkeypatch.setattr("flexmoe.training.messages.MEASURED_STEPS", 1)
+    train_expert(workshop / "grafted", "math", [workshop / "own.jsonl"], tmp_path / "other", **FAST)
+    shown = capsys.readouterr().err
+    assert re.search("Own text: .*\n.*Expected: .*Training math: 100%", shown, re.DOTALL)
+    assert shown.splitlines()[-1].startswith("Loss per token on held-out text, before -> after: own ")
+
+
+@pytest.mark.promise(
+    "`train`, `evaluate`", "a text with a token that has no embedding", "refused with the token and the document"
+)
+def test_tokens_beyond_the_embedding_are_refused_before_training(workshop, tmp_path):
+    model = shutil.copytree(workshop / "grafted", tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens([f"<{number}>" for number in range(80)])  # the model has 99 rows
+    tokenizer.save_pretrained(model)
+    own = tmp_path / "own.txt"
+    own.write_text("1 + 1 = 2 <79> and more " * 9)
+    message = r"The own text: Document 1 holds the token '<79>' with the id 1\d\d, .* below 99 only"
+    with pytest.raises(ValueError, match=message):
+        train_expert(model, "math", [own], tmp_path / "math", progress=False, **{**FAST, "validation_fraction": 0})
+    with pytest.raises(ValueError, match=r"The text of 'own': Document 1 holds the token '<79>'"):
+        evaluate(model, {"own": [own]})
 
 
 def test_training_stops_if_the_loss_is_not_finite(workshop, tmp_path):

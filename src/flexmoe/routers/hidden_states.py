@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from flexmoe.io.dense import DenseCheckpoint
+from flexmoe.io.dense import DenseCheckpoint, load_causal_lm
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, find_ffn_sites
 from flexmoe.routers.rows import Moments, RouterRow, RowMethod, embed_documents
 
@@ -33,7 +33,10 @@ STATES_BYTES = 4_000_000_000  # budget for own and public states together
 
 @dataclass(frozen=True)
 class RowText:
-    """One side's text: its documents, and the same packed into sequences, int64 [N, L]."""
+    """One side's text: its documents, and the same packed into sequences, int64 or int32 [N, L].
+
+    `documents` may be empty if the rows are not made of embeddings.
+    """
 
     documents: Sequence[str]
     sequences: torch.Tensor
@@ -45,7 +48,7 @@ class _LastLayerReached(Exception):
 
 def load_dense(anchor: DenseCheckpoint, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
     """Loads the dense anchor for inference, on an accelerator if there is one; `dtype` defaults to the stored one."""
-    model = AutoModelForCausalLM.from_pretrained(anchor.folder, dtype=dtype or anchor.load_dtype)
+    model = load_causal_lm(anchor.folder, dtype=dtype or anchor.load_dtype)
     device = torch.accelerator.current_accelerator(check_available=True)
     return model.to(device or "cpu").eval()
 
@@ -76,7 +79,7 @@ def ffn_inputs(
                 stack.enter_context(torch.no_grad())
                 stack.enter_context(_only_the_anchor(model))
                 stack.enter_context(suppress(_LastLayerReached))
-                model(input_ids=batch.to(model.device), use_cache=False)
+                model(input_ids=batch.to(model.device, torch.int64), use_cache=False)
             yield dict(captured)
     finally:
         model.train(was_training)
@@ -150,7 +153,7 @@ def fit_rows(
     if public is None:
         raise ValueError(
             f"router={method.name!r} needs public text to compare own text with, and there is none. Graft the anchor "
-            "with --public-data, or give --public-data here."
+            "with --public-data (public_data=...), or give it here."
         )
     if method.needs == "embeddings":
         if embedder is None:
@@ -159,10 +162,14 @@ def fit_rows(
         row = method.fit(*sides, **options)
         return [row] * depth
 
+    tokens = min(tokens, own.sequences.numel(), public.sequences.numel())
     own_NL, public_NL = (
-        side.sequences[torch.randperm(len(side.sequences), generator=generator)] for side in (own, public)
+        # the first ones only: a copy of all sequences would double the memory of large text
+        side.sequences[
+            torch.randperm(len(side.sequences), generator=generator)[: -(-tokens // side.sequences.shape[1])]
+        ]
+        for side in (own, public)
     )
-    tokens = min(tokens, own_NL.numel(), public_NL.numel())
     collect: Callable[..., dict[int, Any]] = collect_states if method.needs == "states" else collect_moments
     floats = {"states": tokens * hidden * model.dtype.itemsize, "moments": 8 * hidden * (hidden + 1)}
     group = max(1, max_bytes // (2 * floats[method.needs]))

@@ -30,10 +30,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flexmoe.data import check_token_ids
 from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.routers.hidden_states import load_dense
+from flexmoe.tokenization import read_tokenizer
 
 Needs = Literal["states", "embeddings", "nothing"]
 PromptInputs = tuple[Tensor, Tensor]  # x and mask of a set of prompts, see the module's docstring
@@ -106,6 +108,21 @@ def uniform(shape: tuple[int, int, int], generator: torch.Generator) -> Tensor:
     return torch.rand(shape, generator=generator) * 2 * bound - bound
 
 
+def check_gate_mode(mode: GateMode, model: PreTrainedModel) -> None:
+    """Checks that gates of this mode fit the layers of a model, which may be on the meta device.
+
+    Raises:
+        ValueError: the mode uses embeddings, and they are narrower or wider than the layers (OPT-350m).
+    """
+    width, hidden = model.get_input_embeddings().weight.shape[-1], model.config.get_text_config().hidden_size
+    if mode.needs == "embeddings" and width != hidden:
+        raise ValueError(
+            f"gate_mode: {mode.name} makes rows of the embeddings, which have {width} values per token in this "
+            f"{type(model).__name__}, but its layers have {hidden}, as the rows must have. Set gate_mode: hidden, or "
+            "graft with --expert and --router-data (experts=..., router_data=...)."
+        )
+
+
 def make_gates(mode: GateMode, experts: Sequence[Prompts], anchor: DenseCheckpoint, *, seed: int) -> Tensor:
     """The gates of all experts, [N, E, H] on the CPU: float32, or bfloat16 if they are made of states.
 
@@ -116,32 +133,35 @@ def make_gates(mode: GateMode, experts: Sequence[Prompts], anchor: DenseCheckpoi
         seed: of random gates.
 
     Raises:
-        ValueError: the family's hidden states are not the inputs of its layers.
+        ValueError: as `check_gate_mode`; the family's hidden states are not the inputs of its layers; the tokenizer
+            cannot be read; or a prompt has a token without an embedding.
     """
     depth, hidden = len(anchor.sites), anchor.config.get_text_config().hidden_size
+    check_gate_mode(mode, anchor.model)
     if mode.needs == "nothing":
         return mode.vectors((depth, len(experts), hidden), torch.Generator().manual_seed(seed))
-    tokenizer = _tokenizer(anchor)
+    tokenizer, vocab_size = _tokenizer(anchor), anchor.config.get_text_config().vocab_size
     read = _states_reader(anchor) if mode.needs == "states" else _embeddings_reader(anchor)
     gates = []
     for prompts in experts:
-        vectors = mode.vectors(*read(_encoded(prompts.positive, tokenizer)))
+        vectors = mode.vectors(*read(_encoded(prompts.positive, tokenizer, vocab_size)))
         if prompts.negative:
-            vectors = vectors - mode.vectors(*read(_encoded(prompts.negative, tokenizer)))
+            vectors = vectors - mode.vectors(*read(_encoded(prompts.negative, tokenizer, vocab_size)))
         gates.append(F.normalize(vectors, dim=-1, eps=NORM_EPS).cpu().expand(depth, hidden))
     return torch.stack(gates, dim=1)
 
 
 def _tokenizer(anchor: DenseCheckpoint) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(anchor.folder)
+    tokenizer = read_tokenizer(anchor.folder)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.bos_token or tokenizer.eos_token
     return tokenizer
 
 
-def _encoded(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+def _encoded(prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> dict[str, Tensor]:
     texts = [(tokenizer.bos_token or "") + prompt for prompt in prompts]
     encoded = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    check_token_ids(encoded["input_ids"].flatten().tolist(), tokenizer, vocab_size, "A prompt")
     return {name: encoded[name] for name in ("input_ids", "attention_mask")}
 
 
@@ -158,7 +178,7 @@ def _states_reader(anchor: DenseCheckpoint) -> Callable[[dict[str, Tensor]], Pro
             raise ValueError(
                 f"{anchor.folder} ({type(model).__name__}) returns {len(states)} hidden states for its {expected[0]} "
                 f"layers of width {expected[1]}, so they are not the layers' inputs. Set gate_mode: cheap_embed, or "
-                "graft with --expert and --router-data."
+                "graft with --expert and --router-data (experts=..., router_data=...)."
             )
         return torch.stack(states), given["attention_mask"]
 

@@ -15,13 +15,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from flexmoe.conversion.router_tensors import StackedRows
 from flexmoe.data import LONGEST_SEQUENCE, pack
 from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.routers.hidden_states import RowText, fit_rows, load_dense
 from flexmoe.routers.rows import RowMethod
+from flexmoe.tokenization import load_tokenizer
 
 PUBLIC_SIDE = "public text"
 
@@ -81,11 +82,12 @@ class TextRows:
 
 def _streams(sides: Mapping[str, Sequence[str]], anchor: DenseCheckpoint) -> dict[str, torch.Tensor]:
     """Each side's tokens as one sequence, int64 [T]; an odd last token is dropped."""
-    tokenizer = AutoTokenizer.from_pretrained(anchor.folder)
+    tokenizer = load_tokenizer(anchor.folder)
+    vocab_size = anchor.config.get_text_config().vocab_size
     streams = {}
     for side, documents in sides.items():
         try:
-            streams[side] = pack(documents, tokenizer, 2).flatten()
+            streams[side] = pack(documents, tokenizer, 2, vocab_size=vocab_size).flatten()
         except ValueError as error:
             raise ValueError(f"Router data, {side}: {error}") from error
     return streams

@@ -9,45 +9,62 @@ The model has two experts: "public" (the anchor's own FFNs) and the owner's, a c
 
 Only the package leaves the owner. The same command resumes an interrupted run.
 
-Does not cover the loop itself (`flexmoe.training.trainer`), or models that must be sharded to train.
+Does not cover the loop itself (`flexmoe.training.trainer`), the preparation of text (`text`), checkpoints (`resume`),
+or models that must be sharded to train.
 
 Source: FlexOlmo, arXiv 2507.07024, for the two-expert objective; log-odds rows and public replay are FlexMoE's own.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
-from flexmoe.data import LONGEST_SEQUENCE, data_paths, pack, read_documents, read_public_sample, split_documents
+from flexmoe.data import (
+    LONGEST_SEQUENCE,
+    Documents,
+    RowFormat,
+    check_output_apart,
+    check_template_is_used,
+    data_paths,
+    read_public_sample,
+)
 from flexmoe.hub.client import resolve_folder
+from flexmoe.io.dense import load_causal_lm
 from flexmoe.io.folders import check_apart, check_new_folder
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM, check_expert_name
 from flexmoe.packages.quantization import check_unquantized
-from flexmoe.routers.hidden_states import RowText, fit_rows
+from flexmoe.routers.hidden_states import fit_rows
 from flexmoe.routers.rows import RowMethod, row_method
+from flexmoe.tokenization import load_tokenizer
+from flexmoe.training.messages import Interruptible, Show, losses, steps_summary, text_summary, to_stderr
+from flexmoe.training.resume import (
+    ROWS_FILE,
+    identify,
+    last_checkpoint,
+    load_rows,
+    open_work_folder,
+    save_rows,
+    step_of,
+    work_folder,
+)
+from flexmoe.training.text import OWN, PUBLIC_SIDE, TextSettings, TrainingText, prepare_text
 from flexmoe.training.trainer import (
     EXPERTS_PER_TOKEN,
     ExpertTrainer,
     Mixture,
     Sequences,
     enable_activation_checkpointing,
-    last_checkpoint,
 )
 
-ROWS_FILE = "router_rows.safetensors"
-RUN_FILE = "run.json"
 LOW_RANK = 64  # the default rank of low-rank experts
 
 
@@ -105,12 +122,18 @@ class TrainingSettings:
     save_steps: int = 100
     seed: int = 0
     text_column: str = "text"
+    """Column of tables that holds the text, own and public."""
+    text_template: str | None = None
+    """A text made of several columns instead: "{title}\\n{body}"."""
+    skip_empty: bool = False
+    """Leave out rows without text (null) instead of raising an error; they are counted."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen model; "auto": as stored. Trained parameters are float32, with bfloat16 autocast if it is that."""
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         row_method(self.router)
+        RowFormat.of(self.text_column, self.text_template)
         positive = ("router_tokens", "batch_size", "gradient_accumulation_steps", "learning_rate", "validation_tokens")
         for field in (*positive, "max_steps", "epochs", "eval_steps", "save_steps", "rank", "alpha"):
             value = getattr(self, field)
@@ -143,6 +166,7 @@ def train_expert(
     overwrite: bool = False,
     resume: bool = True,
     progress: bool = True,
+    show: Show | None = None,
     **overrides: Any,
 ) -> Path:
     """Trains the expert `name` on an owner's text and writes it as a package; returns the package's folder.
@@ -150,7 +174,7 @@ def train_expert(
     Args:
         grafted: folder or Hub id of a model that `flexmoe graft` wrote.
         name: of the expert.
-        data: the owner's files (see `read_documents`).
+        data: the owner's files, folders and patterns, or data sets on the Hub (see `flexmoe.data.Documents`).
         out: the package's folder. Beside it, `.<name of out>.training` holds checkpoints until the package is written.
         public_data: public text. Default: the sample stored with the graft.
         settings: how to train. Default: `TrainingSettings()`.
@@ -158,14 +182,22 @@ def train_expert(
         overwrite: replace an existing `out`.
         resume: resume from the last checkpoint of the same command; False starts over.
         progress: show a progress bar on stderr.
+        show: called with each line for the user: a summary of the text and the steps, and the expected duration. None:
+            with `progress`, they are written to stderr, and the losses after training, too.
         overrides: fields of `TrainingSettings` that replace those of `settings`.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError: no such model or file.
-        ValueError: a taken name, no or too little text, no public text although it is needed, an `out` that is or
-            contains an input, or checkpoints of another command beside `out`.
+        TypeError: a value of the text column is not a text.
+        ValueError: a taken name, no or too little text, a file or row that cannot be read, a token without an
+            embedding, no public text although it is needed, an `out` that is, contains or is in an input, or beside
+            `out` an interrupted run with another command, data, tokenizer or model, or a damaged checkpoint.
         TrainingDivergedError: the loss is not finite.
+        TrainingInterrupted: a KeyboardInterrupt (Ctrl-C) that says what was kept.
+
+    Warns:
+        UserWarning: there is little text, rows without text were skipped, or the tokenizer is not the anchor's.
 
     Example:
         ```pycon
@@ -179,47 +211,93 @@ def train_expert(
     settings = replace(settings or TrainingSettings(), **overrides)
     out = check_new_folder(out, overwrite)
     folder = resolve_folder(grafted).path
-    work = out.parent / f".{out.name}.training"
-    read = [folder, *data_paths(data), *([] if public_data is None else data_paths(public_data))]
-    for written in (out, work):
-        check_apart(written, *read, *filter(None, [settings.embedder]))
+    work = work_folder(out)
     config = _checked_config(folder, name)
+    sides = _documents(folder, config, data, public_data, settings)
+    read = [*data, *(public_data or ())]
+    for written in (out, work):
+        check_apart(written, folder, *data_paths(read), *filter(None, [settings.embedder]))
+        check_output_apart(written, read)
     settings = replace(
         settings,
         sequence_length=_sequence_length(config, settings.sequence_length),
         rank=_rank(config, settings),
     )
-    text = _read_text(folder, config, data, public_data, settings)
+    text = prepare_text(sides, load_tokenizer(folder), _text_settings(config, settings))
+    for note in _notes(text, sides):
+        warnings.warn(note, stacklevel=2)
 
     arguments = _training_arguments(work, text, config, settings, progress)
-    with arguments.main_process_first(local=False, desc="preparing the run"):
-        identity = _identity(folder, name, text, arguments, settings)
-        _open_work_folder(work, identity, resume, main=arguments.process_index == 0)
-    checkpoint = last_checkpoint(work)
-    arguments.eval_on_start = bool(text.validation) and checkpoint is None
-    model = _two_expert_model(folder, name, config, text, arguments, settings)
-    trainer = _trainer(model, text, arguments, settings)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-
-    report = _report(trainer, text, settings)
-    if trainer.is_world_process_zero():
-        for block in model.flexmoe_blocks():
-            block.experts[name].to(next(block.experts[PUBLIC].parameters()).dtype)
-        metadata = {"license": license, "data_statement": data_statement, "version": version, "training": report}
-        model.save_expert(name, out, overwrite=overwrite, **{key: value for key, value in metadata.items() if value})
-        shutil.rmtree(work)
+    _open_run(folder, name, text, arguments, settings, resume)
+    say = show or (to_stderr if progress else None)
+    with Interruptible(work, settings.save_steps) as run:
+        trainer = _train(folder, name, config, text, arguments, settings, say, run)
+        report = _report(trainer, text, settings)
+        if trainer.is_world_process_zero():
+            for block in trainer.model.flexmoe_blocks():
+                block.experts[name].to(next(block.experts[PUBLIC].parameters()).dtype)
+            metadata = {"license": license, "data_statement": data_statement, "version": version, "training": report}
+            given = {key: value for key, value in metadata.items() if value}
+            trainer.model.save_expert(name, out, overwrite=overwrite, **given)
+            shutil.rmtree(work)
+            if show is None and progress:
+                to_stderr(losses(report))
     trainer.accelerator.wait_for_everyone()
     return out
 
 
-@dataclass(frozen=True)
-class _Text:
-    """Packed own and public text. `public` is None if not needed; `validation` is by side ("own", "public")."""
+def _notes(text: TrainingText, sides: Mapping[str, Documents | Sequence[str]]) -> list[str]:
+    """Warnings on the text."""
+    read = [documents for documents in sides.values() if isinstance(documents, Documents)]
+    return [note for note in (*(documents.skipped_note() for documents in read), text.few()) if note]
 
-    own: RowText
-    public: RowText | None
-    validation: dict[str, torch.Tensor]
-    sha256: str
+
+def _open_run(
+    folder: Path,
+    name: str,
+    text: TrainingText,
+    arguments: TrainingArguments,
+    settings: TrainingSettings,
+    resume: bool,
+) -> None:
+    """Opens the work folder, first in the main process; see `open_work_folder`."""
+    is_main = arguments.process_index == 0
+    with arguments.main_process_first(local=False, desc="preparing the run"):
+        identity = identify(
+            folder,
+            name=name,
+            text=text.sha256,
+            tokens=text.tokens_sha256,
+            processes=arguments.world_size,
+            settings=asdict(settings),
+            main=is_main,
+        )
+        open_work_folder(Path(arguments.output_dir), identity, asdict(TrainingSettings()), resume, main=is_main)
+
+
+def _train(
+    folder: Path,
+    name: str,
+    config: FlexMoeConfig,
+    text: TrainingText,
+    arguments: TrainingArguments,
+    settings: TrainingSettings,
+    show: Show | None,
+    run: Interruptible,
+) -> ExpertTrainer:
+    """Trains from the last checkpoint, or from the start."""
+    if show is None or arguments.process_index != 0:
+        show = _nothing
+    for line in text_summary(text):
+        show(line)
+    checkpoint = last_checkpoint(run.work)
+    arguments.eval_on_start = bool(text.validation) and checkpoint is None
+    model = _two_expert_model(folder, name, config, text, arguments, settings)
+    trainer = _trainer(model, text, arguments, settings, name, show)
+    run.trainer = trainer
+    show(_steps_summary(trainer, text, checkpoint))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    return trainer
 
 
 def _checked_config(folder: Path, name: str) -> FlexMoeConfig:
@@ -260,64 +338,49 @@ def _rank(config: FlexMoeConfig, settings: TrainingSettings) -> int | None:
     return rank
 
 
-def _read_text(
+def _documents(
     folder: Path,
     config: FlexMoeConfig,
     data: Sequence[str | Path],
     public_data: Sequence[str | Path] | None,
     settings: TrainingSettings,
-) -> _Text:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    sides = {"own": read_documents(data, column=settings.text_column)}
-    if public_data is not None:
-        sides["public"] = read_documents(public_data, column=settings.text_column)
-    elif config.public_sample is not None:
-        sides["public"] = read_public_sample(folder, config.public_sample)
-    elif settings.public_ratio > 0 or row_method(settings.router).needs != "nothing":
+) -> dict[str, Documents | Sequence[str]]:
+    """The documents by side, of which the beginnings are read and checked."""
+    files = {OWN: data, **({} if public_data is None else {PUBLIC_SIDE: public_data})}
+    read = {
+        side: Documents(
+            given, column=settings.text_column, template=settings.text_template, skip_empty=settings.skip_empty
+        )
+        for side, given in files.items()
+    }
+    check_template_is_used(read.values())
+    for documents in read.values():
+        documents.check()
+    sides: dict[str, Documents | Sequence[str]] = {**read}
+    if public_data is None and config.public_sample is not None:
+        sides[PUBLIC_SIDE] = read_public_sample(folder, config.public_sample)
+    elif public_data is None and (settings.public_ratio > 0 or row_method(settings.router).needs != "nothing"):
         raise ValueError(
             f"Training needs public text (public_ratio={settings.public_ratio:g}, router={settings.router!r}), and "
-            f"no sample is stored with {folder}. Graft with --public-data, or give --public-data here."
+            f"no sample is stored with {folder}. Graft with --public-data (public_data=...), or give it here."
         )
-    training: dict[str, RowText] = {}
-    validation: dict[str, torch.Tensor] = {}
-    for side, documents in sides.items():
-        kept, held = _split(side, documents, settings)
-        training[side] = RowText(kept, _packed(f"{side} training text", kept, tokenizer, settings))
-        if held:
-            validation[side] = _validation_sample(
-                _packed(f"{side} validation text", held, tokenizer, settings), settings
-            )
-    digest = hashlib.sha256(json.dumps(sides).encode()).hexdigest()
-    return _Text(training["own"], training.get("public"), validation, digest)
+    return sides
 
 
-def _split(side: str, documents: Sequence[str], settings: TrainingSettings) -> tuple[list[str], list[str]]:
-    """(training, validation) documents. A single public document is not split and used for training only."""
-    single = side == "public" and len(set(documents)) == 1
-    try:
-        return split_documents(documents, 0 if single else settings.validation_fraction, settings.seed)
-    except ValueError as error:
-        raise ValueError(f"The {side} text: {error}") from error
-
-
-def _packed(
-    what: str, documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, settings: TrainingSettings
-) -> torch.Tensor:
+def _text_settings(config: FlexMoeConfig, settings: TrainingSettings) -> TextSettings:
     assert settings.sequence_length is not None, "set once the anchor is known"
-    try:
-        return pack(documents, tokenizer, settings.sequence_length)
-    except ValueError as error:
-        raise ValueError(f"The {what} (validation_fraction={settings.validation_fraction:g}): {error}") from error
-
-
-def _validation_sample(sequences: torch.Tensor, settings: TrainingSettings) -> torch.Tensor:
-    count = max(1, settings.validation_tokens // sequences.shape[1])
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(settings.seed))
-    return sequences[order[:count]]
+    return TextSettings(
+        sequence_length=settings.sequence_length,
+        validation_fraction=settings.validation_fraction,
+        validation_tokens=settings.validation_tokens,
+        seed=settings.seed,
+        vocab_size=config.get_text_config().vocab_size,
+        keep_documents=row_method(settings.router).needs == "embeddings",
+    )
 
 
 def _training_arguments(
-    work: Path, text: _Text, config: FlexMoeConfig, settings: TrainingSettings, progress: bool
+    work: Path, text: TrainingText, config: FlexMoeConfig, settings: TrainingSettings, progress: bool
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(work),
@@ -365,72 +428,17 @@ def _runs_in_bfloat16(config: FlexMoeConfig, settings: TrainingSettings) -> bool
     return stored == "bfloat16"
 
 
-def _identity(
-    folder: Path, name: str, text: _Text, arguments: TrainingArguments, settings: TrainingSettings
-) -> dict[str, Any]:
-    """What must be equal for a run to resume from a checkpoint and end as if it had never been interrupted."""
-    return {
-        "name": name,
-        "model": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
-        "text": text.sha256,
-        "processes": arguments.world_size,
-        "settings": asdict(settings),
-    }
-
-
-def _open_work_folder(work: Path, identity: dict[str, Any], resume: bool, *, main: bool) -> None:
-    """Creates the folder of a new run, or checks that an existing one is this run's and drops other checkpoints.
-
-    Args:
-        main: whether this is the process that may change the folder; the others run afterwards and only check.
-    """
-    record = work / RUN_FILE
-    known = _known_run(record)
-    if main and (known is None or not resume):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        unfinished = record.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(identity, indent=2))
-        os.replace(unfinished, record)
-        return
-    if known is None:
-        raise FileNotFoundError(f"{record} is missing. The processes of a run must share one file system.")
-    before = {**asdict(TrainingSettings()), **known["settings"]}  # an older version had fewer settings
-    settings = {f"settings.{key}" for key, value in identity["settings"].items() if before[key] != value}
-    changed = settings | {key for key in identity.keys() - {"settings"} if known.get(key) != identity[key]}
-    if changed:
-        raise ValueError(
-            f"{work} holds an interrupted run with other values of: {', '.join(sorted(changed))}. Give the same "
-            "command to resume it, or resume=False (--no-resume) to start over."
-        )
-    if not main:
-        return
-    last = last_checkpoint(work)
-    for folder in work.glob("checkpoint-*"):
-        if folder != last:
-            shutil.rmtree(folder)
-
-
-def _known_run(record: Path) -> dict[str, Any] | None:
-    """The identity of the run in a folder; None if there is none, or it was interrupted before it was recorded."""
-    try:
-        known = json.loads(record.read_text())
-    except (FileNotFoundError, ValueError):  # of JSON and of UTF-8
-        return None
-    return known if isinstance(known, dict) and isinstance(known.get("settings"), dict) else None
-
-
 def _two_expert_model(
     folder: Path,
     name: str,
     config: FlexMoeConfig,
-    text: _Text,
+    text: TrainingText,
     arguments: TrainingArguments,
     settings: TrainingSettings,
 ) -> FlexMoeForCausalLM:
     """The model with the experts "public" and `name`, its row fitted, gradients only for the parameters to train."""
     dtype = torch.bfloat16 if _runs_in_bfloat16(config, settings) else torch.float32
-    model = FlexMoeForCausalLM.from_pretrained(folder, dtype=dtype).to(arguments.device)
+    model = load_causal_lm(folder, FlexMoeForCausalLM, dtype=dtype).to(arguments.device)
     method = row_method(settings.router)
     with arguments.main_process_first(local=False, desc="fitting router rows"):
         rows = _rows(Path(arguments.output_dir) / ROWS_FILE, model, method, text, settings)
@@ -452,7 +460,7 @@ def _two_expert_model(
 
 
 def _rows(
-    file: Path, model: FlexMoeForCausalLM, method: RowMethod, text: _Text, settings: TrainingSettings
+    file: Path, model: FlexMoeForCausalLM, method: RowMethod, text: TrainingText, settings: TrainingSettings
 ) -> dict[str, torch.Tensor]:
     """ "weight" [layers, H] and "bias" [layers]; fitted once per run and stored, so a resumed run has the same."""
     if not file.is_file():
@@ -466,18 +474,18 @@ def _rows(
             seed=settings.seed,
             embedder=settings.embedder,
         )
-        stacked = {
-            "weight": torch.stack([row.weight for row in rows]),
-            "bias": torch.tensor([row.bias for row in rows]),
-        }
-        unfinished = file.with_suffix(".unfinished")
-        save_file(stacked, unfinished)
-        os.replace(unfinished, file)
-    return load_file(file)
+        weights, biases = torch.stack([row.weight for row in rows]), torch.tensor([row.bias for row in rows])
+        save_rows(file, {"weight": weights, "bias": biases})
+    return load_rows(file)
 
 
 def _trainer(
-    model: FlexMoeForCausalLM, text: _Text, arguments: TrainingArguments, settings: TrainingSettings
+    model: FlexMoeForCausalLM,
+    text: TrainingText,
+    arguments: TrainingArguments,
+    settings: TrainingSettings,
+    name: str,
+    show: Show,
 ) -> ExpertTrainer:
     batch = settings.batch_size * settings.gradient_accumulation_steps * arguments.world_size
     mixture = Mixture(
@@ -494,10 +502,27 @@ def _trainer(
         eval_dataset={side: Sequences(sequences) for side, sequences in text.validation.items()},
         lm_z_loss=settings.lm_z_loss,
         router_z_loss=settings.router_z_loss if row_method(settings.router).trained_by_loss else 0.0,
+        expert=name,
+        show=show,
     )
 
 
-def _report(trainer: ExpertTrainer, text: _Text, settings: TrainingSettings) -> dict[str, Any]:
+def _nothing(line: str) -> None:
+    """Shows no line."""
+
+
+def _steps_summary(trainer: ExpertTrainer, text: TrainingText, checkpoint: Path | None) -> str:
+    steps = trainer.args.max_steps
+    return steps_summary(
+        text,
+        steps=steps,
+        sequences_per_step=len(trainer.train_dataset) // steps,
+        public_sequences=trainer.train_dataset.public_count,
+        resumed_at=0 if checkpoint is None else step_of(checkpoint),
+    )
+
+
+def _report(trainer: ExpertTrainer, text: TrainingText, settings: TrainingSettings) -> dict[str, Any]:
     """The training record of the package's manifest; it holds no paths, file names or text."""
     after = trainer.evaluate() if text.validation else {}
     history = trainer.state.log_history

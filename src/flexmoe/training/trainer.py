@@ -9,6 +9,7 @@ DeepSpeed).
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from flexmoe.training.messages import Show, TimeEstimate
 from flexmoe.training.next_token_loss import next_token_loss
+from flexmoe.training.resume import seal_checkpoint
 
 EXPERTS_PER_TOKEN = 2  # own and public: every token is processed by both, the router only weighs them
 CHECKPOINT_WEIGHTS = "trained.safetensors"
-CHECKPOINT_COMPLETE = "complete"
 
 
 class Mixture(Dataset):
@@ -41,7 +43,7 @@ class Mixture(Dataset):
     Each side is shuffled and repeated as often as needed.
 
     Args:
-        own, public: int64 [N, L]; `public` may be None if `public_ratio` is 0.
+        own, public: int32 or int64 [N, L]; `public` may be None if `public_ratio` is 0.
         public_ratio: share of public sequences, at least 0 and below 1.
         length: number of sequences.
         seed: of the order.
@@ -62,11 +64,11 @@ class Mixture(Dataset):
         return len(self._index)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self._sides[int(self._is_public[item])][self._index[item]]}
+        return {"input_ids": self._sides[int(self._is_public[item])][self._index[item]].long()}
 
 
 class Sequences(Dataset):
-    """Sequences [N, L] in order, for validation."""
+    """Sequences [N, L], int32 or int64, in order, for validation."""
 
     def __init__(self, input_ids: torch.Tensor) -> None:
         self._input_ids = input_ids
@@ -75,7 +77,7 @@ class Sequences(Dataset):
         return len(self._input_ids)
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self._input_ids[item]}
+        return {"input_ids": self._input_ids[item].long()}
 
 
 class TrainingDivergedError(ValueError):
@@ -86,14 +88,19 @@ class ExpertTrainer(Trainer):
     """Trains the parameters that require gradients, and keeps only those in optimiser and checkpoints.
 
     Args:
-        lm_z_loss, router_z_loss: weights of the two z-losses; all other arguments are Trainer's.
+        lm_z_loss, router_z_loss: weights of the two z-losses.
+        expert: its name, for the progress bar.
+        show: shows a line to the user.
+        Others are Trainer's.
 
     Raises:
         TrainingDivergedError: at the first step whose loss is not finite.
         ValueError: under FSDP or DeepSpeed.
     """
 
-    def __init__(self, *args: Any, lm_z_loss: float, router_z_loss: float, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, lm_z_loss: float, router_z_loss: float, expert: str, show: Show, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError("Experts train with DDP or on one device; FSDP and DeepSpeed are not supported yet.")
@@ -101,8 +108,11 @@ class ExpertTrainer(Trainer):
         self.router_z_loss = router_z_loss
         for callback in (ProgressCallback, PrinterCallback):  # both print to stdout
             self.remove_callback(callback)
+        bar = None
         if not self.args.disable_tqdm:
-            self.add_callback(_Progress)
+            bar = _Progress(expert)
+            self.add_callback(bar)
+        self.add_callback(TimeEstimate(show if bar is None else bar.above(show)))
         self.add_callback(_MarkComplete)
 
     def compute_loss(
@@ -171,12 +181,6 @@ def enable_activation_checkpointing(model: PreTrainedModel, **kwargs: Any) -> No
     enable(kwargs or None)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a folder; None if there is none."""
-    complete = [path.parent for path in folder.glob(f"checkpoint-*/{CHECKPOINT_COMPLETE}")]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
 class _MarkComplete(TrainerCallback):
     """Marks a checkpoint as complete; one without the mark was interrupted and is not resumed from."""
 
@@ -184,15 +188,47 @@ class _MarkComplete(TrainerCallback):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process writes its own RNG state
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / CHECKPOINT_COMPLETE).touch()
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class _Progress(ProgressCallback):
-    """Trainer's progress bar on stderr, with the losses as its postfix instead of printed dictionaries."""
+    """Trainer's progress bars on stderr with labels, and the losses as a postfix instead of printed dictionaries."""
 
-    def __init__(self) -> None:
+    def __init__(self, expert: str) -> None:
         super().__init__()
+        self._expert = expert
         self._shown: dict[str, str] = {}
+
+    def above(self, show: Show) -> Show:
+        """`show` for lines that appear above the bars."""
+
+        def shown(line: str) -> None:
+            if self.training_bar is None:
+                show(line)
+                return
+            with type(self.training_bar).external_write_mode(file=sys.stderr):
+                show(line)
+
+        return shown
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(f"Training {self._expert}")
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("Validation")
 
     def on_log(
         self,
