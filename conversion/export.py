@@ -30,7 +30,8 @@ from flexmoe.hub.stored_model import CONFIG_FILE, StoredModel
 from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder
 from flexmoe.io.strict_json import json_text
 from flexmoe.io.writer import MAX_SHARD_SIZE, TensorSource, source_from_file, source_from_tensor, write_checkpoint
-from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
+from flexmoe.meta import build_on_meta
+from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
 from flexmoe.modeling.experts_flexmoe import make_expert
 from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
@@ -146,7 +147,9 @@ def as_dense(stored: StoredModel, options: Options) -> Exported:
     names, expert = stored.config.expert_names, options.expert
     if expert is None or expert not in names:
         fault = "none is given" if expert is None else f"{expert!r} is not one of them"
-        raise ValueError(f"{DENSE} writes one expert of {stored.folder}, and {fault}: --expert {' | '.join(names)}.")
+        raise ValueError(
+            f"{DENSE} writes one expert of {stored.folder}, and {fault}: give --expert {' | '.join(names)} (expert=)."
+        )
     _check_kinds(stored, [expert], options, DENSE)
     dense, sites = build_on_meta(_anchor_config(stored))
     paths = NameMap(sites)
@@ -158,7 +161,7 @@ def as_dense(stored: StoredModel, options: Options) -> Exported:
 def as_native(native: NativeFormat, stored: StoredModel, options: Options) -> Exported:
     """All experts in a mixture-of-experts class of transformers, in the order of the config."""
     if options.expert is not None:
-        raise ValueError(f"{native.model_type} holds all experts: --expert {options.expert} is for --to {DENSE} only.")
+        raise ValueError(f"{native.model_type} holds all experts: expert={options.expert!r} is for to={DENSE!r} only.")
     _check_kinds(stored, stored.config.expert_names, options, native.model_type)
     if stored.config.norm_topk_prob is None:
         stored.config.norm_topk_prob = not norm_follows_each_ffn(_anchor_config(stored))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedConfig
 
 from flexmoe.hub.client import ResolvedFolder
 from flexmoe.io.dense import DenseCheckpoint
@@ -29,18 +30,29 @@ Shared = Literal["anchor", "average"]
 SHARED = ("anchor", "average")
 LISTED = 6  # differences in a message
 
-# Config fields about the origin and use of a checkpoint, which do not change what it computes.
+# Config fields about the origin and use of a checkpoint, which do not change what it computes; also in the parts of a
+# composite config (text_config, vision_config).
 METADATA_FIELDS = frozenset(
     {
         "_name_or_path",
         "architectures",
+        "auto_map",
         "bos_token_id",
+        "chunk_size_feed_forward",
         "dtype",
         "eos_token_id",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
         "pad_token_id",
+        "problem_type",
+        "return_dict",
         "torch_dtype",
         "transformers.js_config",  # of the JavaScript library, in many published fine-tunes
         "transformers_version",
+        "unsloth_fixed",  # of a training library, likewise
+        "unsloth_version",
         "use_cache",
     }
 )
@@ -161,19 +173,20 @@ def averaged_source(name: str, dense_name: str, checkpoints: Sequence[DenseCheck
 def _check_same_architecture(
     anchor: DenseCheckpoint, dense: DenseCheckpoint, what: str, *, networks_only: bool
 ) -> None:
-    ours, theirs = _computation_fields(anchor), _computation_fields(dense)
-    free = NON_FFN_FIELDS if networks_only else frozenset()
-    fields = sorted(key for key in (ours.keys() | theirs.keys()) - free if ours.get(key) != theirs.get(key))
+    _check_same_class(anchor, dense, what)
+    # the model's own config: a class for text alone has that part of a composite config
+    ours, theirs = (_computation_fields(each.model.config) for each in (anchor, dense))
+    fields = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    outside = [key for key in fields if _is_outside_of_ffns(key, anchor.model.config)]
+    only_outside = len(outside) == len(fields)
+    if networks_only:
+        fields = [key for key in fields if key not in outside]
     if fields:
         which = listed([f"{key} ({theirs.get(key)!r}, the anchor's is {ours.get(key)!r})" for key in fields], LISTED)
         raise ValueError(
             f"{what} is not a fine-tune of {anchor.folder}: their configurations differ in {which}. An expert is used "
             "with the anchor's attention and norms, so it must be trained with them."
-            + (
-                " --shared anchor (shared='anchor') uses only its feed-forward networks."
-                if NON_FFN_FIELDS.issuperset(fields)
-                else ""
-            )
+            + (" --shared anchor (shared='anchor') uses only its feed-forward networks." if only_outside else "")
         )
     is_ffn = NameMap(anchor.sites).is_ffn
     different = [
@@ -191,8 +204,34 @@ def _check_same_architecture(
         )
 
 
-def _computation_fields(dense: DenseCheckpoint) -> dict[str, Any]:
-    return {key: value for key, value in dense.config.to_dict().items() if key not in METADATA_FIELDS}
+def _check_same_class(anchor: DenseCheckpoint, dense: DenseCheckpoint, what: str) -> None:
+    ours, theirs = type(anchor.model).__name__, type(dense.model).__name__
+    if ours != theirs:
+        raise ValueError(
+            f"{what} is not a fine-tune of {anchor.folder}: it loads as {theirs} (model_type "
+            f"{dense.config.model_type!r}), the anchor as {ours} (model_type {anchor.config.model_type!r}). Both must "
+            f"be of one class: if the fine-tune is of a part of the anchor, save it with {ours}, or graft the model "
+            "that it is a fine-tune of."
+        )
+
+
+def _computation_fields(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields that determine what a model computes; those of the parts of a composite config by dotted names."""
+    fields: dict[str, Any] = {}
+    for key, value in config.to_dict().items():
+        part = getattr(config, key, None) if key in config.sub_configs else None
+        if isinstance(part, PreTrainedConfig):
+            fields |= {f"{key}.{inner}": theirs for inner, theirs in _computation_fields(part).items()}
+        elif key not in METADATA_FIELDS:
+            fields[key] = value
+    return fields
+
+
+def _is_outside_of_ffns(field: str, config: PreTrainedConfig) -> bool:
+    """Whether a field says nothing about the FFNs: positions, vocabulary, or a part that is not the text model."""
+    *parts, name = field.split(".")
+    is_other_part = bool(parts) and getattr(config, parts[0]) is not config.get_text_config()
+    return is_other_part or name in NON_FFN_FIELDS
 
 
 def _chunks(dense: DenseCheckpoint, name: str) -> Iterator[memoryview]:

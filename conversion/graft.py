@@ -28,7 +28,7 @@ from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder, file_inside
 from flexmoe.io.writer import MAX_SHARD_SIZE, TensorSource, source_from_file, source_from_tensor, write_checkpoint
 from flexmoe.modeling.anchors_flexmoe import NameMap
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, check_top_k
 from flexmoe.modeling.fingerprint_flexmoe import fingerprint as fingerprint_of
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.tokenization import copy_tokenizer
@@ -106,6 +106,8 @@ def graft(
     """
     if shared is not None and shared not in SHARED:
         raise ValueError(f"shared={shared!r}: must be one of {', '.join(SHARED)}, or None.")
+    if num_experts_per_tok is not None:
+        check_top_k(num_experts_per_tok)
     target = check_new_folder(out, overwrite)
     source = resolve_folder(anchor, revision=revision, token=token)
     check_apart(target, source.path, *([] if public_data is None else data_paths(public_data)))
@@ -265,8 +267,8 @@ def _sample(documents: Sequence[str], max_bytes: int, seed: int) -> list[str]:
     if not lines:
         raise ValueError(
             f"None of the {len(documents)} public documents fits into a sample of {max_bytes:,} bytes. Give a larger "
-            "--public-sample-bytes, or more and smaller documents: .jsonl rows, or text separated by lines of "
-            f"{END_OF_DOCUMENT}."
+            "--public-sample-bytes (public_sample_bytes=...), or more and smaller documents: .jsonl rows, or text "
+            f"separated by lines of {END_OF_DOCUMENT}."
         )
     return lines
 

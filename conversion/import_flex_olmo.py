@@ -36,7 +36,8 @@ from flexmoe.io.writer import (
     source_from_tensor,
     write_checkpoint,
 )
-from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
+from flexmoe.meta import build_on_meta
+from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, expert_record
 from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES, fingerprint
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM

@@ -39,7 +39,7 @@ LISTED = 6  # tensors in a message
 
 ALTERNATIVE = (
     "Merge it into the model (PEFT: merge_and_unload), save that, and give the folder instead; if it differs from the "
-    "anchor outside of its feed-forward networks, --shared decides"
+    "anchor outside of its feed-forward networks, --shared (shared=) decides"
 )
 
 # Fields of PEFT's LoraConfig that, if set, change what an adapter computes in a way that a low-rank expert cannot.
@@ -57,6 +57,9 @@ _UNSUPPORTED = (
     "arrow_config",
 )
 _CHANGES_THE_ANCHOR = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+# Where classes of transformers have the text model, whose layers an adapter may name.
+TEXT_MODELS = ("model.language_model.", "language_model.model.", "model.text_model.", "language_model.", "model.", "")
 
 _TENSOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 
@@ -92,10 +95,11 @@ class LoraAdapter:
         """
         config = read_json_object(file_inside(source.path, CONFIG_FILE))
         _check_config(source.path, config)
-        factors = _read_factors(source.path, anchor)
+        factors, names = _read_factors(source.path, anchor)
         layers = [f"{site.layer}." for site in anchor.sites]
         rank = [max([len(a) for path, (a, _) in factors.items() if path.startswith(at)], default=1) for at in layers]
-        scales = {path: _scale(config, path, len(a_RI)) for path, (a_RI, _) in factors.items()}
+        # PEFT's patterns are for the names of the class that was trained
+        scales = {path: _scale(config, names[path], len(a_RI)) for path, (a_RI, _) in factors.items()}
         # with one scale and one rank, the default of adapters, alpha holds the scale; else it is merged into B
         uniform = len(set(scales.values())) == 1 and len({len(a_RI) for a_RI, _ in factors.values()} | set(rank)) == 1
         alpha = next(iter(scales.values())) * rank[0] if uniform else None
@@ -163,28 +167,31 @@ def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _read_factors(folder: Path, anchor: DenseCheckpoint) -> dict[str, Factors]:
-    """The factors of each matrix, by the name of its module in the dense model."""
+def _read_factors(folder: Path, anchor: DenseCheckpoint) -> tuple[dict[str, Factors], dict[str, str]]:
+    """The factors of each matrix, and the module's name in the adapter; both by its name in the dense model."""
     if not (folder / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(
             f"{folder} has no {WEIGHTS_FILE}, and no other format is read (pickles run code). Load the adapter with "
             "PEFT and save it again: save_pretrained(folder, safe_serialization=True)."
         )
-    names = NameMap(anchor.sites)
+    modules = _module_names(anchor)
     found: dict[str, dict[str, Tensor]] = {}
+    theirs: dict[str, str] = {}
     unsupported = []
     with TensorFile(file_inside(folder, WEIGHTS_FILE)) as file:
         for stored in file.infos:
             match = _TENSOR.fullmatch(stored)
-            weight = f"{match['module']}.weight" if match else ""
-            if match is None or weight not in anchor.infos or not names.is_ffn(weight):
+            module = modules.get(match["module"]) if match else None
+            if match is None or module is None:
                 unsupported.append(stored)
                 continue
+            if theirs.setdefault(module, match["module"]) != match["module"]:
+                raise ValueError(f"{folder} has two names for {module}: {theirs[module]} and {match['module']}.")
             tensor = file.read(stored)
             if not bool(tensor.isfinite().all()):
                 raise ValueError(f"{folder}: tensor {stored!r} holds NaN or an infinity.")
-            found.setdefault(match["module"], {})[match["side"]] = tensor
-            _check_shape(folder, stored, tensor, anchor, weight, match["side"])
+            found.setdefault(module, {})[match["side"]] = tensor
+            _check_shape(folder, stored, tensor, anchor, f"{module}.weight", match["side"])
     if unsupported or not found:
         raise ValueError(
             f"{folder} changes more than feed-forward matrices of {anchor.folder}, in {len(unsupported)} tensors: "
@@ -193,7 +200,25 @@ def _read_factors(folder: Path, anchor: DenseCheckpoint) -> dict[str, Factors]:
     for path, sides in found.items():
         if sides.keys() != {"A", "B"} or len(sides["A"]) != sides["B"].shape[1]:
             raise ValueError(f"{folder}: the factors of {path} do not match each other.")
-    return {path: (sides["A"], sides["B"]) for path, sides in found.items()}
+    return {path: (sides["A"], sides["B"]) for path, sides in found.items()}, theirs
+
+
+def _module_names(anchor: DenseCheckpoint) -> dict[str, str]:
+    """The names that an adapter may have for each matrix of the FFNs -> its module's name in the dense model.
+
+    An adapter has the names of the class that it was trained with: the anchor's, another of its family (for text and
+    images, for text alone), or those of the checkpoint.
+    """
+    is_ffn = NameMap(anchor.sites).is_ffn
+    stored = {ours: theirs for ours, theirs in anchor.stored.items() if ours.endswith(".weight") and is_ffn(ours)}
+    *parts, _, _ = anchor.sites[0].layer.split(".")
+    top = "".join(f"{part}." for part in parts)
+    names: dict[str, str] = {}
+    for ours, theirs in stored.items():
+        inside = (f"{text_model}{ours.removeprefix(top)}" for text_model in TEXT_MODELS)
+        for name in (ours, theirs, *inside):
+            names.setdefault(name.removesuffix(".weight"), ours.removesuffix(".weight"))
+    return names
 
 
 def _check_shape(folder: Path, stored: str, tensor: Tensor, anchor: DenseCheckpoint, weight: str, side: str) -> None:

@@ -19,7 +19,7 @@ from transformers.models.auto import CONFIG_MAPPING
 from flexmoe.modeling.anchors_flexmoe import FfnSite
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 
-ALTERNATIVES = "Write one expert with --to dense --expert NAME, or serve the FlexMoE model itself."
+ALTERNATIVES = "Write one expert with --to dense --expert NAME (to='dense', expert=NAME), or serve the FlexMoE itself."
 
 # Fields that describe the config's own file and class.
 _FILE_FIELDS = frozenset({"_name_or_path", "architectures", "auto_map", "dtype", "model_type", "transformers_version"})
@@ -188,7 +188,7 @@ def _check_family(native: NativeFormat, anchor: PreTrainedConfig) -> None:
     raise ValueError(
         f"{native.model_type} is for anchors of type {' or '.join(native.families)}; this one is "
         f"{anchor.model_type!r}, for which there is {' and '.join(fitting) or 'no such architecture'}. "
-        + (f"Write it with --to {fitting[0]}." if fitting else ALTERNATIVES)
+        + (f"Write it with to={fitting[0]!r}." if fitting else ALTERNATIVES)
     )
 
 
@@ -208,7 +208,8 @@ def _check_normalized(native: NativeFormat, config: FlexMoeConfig) -> None:
     raise ValueError(
         f"{native.model_type} always divides the k weights by their sum; this model does not (norm_topk_prob is "
         f"False), which makes a difference with k = {k} of {experts} experts. It makes none with k = {experts}: set "
-        f"num_experts_per_tok to that if quality allows (compose --num-experts-per-tok {experts}). {ALTERNATIVES}"
+        f"num_experts_per_tok to that if quality allows (flexmoe compose --num-experts-per-tok {experts}). "
+        f"{ALTERNATIVES}"
     )
 
 

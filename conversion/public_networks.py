@@ -18,7 +18,8 @@ from flexmoe.hub.stored_model import CONFIG_FILE, StoredModel
 from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.io.strict_json import read_json_object
 from flexmoe.io.tensors import CheckpointFolder, TensorInfo
-from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap, build_on_meta
+from flexmoe.meta import build_on_meta
+from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX, FfnSite, NameMap
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
 from flexmoe.modeling.fingerprint_flexmoe import fingerprint as fingerprint_of
 

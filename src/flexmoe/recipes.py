@@ -33,10 +33,12 @@ import torch
 import yaml
 
 from flexmoe.conversion.router_tensors import StackedRows
-from flexmoe.io.dense import DenseCheckpoint
+from flexmoe.hub.client import resolve_folder
+from flexmoe.io.dense import DenseCheckpoint, read_dense_config
+from flexmoe.meta import build_on_meta
 from flexmoe.modeling import PUBLIC
 from flexmoe.modeling.configuration_flexmoe import check_expert_name, check_top_k
-from flexmoe.routers.prompt_gates import GATE_MODES, GateMode, Prompts, make_gates
+from flexmoe.routers.prompt_gates import GATE_MODES, GateMode, Prompts, check_gate_mode, make_gates
 
 DEFAULT_GATE_MODE = "hidden"
 DEFAULT_EXPERTS_PER_TOKEN = 2
@@ -140,6 +142,21 @@ def read_recipe(file: str | Path) -> Recipe:
         return parse_recipe(values)
     except (ValueError, TypeError) as error:
         raise type(error)(f"{file}: {error}") from error
+
+
+def check_base(recipe: Recipe, token: str | bool | None = None) -> None:
+    """Checks by the base model's configuration alone that its gate mode fits it, before any weights are fetched.
+
+    Raises:
+        ValueError: as `check_gate_mode`, or the model cannot be an anchor.
+        FileNotFoundError, PermissionError, ConnectionError: no such model (see `resolve_folder`).
+    """
+    if recipe.gate_mode.needs != "embeddings":
+        return
+    base = recipe.base
+    found = resolve_folder(base.path, revision=base.revision, token=token, allow_patterns=["config.json"])
+    model, _ = build_on_meta(read_dense_config(found.path))
+    check_gate_mode(recipe.gate_mode, model)
 
 
 def parse_recipe(values: Any) -> Recipe:

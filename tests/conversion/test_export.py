@@ -310,8 +310,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("config", "to", "fault"),
         [
-            (LlamaConfig(**SIZES), "qwen3_moe", "qwen3_moe is for anchors of type qwen3; .*'llama'.*--to mixtral"),
-            (Qwen3Config(**SIZES), "mixtral", "for anchors of type llama or mistral; .*'qwen3'.*--to qwen3_moe"),
+            (LlamaConfig(**SIZES), "qwen3_moe", "qwen3_moe is for anchors of type qwen3; .*'llama'.*to='mixtral'"),
+            (Qwen3Config(**SIZES), "mixtral", "for anchors of type llama or mistral; .*'qwen3'.*to='qwen3_moe'"),
             (ANCHOR_CONFIGS["gemma2"](), "flex_olmo", "'gemma2'.*no such architecture.*--to dense"),
             (LlamaConfig(**SIZES, attention_bias=True), "mixtral", "no 'attention_bias'.*attention_bias=True"),
             (LlamaConfig(**SIZES, mlp_bias=True), "mixtral", "no 'mlp_bias'.*mlp_bias=True"),
@@ -366,9 +366,9 @@ class TestErrors:
         ("options", "fault"),
         [
             ({"to": "gguf"}, "no format 'gguf'.*dense, flex_olmo, mixtral, qwen3_moe"),
-            ({"to": "dense"}, r"none is given: --expert public \| math \| code"),
+            ({"to": "dense"}, r"none is given: give --expert public \| math \| code"),
             ({"to": "dense", "expert": "law"}, "'law' is not one of them"),
-            ({"to": "mixtral", "expert": "math"}, "for --to dense only"),
+            ({"to": "mixtral", "expert": "math"}, "for to='dense' only"),
         ],
     )
     def test_invalid_options(self, options: dict[str, str], fault: str, llama: Path, tmp_path: Path) -> None:

@@ -327,6 +327,7 @@ graft(sys.argv[1], sys.argv[2], progress=progress)
 """
 
 
+@pytest.mark.soak  # a process of its own; `tests/modeling/test_kills.py` kills `graft` in processes that are forked
 def test_a_kill_leaves_no_loadable_output(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     half = (llama / "model.safetensors").stat().st_size // 2

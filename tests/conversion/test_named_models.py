@@ -15,8 +15,25 @@ from flexmoe.testing import perturb_expert, realigned
 from flexmoe_cli import main
 from tests.support.family_checks import CHECKS, greedy, logits
 from tests.support.named_models import NAMED_MODELS, markdown
+from tests.support.soak import thinned
 
 ROOT = Path(__file__).resolve().parents[2]
+
+DISTINCT = (
+    "meta-llama/Llama-2-7b-hf",  # exports to Mixtral
+    "cerebras/Cerebras-GPT-111M",  # transposed weights
+    "databricks/dolly-v2-3b",  # attention and network in parallel
+    "allenai/OLMo-2-1124-7B",  # norms after; exports to FlexOlmo
+    "Qwen/Qwen3-0.6B",  # exports to Qwen3-MoE
+    "google/gemma-2-2b",  # norms before and after
+    "microsoft/Phi-3-mini-4k-instruct",  # a fused matrix
+    "facebook/opt-125m",  # no module around the network
+    "bigscience/bloom-560m",  # files without a prefix, a residual inside of the network
+    "tiiuae/falcon-7b",  # one norm for both branches, an obsolete head
+)
+"""One model of each way to store and call a network; `make soak` runs the others too."""
+
+models = pytest.mark.parametrize("name", thinned(NAMED_MODELS, DISTINCT))
 
 
 def published(name: str, folder: Path) -> Path:
@@ -59,7 +76,7 @@ def package_of(grafted: Path, folder: Path) -> Path:
     return model.save_expert("math", folder)
 
 
-@pytest.mark.parametrize("name", NAMED_MODELS)
+@models
 def test_from_files_to_files(name: str, tmp_path: Path) -> None:
     dense = published(name, tmp_path / "dense")
     anchor = loaded(dense)
@@ -89,7 +106,7 @@ def test_from_files_to_files(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("check", ["remove_is_exact", "norm_follows_is_true", "decode_is_prefill"])
-@pytest.mark.parametrize("name", NAMED_MODELS)
+@models
 def test_in_memory(name: str, check: str, tmp_path: Path) -> None:
     CHECKS[check](name, tmp_path)
 

@@ -1,6 +1,8 @@
 """Tensors of a checkpoint get the names under which transformers loads them, or it is refused with the reason."""
 
+import ast
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, OlmoHybridConfig, PreTrainedModel
 
-from flexmoe.io.dense import CheckpointNamesError, DenseCheckpoint
+from flexmoe.io.dense import CheckpointNamesError, DenseCheckpoint, load_causal_lm
 from flexmoe.modeling.anchors_flexmoe import UnsupportedAnchorError
-from flexmoe.testing import ANCHOR_CONFIGS, tiny_anchor
+from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
+from flexmoe.testing import ANCHOR_CONFIGS, tiny_anchor, tiny_flexmoe
 
 Tensors = dict[str, torch.Tensor]
 
@@ -120,6 +123,86 @@ def test_unused_tensors_are_refused_and_the_conversion_works(tmp_path: Path) -> 
         DenseCheckpoint(folder)
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "new", save_original_format=False)
     assert DenseCheckpoint(tmp_path / "new").stored == plain
+
+
+OTHER_PREFIXES = {
+    "llama": ("model.", "model.language_model."),
+    "gemma2": ("", "language_model."),  # with a tied head
+    "gpt2": ("transformer.", "model.text_model."),
+    "qwen3": ("model.layers.", "decoder.blocks."),
+}
+
+
+@pytest.mark.promise(
+    "`graft`",
+    "a checkpoint under another prefix",
+    "refused with a `key_mapping` that works",
+)
+@pytest.mark.parametrize("family", OTHER_PREFIXES)
+def test_another_prefix_is_refused_and_the_advice_works(family: str, tmp_path: Path) -> None:
+    model, folder = saved(family, tmp_path / "old")
+    ours, theirs = OTHER_PREFIXES[family]
+    rewrite(folder, lambda t: {theirs + n.removeprefix(ours) if n.startswith(ours) else n: t[n] for n in t})
+    with pytest.raises(CheckpointNamesError, match=r"random values\. They are stored under other names") as refusal:
+        DenseCheckpoint(folder)
+    (options,) = re.findall(r"from_pretrained\(folder, key_mapping=(\{.*?\})\)", str(refusal.value))
+    converted = AutoModelForCausalLM.from_pretrained(folder, key_mapping=ast.literal_eval(options))
+    converted.save_pretrained(tmp_path / "new", save_original_format=False)
+    dense = DenseCheckpoint(tmp_path / "new")
+    for name, stored in dense.stored.items():
+        assert torch.equal(dense.files.read(stored), model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"model.{name[::-1]}",
+        lambda name: name.replace("norm.weight", "vision.norm.weight"),  # another part has a tensor of that name
+        lambda name: name.replace("model.norm.", "visual.norm.").replace("lm_head.", "visual.head."),
+    ],
+    ids=["unknown names", "other norms", "other parts"],
+)
+def test_missing_tensors_are_never_converted_to_random_ones(change: Callable[[str], str], tmp_path: Path) -> None:
+    _, folder = saved("llama", tmp_path)
+    rewrite(folder, lambda t: {change(name): tensor for name, tensor in t.items()} | {"visual.patch": torch.ones(1)})
+    with pytest.raises(CheckpointNamesError, match=r"random values\. Check that model_type") as refusal:
+        DenseCheckpoint(folder)
+    assert "from_pretrained" not in str(refusal.value)
+
+
+@pytest.mark.promise(
+    "`graft`, `evaluate`, `train`, `verify`",
+    "a checkpoint whose tensors transformers would fill with random values",
+    "refused with their names",
+)
+def test_a_load_that_fills_tensors_with_random_values_is_refused(tmp_path: Path) -> None:
+    model, folder = saved("llama", tmp_path)
+    loaded = load_causal_lm(folder)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+    rewrite(folder, lambda t: {name: t[name] for name in t if name != "model.norm.weight"})
+    with pytest.raises(CheckpointNamesError, match=r"1 tensor\(s\) missing .*model.norm.weight.*random values"):
+        load_causal_lm(folder)
+
+
+def test_a_flexmoe_that_lacks_a_tensor_of_its_anchor_is_refused(tmp_path: Path) -> None:
+    tiny_flexmoe("llama", ["math"]).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda t: {name: t[name] for name in t if name != "anchor.model.norm.weight"})
+    with pytest.raises(CheckpointNamesError, match=r"1 tensor\(s\) missing .*anchor.model.norm.weight.*random values"):
+        load_causal_lm(tmp_path, FlexMoeForCausalLM)
+
+
+def test_the_library_loads_models_by_it_alone() -> None:
+    root = Path(__file__).resolve().parents[2]
+    paths = [path for folder in ("src", "conversion") for path in (root / folder).rglob("*.py")]
+    calls = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and re.search(r"\w+ForCausalLM\.from_pretrained$", ast.unparse(node.func))
+    ]
+    assert calls == []
 
 
 def test_a_checkpoint_that_is_computed_at_load_is_refused_and_the_conversion_works(tmp_path: Path) -> None:

@@ -28,8 +28,10 @@ from transformers.core_model_loading import (
 
 from flexmoe.io.lfs import refuse_pointers
 from flexmoe.io.package_config import ExpertPackageConfig
+from flexmoe.io.strict_json import JsonDepthError, check_depth
 from flexmoe.io.tensors import NOT_RANDOM, CheckpointFolder, TensorInfo, listed, same_bytes
-from flexmoe.modeling.anchors_flexmoe import FfnSite, UnsupportedAnchorError, build_on_meta
+from flexmoe.meta import build_on_meta
+from flexmoe.modeling.anchors_flexmoe import FfnSite, UnsupportedAnchorError
 
 MAX_LISTED = 12  # tensors in an error message
 
@@ -276,15 +278,15 @@ def _check_equal(files: CheckpointFolder, one: str, other: str) -> None:
     )
 
 
-def load_causal_lm(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The causal LM in `folder`, by `AutoModelForCausalLM.from_pretrained`, with every tensor read from the folder.
+def load_causal_lm(folder: str | Path, kind: Any = AutoModelForCausalLM, **options: Any) -> Any:
+    """The model in `folder` by `from_pretrained` of the class `kind`, with every tensor read from the folder.
 
     Raises:
         CheckpointNamesError: transformers would fill tensors that the folder does not have with random values.
         ValueError: a weight file is a Git LFS pointer.
     """
     refuse_pointers(Path(folder).glob("*.safetensors"))
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     if missing := sorted(info["missing_keys"]):
         unknown = sorted(info["unexpected_keys"])
         raise CheckpointNamesError(f"{folder}: {_incomplete(missing, unknown, model)}")
@@ -304,6 +306,10 @@ def read_dense_config(folder: Path) -> PreTrainedConfig:
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a transformers checkpoint.")
     refuse_pointers([path])
     raw, _ = PreTrainedConfig.get_config_dict(folder)
+    try:
+        check_depth(raw)  # it becomes a part of the graft's config
+    except JsonDepthError as error:
+        raise UnsupportedAnchorError(f"{path}: the JSON is {error}.") from None
     if raw.get("model_type") == "flexmoe":
         raise UnsupportedAnchorError(f"{folder} is a FlexMoE already: train experts for it, or add packages to it.")
     if raw.get("model_type") == ExpertPackageConfig.model_type:
@@ -315,12 +321,14 @@ def read_dense_config(folder: Path) -> PreTrainedConfig:
             "from."
         )
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError) as error:
         raise UnsupportedAnchorError(
             f"{folder}: the installed transformers has no model_type {raw.get('model_type')!r} (code from the folder "
             "is not run). Update transformers, or choose another anchor."
         ) from error
+    config._attn_implementation = config._experts_implementation = None  # a kernel of the Hub that the file names
+    return config
 
 
 def _renamed(info: TensorInfo, name: str) -> TensorInfo:

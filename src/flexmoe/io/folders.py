@@ -36,7 +36,7 @@ def check_new_folder(out: str | Path, overwrite: bool = False) -> Path:
         raise FileExistsError(
             f"{target} exists already. Choose another output folder, or pass --overwrite (overwrite=True)."
         )
-    for precious in (Path.cwd(), Path.home()):
+    for precious in (Path.cwd(), *_home()):
         if precious.resolve().is_relative_to(target):
             raise ValueError(f"Overwriting {target} would delete {precious}. Choose another output folder.")
     return target
@@ -180,6 +180,14 @@ def _link_new(temporary: Path, path: Path) -> bool:
         check_new_file(path)
         return False
     return True
+
+
+def _home() -> list[Path]:
+    """The home folder; none in a container whose user has no entry in the system and no HOME."""
+    try:
+        return [Path.home()]
+    except RuntimeError:
+        return []
 
 
 def _allowed_roots(folder: Path) -> list[Path]:

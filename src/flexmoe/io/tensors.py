@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from flexmoe.io.folders import open_regular_file
+from flexmoe.io.lfs import MAX_POINTER_BYTES, refuse_pointer
 from flexmoe.io.strict_json import MAX_JSON_BYTES, parse_json_object, read_json_object
 from flexmoe.modeling.fingerprint_flexmoe import DTYPE_CODES, TORCH_DTYPES, tensor_bytes
 
@@ -29,6 +30,9 @@ FILL_BYTES = 1 << 20
 HUGE_PAGE_BYTES = 2 << 20
 CHUNK_BYTES = 256 << 10  # stays in the processor's cache between reading, hashing and writing
 MAX_DIMENSIONS = 64  # torch's own limit
+
+NOT_RANDOM = "Stop if it reports tensors as MISSING: it fills these with random values."
+"""What to heed when transformers loads a checkpoint whose names are not known to be right."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class TensorFile:
         return self.infos[name]
 
     def _read_header(self, file_bytes: int) -> bytes:
+        refuse_pointer(os.pread(self._descriptor, MAX_POINTER_BYTES, 0), self.path)
         prefix = os.pread(self._descriptor, 8, 0)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > file_bytes - 8:
@@ -310,7 +315,8 @@ def _check_present(folder: Path, names: Sequence[str], stem: str) -> None:
     if any(folder.glob("pytorch_model*.bin")):
         text += (
             " Its weights are pickles, which FlexMoE does not open. Convert a checkpoint that you trust: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors."
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors. "
+            f"{NOT_RANDOM}"
         )
     raise FileNotFoundError(text)
 
