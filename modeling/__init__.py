@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .anchors_flexmoe import NameMap, UnsupportedAnchorError, build_on_meta, find_ffn_sites
+    from .anchors_flexmoe import NameMap, UnsupportedAnchorError, find_ffn_sites
     from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name
     from .experts_flexmoe import FlexMoeBlock, FlexMoeRouter
     from .modeling_flexmoe import (
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: the configuration takes a moment, the model takes transformers' modelling code, seconds.
 _LAZY = {
-    "anchors_flexmoe": ("NameMap", "UnsupportedAnchorError", "build_on_meta", "find_ffn_sites"),
+    "anchors_flexmoe": ("NameMap", "UnsupportedAnchorError", "find_ffn_sites"),
     "configuration_flexmoe": ("PUBLIC", "FlexMoeConfig", "check_expert_name"),
     "experts_flexmoe": ("FlexMoeBlock", "FlexMoeRouter"),
     "modeling_flexmoe": (
@@ -46,7 +46,6 @@ __all__ = [
     "FlexMoeRouter",
     "NameMap",
     "UnsupportedAnchorError",
-    "build_on_meta",
     "check_expert_name",
     "find_ffn_sites",
 ]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from .configuration_flexmoe import PUBLIC
 
@@ -229,6 +229,11 @@ class NameMap:
                 return inside + dense_name.removeprefix(ours)
         return ANCHOR_PREFIX + dense_name
 
+    def replacements(self) -> dict[str, str]:
+        """What `to_flexmoe` does, as regular expressions and what replaces them; the first that matches applies."""
+        inside = {f"^{re.escape(ours)}": theirs for ours, theirs in self._to_flexmoe.items()}
+        return {**inside, rf"^(?!{re.escape(ANCHOR_PREFIX)})": ANCHOR_PREFIX}
+
     def is_ffn(self, dense_name: str) -> bool:
         """Whether the dense model's tensor `dense_name` is part of a feed-forward network."""
         return dense_name.startswith(tuple(self._to_flexmoe))
@@ -241,19 +246,3 @@ class NameMap:
         if flexmoe_name.startswith(self._blocks) or not flexmoe_name.startswith(ANCHOR_PREFIX):
             return None
         return flexmoe_name.removeprefix(ANCHOR_PREFIX)
-
-
-def build_on_meta(anchor_config: PreTrainedConfig) -> tuple[PreTrainedModel, list[FfnSite]]:
-    """The dense model of `anchor_config` without weights, and its feed-forward networks.
-
-    Raises:
-        UnsupportedAnchorError: transformers has no causal LM for it, or its networks cannot be found.
-    """
-    try:
-        with torch.device("meta"):
-            dense = AutoModelForCausalLM.from_config(anchor_config)
-    except ValueError as error:
-        raise UnsupportedAnchorError(
-            f"model_type {anchor_config.model_type!r} has no causal LM in transformers: {error}"
-        ) from error
-    return dense, find_ffn_sites(dense)

@@ -62,6 +62,27 @@ class ExpertsForwards(dict[str, Callable[..., Tensor]]):
 
 EXPERTS_FORWARDS = ExpertsForwards()
 
+
+def require_flexmoe(module: str, what: str) -> Any:
+    """The module `flexmoe.<module>`. ImportError: the package, which the call `what` needs, is not installed."""
+    try:
+        return import_module(f"flexmoe.{module}")
+    except ModuleNotFoundError as error:
+        if error.name != "flexmoe":
+            raise
+        raise ImportError(
+            f"{what} needs the package flexmoe, not only the code beside the model: pip install flexmoe"
+        ) from error
+
+
+def optional_flexmoe(module: str) -> Any | None:
+    """The module `flexmoe.<module>`; None if the package is not installed."""
+    try:
+        return require_flexmoe(module, "")
+    except ImportError:
+        return None
+
+
 RECORD_KEYS = (
     "name",
     "kind",
@@ -77,6 +98,7 @@ RECORD_KEYS = (
 )
 """Keys of an expert's record in `FlexMoeConfig.experts`; absent means unknown."""
 
+_CHOSEN_BY_CALLER = frozenset({"attn_implementation", "experts_implementation"})
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 _NAME_LENGTH = 64
 # A ModuleDict refuses names of its attributes, and PEFT's terms have a meaning inside parameter names.
@@ -220,6 +242,7 @@ class FlexMoeConfig(PreTrainedConfig):
         anchor._name_or_path = ""  # a local path; `self.anchor` identifies the anchor
         if not isinstance(self.experts, list | None):
             raise TypeError(f"experts must be a list of names or records; got {self.experts!r}.")
+        check_top_k(self.num_experts_per_tok)  # here, because an error of a validator below names `@strict`'s classes
         foreign = _drop_code(vars(anchor)) + _drop_code(kwargs) + _drop_code({"auto_map": self.auto_map})
         if foreign:
             warnings.warn(f"The config names code of others, which is dropped: {', '.join(foreign)}.", stacklevel=2)
@@ -241,7 +264,7 @@ class FlexMoeConfig(PreTrainedConfig):
                 "flexmoe.graft (on the command line: flexmoe graft), or load it as it is with AutoModelForCausalLM. "
                 "('flexmoe_expert' is an expert package, not a model: add it to a model with add_expert.)"
             )
-        return super().from_dict(config_dict, **kwargs)
+        return super().from_dict(_without_implementations(config_dict), **kwargs)
 
     @property
     def _experts_implementation(self) -> str | None:
@@ -262,6 +285,11 @@ class FlexMoeConfig(PreTrainedConfig):
     def expert_names(self) -> list[str]:
         """Names of all experts, in order."""
         return [record["name"] for record in self.expert_records]
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts, "public" included; read by trainers that compute the load-balancing loss."""
+        return len(self.expert_records)
 
     def validate_experts(self) -> None:
         """Part of `@strict`: names are valid and unique, "public" comes first, active experts exist."""
@@ -284,8 +312,7 @@ class FlexMoeConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of `@strict`: the anchor's own class has checked its configuration."""
 
-    def validate_rope(self) -> None:
-        """Part of `@strict`: as `validate_architecture`."""
+    validate_rope = validate_architecture
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         # `generate` settings that a family declares as fields (BART's forced_eos_token_id) belong to the anchor
@@ -301,31 +328,33 @@ class FlexMoeConfig(PreTrainedConfig):
         anchor: Any = self.anchor_config
         return anchor.get_text_config(decoder=True)
 
-    @property
-    def per_layer_config(self) -> Any:
-        """As in transformers: the anchor's configuration of each layer, from which caches are made."""
-        return self._text_config().per_layer_config
+    # as in transformers, of the anchor: the configuration of each layer, and plans with its names
+    per_layer_config = property(lambda self: self._text_config().per_layer_config)
+    base_model_tp_plan = property(lambda self: self._text_config().base_model_tp_plan)
+    base_model_fsdp_plan = property(lambda self: self._text_config().base_model_fsdp_plan)
 
     def _anchor_fields(self) -> dict[str, Any]:
-        """The fields of the anchor's text config by name, as in its `to_dict()`, without further configs in it."""
+        """The anchor's fields that this class does not have, as its text config's `to_dict()` gives them."""
         text = self._text_config()
-        fields = {name: value for name, value in text.to_dict().items() if name not in text.sub_configs}
+        fields = text.to_dict()
+        for name in list(fields):
+            is_own = name.startswith("_") or hasattr(type(self), name) or name in text.sub_configs
+            if is_own and name != "per_layer_config":
+                del fields[name]
         if "tie_word_embeddings" in fields:
             fields["tie_word_embeddings"] = self.tie_word_embeddings  # of a composite, its own field counts
         return fields
 
     def _without_copies(self, values: dict[str, Any]) -> dict[str, Any]:
-        """`values` without the fields of the anchor that `to_dict` repeats. ValueError: one differs."""
-        fields, kept = self._anchor_fields(), {}
-        for name, value in values.items():
-            is_own = name not in fields or name.startswith("_") or hasattr(type(self), name)
-            if is_own and name != "per_layer_config":
-                kept[name] = value
-            elif fields[name] != value:
-                raise ValueError(
-                    f"{name} is {value!r} beside anchor_config and {fields[name]!r} in it: change it in anchor_config."
-                )
-        return kept
+        """`values` without the anchor's fields, which `to_dict` repeats. ValueError: one differs."""
+        fields = self._anchor_fields()
+        if differing := [name for name in values if name in fields and values[name] != fields[name]]:
+            name = differing[0]
+            raise ValueError(
+                f"{name} is {values[name]!r} beside anchor_config and {fields[name]!r} in it: change it in "
+                "anchor_config."
+            )
+        return {name: value for name, value in values.items() if name not in fields}
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, and the fields of the anchor's text config."""
@@ -381,7 +410,12 @@ def _anchor_config_from_dict(values: dict[str, Any]) -> PreTrainedConfig:
             f"anchor_config has model_type {model_type!r}, which the installed transformers does not know: "
             "update transformers, or register the family's configuration with AutoConfig first."
         )
-    return CONFIG_MAPPING[model_type](**values)
+    return CONFIG_MAPPING[model_type](**_without_implementations(values))
+
+
+def _without_implementations(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` without what the caller chooses: transformers would load a kernel of the Hub that a config names."""
+    return {key: value for key, value in values.items() if key.removeprefix("_") not in _CHOSEN_BY_CALLER}
 
 
 FlexMoeConfig.register_for_auto_class()
@@ -399,4 +433,6 @@ __all__ = [
     "is_count",
     "is_counts",
     "is_finite_number",
+    "optional_flexmoe",
+    "require_flexmoe",
 ]

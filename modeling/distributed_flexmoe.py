@@ -1,22 +1,15 @@
-"""FlexMoE on several ranks: tensor-parallel plans per expert, calls that every rank must make, gathering shards.
+"""FlexMoE on several ranks: calls that every rank must make, gathering shards.
 
-Distribution itself is done by transformers (`DistributedConfig`) and torch (`fully_shard`, DistributedDataParallel);
-this module tells them about experts that are added and removed. Does not cover pipeline parallelism, or launching
-processes.
+Distribution itself is done by transformers (`DistributedConfig`) and torch (`fully_shard`, DistributedDataParallel).
+Does not cover the plans by which transformers shards (`flexmoe.parallel`).
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
-
-from .anchors_flexmoe import ANCHOR_PREFIX, NameMap
-from .configuration_flexmoe import PUBLIC
 
 _FSDP: tuple[type[Any], ...] = ()
 _SHARDED: tuple[type[Any], ...] = ()
@@ -25,86 +18,6 @@ if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor
 
     _FSDP, _SHARDED = (FSDPModule,), (DTensor,)
-
-Plan = dict[str, str]
-"""Styles by module or parameter, `*` for a layer number: {"anchor.model.layers.*.self_attn.q_proj": "colwise"}."""
-
-PLANS = ("_tp_plan", "_ep_plan", "_fsdp_plan")
-"""Attributes of a transformers model that hold such plans."""
-
-_EXPERTS = ".experts."
-
-
-# Plans
-
-
-def plan_of_public(plan: Plan, public: dict[str, nn.Module], names: NameMap) -> Plan:
-    """The plan of a dense anchor with its rules for the FFNs moved to the public experts.
-
-    Args:
-        plan: the anchor's rules, with the prefix that the anchor has in a FlexMoE.
-        public: the public networks by name.
-        names: the tensor names of this anchor.
-    """
-    moved: dict[str, str] = {}
-    for network_name, network in public.items():
-        for part, _ in itertools.chain(network.named_modules(), network.named_parameters()):
-            name = f"{network_name}.{part}" if part else network_name
-            dense_name = names.to_dense(f"{name}.")  # the map works on prefixes
-            if dense_name is not None:
-                rule = _wildcard(ANCHOR_PREFIX + dense_name.removesuffix("."))
-                if rule in plan:
-                    moved[rule] = _wildcard(name)
-    return {moved.get(rule, rule): style for rule, style in plan.items()}
-
-
-def plan_of_experts(plan: Plan, blocks: Sequence[str], experts: Mapping[str, str]) -> Plan:
-    """`plan` with the public network's rules repeated for each of `experts` (kinds by name) in the named blocks."""
-    here = {_wildcard(block) for block in blocks}
-    rules: Plan = {}
-    for rule, style in plan.items():
-        block, _, inside = rule.partition(_EXPERTS)
-        owner, dot, part = inside.partition(".")
-        if not owner or block not in here:
-            rules[rule] = style
-        elif owner == PUBLIC:
-            parts = {name: _part_of_kind(kind, part, style) for name, kind in experts.items()}
-            rules |= {f"{block}{_EXPERTS}{name}{dot}{part}": style for name, part in parts.items() if part is not None}
-    return rules
-
-
-def _part_of_kind(kind: str, part: str, style: str) -> str | None:
-    """The part sharded like public's `part`, or None. A difference B(A x) is sharded like its matrix: B by rows, A by
-    columns."""
-    if kind != "low_rank":
-        return part
-    side = "A" if "rowwise" in style else "B" if "colwise" in style else None
-    return f"{part}.{side}" if part and side else None
-
-
-def shard_by_plan(network: nn.Module, name: str, plan: Plan, mesh: Any) -> None:
-    """Shards `network`, complete and equal on every rank, by the plan's rules for `name`; nothing is communicated."""
-    for path, module in network.named_modules():
-        rule = _wildcard(f"{name}.{path}" if path else name)
-        for parameter, _ in list(module.named_parameters(recurse=False)):
-            style = plan.get(f"{rule}.{parameter}") or plan.get(rule)
-            if style is not None:
-                ALL_PARALLEL_STYLES[style].shard_param(module, parameter, mesh)
-        if rule in plan:
-            ALL_PARALLEL_STYLES[plan[rule]].install_forward(module, mesh)
-
-
-def tensor_parallel_mesh(model: Any) -> Any | None:
-    """The device mesh over which transformers sharded the model; None if it did not."""
-    if (getattr(model, "_tp_size", None) or 1) == 1:
-        return None
-    mesh = model._device_mesh
-    return mesh["tp"] if mesh.ndim > 1 else mesh
-
-
-def _wildcard(name: str) -> str:
-    return replace_layer_number_by_wildcard(name)
-
 
 # Calls that every rank must make
 

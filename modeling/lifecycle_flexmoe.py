@@ -9,7 +9,6 @@ Does not cover package files (`flexmoe.packages`), or the same changes on disk (
 from __future__ import annotations
 
 import contextlib
-import importlib
 import threading
 import uuid
 from collections import Counter
@@ -21,9 +20,17 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from .adapters_flexmoe import adapters_around
-from .configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, drop_experts, expert_record
-from .distributed_flexmoe import PLANS, Plan, is_fully_sharded, plan_of_experts, shard_by_plan, tensor_parallel_mesh
+from .adapters_flexmoe import adapters_around, parts_of_expert
+from .configuration_flexmoe import (
+    PUBLIC,
+    FlexMoeConfig,
+    check_expert_name,
+    drop_experts,
+    expert_record,
+    optional_flexmoe,
+    require_flexmoe,
+)
+from .distributed_flexmoe import is_fully_sharded
 from .experts_flexmoe import FlexMoeBlock
 from .masking_flexmoe import CacheStamp, Selection, check_names, is_capturing, model_scope
 
@@ -34,18 +41,6 @@ else:
     _Model = object
 
 _observers: WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = WeakKeyDictionary()
-
-
-def require_flexmoe(module: str, what: str) -> Any:
-    """The module `flexmoe.<module>`. ImportError: the package, which the call `what` needs, is not installed."""
-    try:
-        return importlib.import_module(f"flexmoe.{module}")
-    except ModuleNotFoundError as error:
-        if error.name != "flexmoe":
-            raise
-        raise ImportError(
-            f"{what} needs the package flexmoe, not only the code beside the model: pip install flexmoe"
-        ) from error
 
 
 class ChangeGuard:
@@ -231,9 +226,6 @@ class ExpertLifecycle(_Model):
         Raises:
             RuntimeError: a `generate` of this model is running, or FSDP2 has sharded it.
             ImportError: the package `flexmoe` is not installed.
-
-        Example:
-            model.add_expert("org/math-expert")
         """
         self._guard.check("add_expert")
         self._refuse_if_fully_sharded("add_expert")
@@ -254,12 +246,8 @@ class ExpertLifecycle(_Model):
         """Removes an expert: config, tensors and outputs are then those of a model that never had it.
 
         Raises:
-            ValueError: the name is unknown or "public", no active expert would be left, or an adapter is around the
-                expert.
+            ValueError: the name is unknown or "public", it is the last active one, or an adapter is around it.
             RuntimeError: a `generate` of this model is running.
-
-        Example:
-            model.remove_expert("math")
         """
         with self._guard.change("remove_expert"):
             self._check_owned(name, "removed", "mask it, with set_active_experts or only_experts")
@@ -286,9 +274,7 @@ class ExpertLifecycle(_Model):
     def rename_expert(self, old: str, new: str) -> None:
         """Renames the expert `old` to `new`; its position, and caches that it filled, stay valid.
 
-        Raises:
-            ValueError: `old` is unknown or "public", `new` is taken or invalid, or an adapter is around the expert.
-            RuntimeError: a `generate` of this model is running.
+        Raises: as `remove_expert`, or ValueError: `new` is taken or invalid.
         """
         with self._guard.change("rename_expert"):
             self._check_owned(old, "renamed", "it names the anchor's own network in every model")
@@ -313,9 +299,7 @@ class ExpertLifecycle(_Model):
     ) -> None:
         """Makes an expert part of the model, at the end or in place of the one of that name that it `replaces`.
 
-        Args:
-            record: of the expert.
-            parts: its FFN and router row per layer, complete and equal on every rank; sharded here if the model is.
+        `parts` are its FFN and router row per layer, complete and equal on every rank; sharded here if the model is.
 
         Raises:
             ValueError: the name was taken, or the expert to replace removed, while this one was prepared.
@@ -332,13 +316,11 @@ class ExpertLifecycle(_Model):
     def _insert(self, record: dict[str, Any], parts: Sequence[tuple[nn.Module, nn.Linear]]) -> None:
         name = record["name"]
         records = {known["name"]: known for known in self.config.expert_records} | {name: record}
-        blocks = self.named_blocks()
-        if (mesh := tensor_parallel_mesh(self)) is not None:
-            plan = self._plan_for(records, "_tp_plan")
-            for block_name, (network, _) in zip(blocks, parts, strict=True):
-                shard_by_plan(network, f"{block_name}.experts.{name}", plan, mesh)
+        if (getattr(self, "_tp_size", None) or 1) > 1:
+            parallel = require_flexmoe("parallel", "a change of a model that is sharded by tensor parallelism")
+            parallel.shard_expert(self, records, name, [network for network, _ in parts])
         self.config.experts = list(records.values())
-        for block, (network, row) in zip(blocks.values(), parts, strict=True):
+        for block, (network, row) in zip(self.flexmoe_blocks(), parts, strict=True):
             trains = all(parameter.requires_grad for parameter in block.experts[PUBLIC].parameters())
             block.experts[name] = network.train(self.training).requires_grad_(trains)
             block.router[name] = row.requires_grad_(trains)
@@ -347,10 +329,7 @@ class ExpertLifecycle(_Model):
         self._notify_observers()
 
     def on_experts_changed(self, callback: Callable[[], None]) -> None:
-        """Calls `callback` after experts were added, removed or replaced, and when training starts.
-
-        A copy of the model has no callbacks.
-        """
+        """Calls `callback` after experts were added, removed or replaced, and when training starts; not in copies."""
         _observers.setdefault(self, []).append(callback)
 
     def _notify_observers(self) -> None:
@@ -366,12 +345,9 @@ class ExpertLifecycle(_Model):
     # Saving and sharing
 
     def save_expert(self, name: str, folder: str | Path, **options: Any) -> Path:
-        """Writes one expert as a package; see `flexmoe.packages.export.save_expert`.
-
-        Example:
-            model.save_expert("math", "math-package", license="apache-2.0")
-        """
+        """Writes one expert as a package; see `flexmoe.packages.export.save_expert`."""
         self._check_owned(name, "saved as a package", "it is the anchor itself")
+        self._refuse_under_adapters(name, "save_expert")
         return require_flexmoe("packages.export", "save_expert").save_expert(self, name, folder, **options)
 
     def push_expert_to_hub(self, name: str, repo_id: str, **options: Any) -> Any:
@@ -400,17 +376,12 @@ class ExpertLifecycle(_Model):
         """Frees the memory that `prepack_for_cpu` took, if it was called."""
         require_flexmoe("cpu.prepack", "undo_prepacking").undo_prepacking(self)
 
-    # Plans, names, refusals
+    # Names, refusals
 
     def _plan_for_experts(self) -> None:
-        """Brings the parallel plans in line with the experts."""
-        records = {record["name"]: record for record in self.config.expert_records}
-        for attribute in PLANS:
-            setattr(self, attribute, self._plan_for(records, attribute))
-
-    def _plan_for(self, records: Mapping[str, dict[str, Any]], attribute: str) -> Plan:
-        kinds = {name: record["kind"] for name, record in records.items()}
-        return plan_of_experts(getattr(self, attribute), list(self.named_blocks()), kinds)
+        """Brings the parallel plans in line with the experts; without the package there are none to keep."""
+        if parallel := optional_flexmoe("parallel"):
+            parallel.update_plans(self)
 
     def free_name(self, name: str) -> str:
         """Returns `name` if a new expert may have it. ValueError: it is invalid, or an expert or adapter has it."""
@@ -424,6 +395,11 @@ class ExpertLifecycle(_Model):
             raise ValueError(
                 f"An adapter of this model is called {name!r}, and PEFT confuses the two: choose another."
             )
+        if adapters := sorted(adapters_around(self, self.flexmoe_blocks(), inside=False)):
+            raise ValueError(
+                f"The adapter(s) {adapters} train copies of whole blocks (modules_to_save), which would not have the "
+                "new expert: merge them (merge_and_unload) or remove them (unload, delete_adapter) first."
+            )
         return name
 
     def _check_owned(self, name: str, done: str, instead: str) -> None:
@@ -433,7 +409,7 @@ class ExpertLifecycle(_Model):
             raise ValueError(f"This model has no expert {name!r}: it has {self.expert_names}.")
 
     def _refuse_under_adapters(self, name: str, what: str) -> None:
-        if adapters := sorted(adapters_around(self.flexmoe_blocks(), name)):
+        if adapters := sorted(adapters_around(self, parts_of_expert(self.flexmoe_blocks(), name))):
             raise ValueError(
                 f"{what}: the adapter(s) {adapters} are around {name!r}. Merge them into it (merge_and_unload) or "
                 "take them off (unload, delete_adapter) first; save them before, for their tensors go by its name."

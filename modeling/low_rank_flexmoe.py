@@ -1,8 +1,7 @@
 """Low-rank experts: a difference from the public network, `W_public x + scale * B(A x)` for each of its matrices.
 
-The public network is passed in at each call and registered nowhere here, so its weights exist once, and a replacement
-takes effect at once. Its parts are called as modules, so adapters, quantisers and offload hooks on them stay in force.
-The network as a whole is not called: its own hooks do not run, and a hook that has to run to move weights is refused.
+The public network is passed in at each call and registered nowhere here, so its weights exist once. Its parts are
+called as modules, so adapters, quantisers and offload hooks on them stay in force; it is not called as a whole.
 
 Low-rank experts share the first products of the public network, and its last product where that is linear:
 
@@ -51,11 +50,6 @@ class FfnStructure:
     down: str
     activation: str
     gate: str | None = None
-
-    def linears(self, network: nn.Module) -> list[Any]:
-        """The modules that gate (if there is one), up and down are."""
-        parts: dict[str, Any] = network._modules
-        return [parts[name] for name in (self.gate, self.up, self.down) if name is not None]
 
 
 def read_structure(network: nn.Module) -> FfnStructure | None:

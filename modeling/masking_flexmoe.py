@@ -78,7 +78,7 @@ _NO_CONTEXT = ForwardContext()
 # Both hold dictionaries or None, because transformers' common tests look into every such variable.
 _forward = CompileableContextVar("flexmoe_forward")
 _scopes = CompileableContextVar("flexmoe_scopes")
-_warming_up = ContextVar("flexmoe_warmup", default=False)
+warming_up = ContextVar("flexmoe_warmup", default=False)  # passes run as they will be captured: same kernels
 
 # How many scopes of a (model, kind) are open in any thread: compiled code can see no more of them than that.
 _open_scopes: Counter[tuple[int, str]] = Counter()
@@ -151,17 +151,7 @@ def is_capturing() -> bool:
     """Whether this pass is compiled or captured as a CUDA graph: it is replayed, so it must not depend on values."""
     if torch.compiler.is_compiling():
         return True
-    return _warming_up.get() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
-
-
-@contextlib.contextmanager
-def warmup() -> Iterator[None]:
-    """Within it, passes of this thread run as they will be captured: with the same kernels and the same tables."""
-    token = _warming_up.set(True)
-    try:
-        yield
-    finally:
-        _warming_up.reset(token)
+    return warming_up.get() or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def checkpoint_with_context(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,6 @@ Attention, rotary embeddings, norms, caches and the head are the anchor's own co
 import contextlib
 import inspect
 import itertools
-import logging
 import os
 import re
 import tempfile
@@ -29,11 +28,17 @@ from transformers.utils.generic import ModelOutput
 
 from .adapters_flexmoe import AdapterWatch, refuse_wrapped
 from .anchors_flexmoe import ANCHOR_PREFIX, NameMap, find_ffn_sites
-from .configuration_flexmoe import EXPERTS_FORWARDS, PUBLIC, FlexMoeConfig, check_top_k
-from .distributed_flexmoe import PLANS, class_without_fsdp, is_sharded, plan_of_public
-from .experts_flexmoe import FlexMoeBlock, has_quantized_weights
+from .configuration_flexmoe import (
+    EXPERTS_FORWARDS,
+    FlexMoeConfig,
+    check_top_k,
+    optional_flexmoe,
+    require_flexmoe,
+)
+from .distributed_flexmoe import class_without_fsdp, is_sharded
+from .experts_flexmoe import FlexMoeBlock
 from .fingerprint_flexmoe import ALIGNMENT, refresh_fingerprint
-from .lifecycle_flexmoe import ExpertLifecycle, require_flexmoe
+from .lifecycle_flexmoe import ExpertLifecycle
 from .masking_flexmoe import (
     ForwardContext,
     checkpoint_with_context,
@@ -45,15 +50,15 @@ from .masking_flexmoe import (
 )
 from .routing_flexmoe import load_balancing_loss, router_z_loss
 
-logger = logging.getLogger(__name__)
-
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _OWNED = r"\.(?:experts|router)\."
-_ROUTER = r".*(?<!\.experts)\.router(?=\.|$)"  # an expert may be called "router"
+_ROUTER = r".+(?<!\.experts)\.router(?=\.|$)"  # an expert may be called "router"
 _PATTERNS = ("_keep_in_fp32_modules_strict", "_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
 _EXPERT_TENSOR = re.compile(r"\.(?:experts|router)\.(?P<name>[a-z][a-z0-9_-]*)\.")
 Experts = Sequence[str] | Sequence[Sequence[str] | None] | None
 _OURS = frozenset({"experts", "expert_mask", "num_experts_per_tok", "output_router_logits", "return_dict"})
+_COMMON = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache"})
+_COMMON |= {"labels", "logits_to_keep", "is_first_iteration", "next_sequence_length"}  # of generate
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -75,9 +80,9 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # rows are tiny and decide everything; quantisers read the second, and match it from the start of a name
+    # rows are tiny and decide everything; quantisers read the second, and some would replace the container of experts
     _keep_in_fp32_modules_strict = [_ROUTER]  # noqa: RUF012 - transformers' own declaration
-    _keep_in_fp32_modules = [_ROUTER]  # noqa: RUF012 - transformers' own declaration
+    _keep_in_fp32_modules = [rf"(?:{_ROUTER}|.+\.experts$)"]  # noqa: RUF012 - transformers' own declaration
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -156,7 +161,8 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
             model, info = super().from_pretrained(source, *args, config=config, **options)
         _check_loaded_experts(model.expert_names, info, ignore_mismatched_sizes)
         _align(model)
-        _warn_if_nothing_was_quantized(model)
+        if quantization := getattr(model, "hf_quantizer", None) and optional_flexmoe("packages.quantization"):
+            quantization.warn_if_nothing_was_quantized(model)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -222,21 +228,24 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
     # Several processes
 
     def init_parallel_plans(self) -> None:
-        """Extends the anchor's plans for its FFNs (tensor-parallel and others) to every expert."""
+        """As in transformers; the package extends the anchor's plans to every expert."""
         super().init_parallel_plans()
-        public = {f"{name}.experts.{PUBLIC}": block.experts[PUBLIC] for name, block in self._blocks.items()}
-        for kind in PLANS:
-            setattr(self, kind, plan_of_public(getattr(self, kind), public, self.anchor_names))
-        self._plan_for_experts()
+        if parallel := optional_flexmoe("parallel"):
+            parallel.extend_plans(self)
 
     @classmethod
     def maybe_distribute_model(cls, model: PreTrainedModel, distributed_config: Any, mesh: Any) -> Any:
-        """As in transformers. ValueError: pipeline stages, which would not receive the selection of experts."""
+        """As in transformers. ValueError: pipeline stages, which would not receive the selection of experts.
+
+        ImportError: the package `flexmoe` is not installed, which plans how experts are sharded.
+        """
         if mesh is not None and distributed_config.pp_size > 1:
             raise ValueError(
                 f"pp_size={distributed_config.pp_size}: FlexMoE does not run as a pipeline of stages. Use tp_size or "
                 "fsdp_size of DistributedConfig."
             )
+        if mesh is not None:
+            require_flexmoe("parallel", "a model on several devices")
         return super().maybe_distribute_model(model, distributed_config, mesh)
 
     def gather_sharded_state_dict_for_save(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -257,9 +266,9 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
     # The anchor's parts
 
     @property
-    def base_model(self) -> PreTrainedModel:
-        """The anchor's decoder without its head; called by trainers that compute their own loss."""
-        return self.anchor.base_model
+    def base_model(self) -> Any:
+        """The anchor's decoder without its head; trainers that compute their own loss call it, see `DecoderCall`."""
+        return DecoderCall(self)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The anchor's token embeddings."""
@@ -341,6 +350,28 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         return out if (self.config.return_dict if return_dict is None else return_dict) else out.to_tuple()
 
 
+class DecoderCall:
+    """The anchor's decoder which, when it is called, runs with the experts of its FlexMoE, as that does itself."""
+
+    def __init__(self, model: FlexMoePreTrainedModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model.anchor.base_model, name)
+
+    def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """As `FlexMoeModel.forward`. ValueError: who asks for router logits would take too many experts per token."""
+        config, given = self._model.config, {"inputs_embeds": None, "past_key_values": None, **kwargs}
+        if kwargs.get("output_router_logits") and config.num_experts_per_tok > config.num_experts:
+            raise ValueError(
+                f"This model has {config.num_experts} experts: set model.config.num_experts_per_tok = "
+                f"{config.num_experts} instead of {config.num_experts_per_tok}. It routes alike, but a trainer that "
+                "computes the load-balancing loss itself, as TRL does, needs a number that is not above theirs."
+            )
+        given |= {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self._model._run(self._model.anchor.base_model, MoeModelOutputWithPast, **given)[0]
+
+
 class FlexMoeModel(FlexMoePreTrainedModel):
     """The decoder: the tree of `FlexMoeForCausalLM` without its head, so that both name every tensor alike."""
 
@@ -371,17 +402,11 @@ class FlexMoeModel(FlexMoePreTrainedModel):
         **kwargs: Any,
     ) -> MoeModelOutputWithPast | tuple:
         """As the anchor's decoder; experts are chosen as in `FlexMoeForCausalLM.forward`."""
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
         inputs |= {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
+        inputs["inputs_embeds"] = inputs_embeds
         out, _ = self._run(self.anchor.base_model, MoeModelOutputWithPast, **inputs, **kwargs)
         return self._returned(out, return_dict)
-
-    def _decode_for_head(self, *inputs: Tensor | None, **kwargs: Any) -> tuple[MoeModelOutputWithPast, Tensor | float]:
-        """The decoder's output for (input_ids, attention_mask, inputs_embeds), and what its routers add to a loss."""
-        named = dict(zip(("input_ids", "attention_mask", "inputs_embeds"), inputs, strict=True))
-        given = {"position_ids": None, "past_key_values": None, **named, **kwargs}
-        out, context = self._run(self.anchor.base_model, MoeModelOutputWithPast, **given)
-        return out, self._router_losses(out, context)[0]
 
 
 class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
@@ -444,7 +469,7 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
         )
         added, out.aux_loss, out.z_loss = self._router_losses(out, context)
         if out.loss is not None:
-            out.loss = out.loss + added
+            out.loss = out.loss + added * _share_of_batch(labels, kwargs)
         return self._returned(out, return_dict)
 
     def generate(self, *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
@@ -496,15 +521,6 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
         batching = require_flexmoe("batching", "continuous batching")
         return batching.start_manager(self, super().init_continuous_batching, experts, args, kwargs)
 
-    @contextlib.contextmanager
-    def continuous_batching_context_manager(
-        self, *args: Any, experts: list[str] | None = None, **kwargs: Any
-    ) -> Iterator[Any]:
-        """As in transformers; requests use the experts of this call, see `flexmoe.batching.start_manager`."""
-        scope = contextlib.nullcontext() if experts is None else self.only_experts(*experts)
-        with scope, super().continuous_batching_context_manager(*args, **kwargs) as manager:
-            yield manager
-
     def generate_batch(self, inputs: list[list[int]], *args: Any, experts: Experts = None, **kwargs: Any) -> Any:
         """As in transformers; `experts` as in `generate`, see `flexmoe.batching.generate_batch`."""
         batching = require_flexmoe("batching", "continuous batching")
@@ -524,6 +540,17 @@ class FlexMoeForCausalLM(FlexMoePreTrainedModel, GenerationMixin):
         return self.anchor.prepare_inputs_for_generation(*args, inputs_embeds=inputs_embeds, **kwargs)
 
 
+def _share_of_batch(labels: Tensor | None, options: Mapping[str, Any]) -> Tensor | float:
+    """How many of the labels of an accumulated batch are here; 1 if unknown.
+
+    The language modelling loss is divided by all of them, so what is added to it must count by its share, too.
+    """
+    total, shifted = options.get("num_items_in_batch"), options.get("shift_labels")
+    if total is None or labels is None:
+        return 1.0
+    return ((labels[..., 1:] if shifted is None else shifted) != -100).sum() / total
+
+
 def _prompts(args: tuple, kwargs: dict[str, Any]) -> int:
     """The number of prompts in a call of `generate`."""
     named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
@@ -533,12 +560,12 @@ def _prompts(args: tuple, kwargs: dict[str, Any]) -> int:
 
 def _keywords_of(anchor: PreTrainedModel) -> frozenset[str]:
     """The keyword arguments that a dense model or its layers use; its `forward` would drop others silently."""
-    names = {*TransformersKwargs.__annotations__, *PagedAttentionArgs.__annotations__}
+    names = {*TransformersKwargs.__annotations__, *PagedAttentionArgs.__annotations__, "shift_labels"}
     for kind in {type(module) for module in (anchor, anchor.base_model, *anchor.modules())}:
         parameters = inspect.signature(kind.forward).parameters
         if kind in (type(anchor), type(anchor.base_model)) or _takes_keywords(parameters):
             names.update(parameters)
-    return frozenset(names - {"self", "args", "kwargs", "return_dict"})
+    return frozenset((names | _COMMON) - {"self", "args", "kwargs", "return_dict"})
 
 
 def _takes_keywords(parameters: Mapping[str, inspect.Parameter]) -> bool:
@@ -630,19 +657,6 @@ def _shapes(mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> s
 
 def _owners(keys: Iterable[str]) -> set[str]:
     return {match["name"] for key in keys if (match := _EXPERT_TENSOR.search(key))}
-
-
-def _warn_if_nothing_was_quantized(model: PreTrainedModel) -> None:
-    """Warns if a quantiser found nothing to quantise, as torchao does in GPT-2's Conv1D."""
-    if getattr(model, "hf_quantizer", None) is None or has_quantized_weights(model):
-        return
-    kinds = sorted({type(module).__name__ for module in model.modules() if hasattr(module, "weight")})
-    logger.warning(
-        "quantization_config=%s quantised no weight of this model: it knows Linear layers, and the layers here are of "
-        "the classes %s, or are excluded. The model is as large as without it.",
-        type(model.hf_quantizer.quantization_config).__name__,
-        kinds,
-    )
 
 
 FlexMoeModel.register_for_auto_class("AutoModel")

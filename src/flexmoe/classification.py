@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
+from transformers.modeling_outputs import (
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.modeling.modeling_flexmoe import FlexMoeModel
@@ -23,12 +27,14 @@ class FlexMoeForSequenceClassification(FlexMoeModel):
         model = AutoModelForSequenceClassification.from_pretrained("path/to/model", num_labels=3)
     """
 
+    _auto_class = None  # not saved as remote code
+
     def __init__(self, config: FlexMoeConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
-    def forward(
+    def forward(  # type: ignore[override]  # labels, as in transformers
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
@@ -42,7 +48,7 @@ class FlexMoeForSequenceClassification(FlexMoeModel):
         Raises:
             ValueError: a batch without a padding token in the config, so that its last tokens are not known.
         """
-        out, added = self._decode_for_head(input_ids, attention_mask, inputs_embeds, **kwargs)
+        out, added = _decode(self, input_ids, attention_mask, inputs_embeds, **kwargs)
         logits_BSL = self.score(out.last_hidden_state)
         pooled_BL = logits_BSL[torch.arange(len(logits_BSL)), self._last_tokens(input_ids, logits_BSL)]
         loss = None
@@ -73,6 +79,8 @@ class FlexMoeForTokenClassification(FlexMoeModel):
         model = AutoModelForTokenClassification.from_pretrained("path/to/model", num_labels=9)
     """
 
+    _auto_class = None
+
     def __init__(self, config: FlexMoeConfig) -> None:
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -80,7 +88,7 @@ class FlexMoeForTokenClassification(FlexMoeModel):
         self.dropout = nn.Dropout(next((p for p in dropouts if p is not None), 0.1))
         self.score = nn.Linear(config.hidden_size, config.num_labels)
 
-    def forward(
+    def forward(  # type: ignore[override]  # labels, as in transformers
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: Tensor | None = None,
@@ -90,10 +98,24 @@ class FlexMoeForTokenClassification(FlexMoeModel):
         **kwargs: Any,
     ) -> TokenClassifierOutput | tuple:
         """As `FlexMoeModel.forward`. `labels` are classes [batch, sequence], -100 where none counts, for `loss`."""
-        out, added = self._decode_for_head(input_ids, attention_mask, inputs_embeds, **kwargs)
+        out, added = _decode(self, input_ids, attention_mask, inputs_embeds, **kwargs)
         logits_BSL = self.score(self.dropout(out.last_hidden_state))
         loss = None if labels is None else added + self.loss_function(logits_BSL, labels, self.config)
         return self._returned(TokenClassifierOutput(loss, logits_BSL, out.hidden_states, out.attentions), return_dict)
+
+
+def _decode(
+    model: FlexMoeModel,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    inputs_embeds: Tensor | None,
+    **kwargs: Any,
+) -> tuple[MoeModelOutputWithPast, Tensor | float]:
+    """The decoder's output, and what its routers add to a loss."""
+    given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+    given = {"position_ids": None, "past_key_values": None, **given, **kwargs}
+    out, context = model._run(model.anchor.base_model, MoeModelOutputWithPast, **given)
+    return out, model._router_losses(out, context)[0]
 
 
 __all__ = ["FlexMoeForSequenceClassification", "FlexMoeForTokenClassification"]

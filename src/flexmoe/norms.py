@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from flexmoe.modeling.anchors_flexmoe import FfnSite, build_on_meta
+from flexmoe.meta import build_on_meta
+from flexmoe.modeling.anchors_flexmoe import FfnSite
 
 _observed: dict[str, bool] = {}
 

@@ -1,7 +1,7 @@
 """LoRA adapters for single experts: a `peft.LoraConfig` that targets an expert's own matrices only.
 
 PEFT does the rest: `get_peft_model`, training, saving, `merge_and_unload`. Does not cover warnings about adapters that
-span several owners (`flexmoe.modeling.adapters_flexmoe`), or training an expert's own weights
+span several owners (`flexmoe.adapters`), or training an expert's own weights
 (`flexmoe.training.experts`).
 """
 
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from flexmoe.adapters import target_pattern
 from flexmoe.modeling import PUBLIC, FlexMoePreTrainedModel
-from flexmoe.modeling.adapters_flexmoe import beneath_adapter, row_suffix, target_pattern
+from flexmoe.modeling.adapters_flexmoe import beneath_adapter
 from flexmoe.modeling.low_rank_flexmoe import is_low_rank
 from flexmoe.modeling.masking_flexmoe import check_names
 
@@ -28,11 +29,12 @@ def expert_lora_config(
     *,
     router_row: bool = False,
     bias: Literal["none", "lora_only"] = "none",
+    layers_to_transform: int | Sequence[int] | None = None,
     **lora: Any,
 ) -> LoraConfig:
     """The config of a LoRA adapter on every matrix of one expert, or of several.
 
-    It names the expert but no layers, so a saved adapter fits every composition that has an expert of this name. The
+    It names the expert and no other, so a saved adapter fits every composition that has an expert of this name. The
     adapter's name must differ from the expert's (PEFT's "default" does).
 
     Args:
@@ -40,12 +42,14 @@ def expert_lora_config(
         expert: an expert's name, or a list of names for one adapter on several experts.
         router_row: also train the expert's router rows and biases in full (PEFT's `modules_to_save`).
         bias: "lora_only" also trains the biases of the expert's matrices, if the family has them.
+        layers_to_transform: the numbers of the layers that have the adapter; None means all.
         lora: further arguments of `peft.LoraConfig`: `r`, `lora_alpha`, `lora_dropout`, `use_dora` ...
 
     Raises:
         ImportError: PEFT is not installed.
         ValueError: an unknown name, a low-rank expert, router rows of "public" (they are part of the anchor),
-            `bias="all"` (in PEFT, the biases of all experts), or `target_modules`, which this function determines.
+            a layer that the model does not have, `bias="all"` (in PEFT, the biases of all experts), or
+            `target_modules` or `layers_pattern`, which this function determines.
 
     Source: LoRA, arXiv 2106.09685.
 
@@ -66,9 +70,11 @@ def expert_lora_config(
         )
     if router_row and PUBLIC in names:
         raise ValueError(f"The router rows of {PUBLIC!r} are part of the anchor and cannot be trained.")
-    if "target_modules" in lora:
-        raise ValueError("expert_lora_config determines target_modules: leave it out, or use peft.LoraConfig.")
-    rows = [row_suffix(name) for name in names] if router_row else []
+    for determined in ("target_modules", "layers_pattern"):
+        if determined in lora:
+            raise ValueError(f"expert_lora_config determines {determined}: leave it out, or use peft.LoraConfig.")
+    blocks = _ends_of_blocks(model, layers_to_transform)
+    rows = [f".{block}.router.{name}" for block in blocks for name in names] if router_row else []
     to_save = [*rows, *(lora.pop("modules_to_save", None) or ())]
     _refuse_low_rank(model, names)
     matrices = _matrices(model, names)
@@ -79,10 +85,22 @@ def expert_lora_config(
             "fan_in_fan_out": all(isinstance(module, Conv1D) for module in matrices.values()),
             **lora,
         },
-        target_modules=target_pattern(names, matrices),
+        target_modules=target_pattern(names, matrices, None if layers_to_transform is None else blocks),
         modules_to_save=to_save or None,
         bias=bias,
     )
+
+
+def _ends_of_blocks(model: FlexMoePreTrainedModel, layers: int | Sequence[int] | None) -> list[str]:
+    """How the names of the blocks end: in all layers ("mlp"), or with the number of each of `layers` ("3.mlp")."""
+    ends = [name.split(".")[-2:] for name in model.named_blocks()]
+    if layers is None:
+        return sorted({attribute for _, attribute in ends})
+    numbers = [layers] if isinstance(layers, int) else list(layers)
+    known = {int(number): f"{number}.{attribute}" for number, attribute in ends}
+    if not numbers or not known.keys() >= set(numbers):
+        raise ValueError(f"layers_to_transform is {layers!r}: name layers among {sorted(known)}, or None for all.")
+    return [known[number] for number in numbers]
 
 
 def _lora_config_class() -> type[LoraConfig]:

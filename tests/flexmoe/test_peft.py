@@ -11,10 +11,17 @@ import torch
 import transformers
 from packaging.version import Version
 from torch.utils.data import Dataset
-from transformers import OPTConfig, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, OPTConfig, PreTrainedModel, Trainer, TrainingArguments
 
 from flexmoe import FlexMoeConfig, FlexMoeForCausalLM, FlexMoeModel, expert_lora_config
-from flexmoe.testing import ANCHOR_CONFIGS, TOLERANCES, random_tokens, tiny_flexmoe
+from flexmoe.testing import (
+    ANCHOR_CONFIGS,
+    TOLERANCES,
+    flexmoe_from_anchor,
+    random_tokens,
+    tiny_anchor,
+    tiny_flexmoe,
+)
 
 OWNERS = ("math", "math-2", "x-math", "code")
 FLOAT32 = TOLERANCES[torch.float32]
@@ -293,3 +300,105 @@ def test_trainer_changes_the_adapter_only(way, tmp_path: Path):
     assert moved == {name for name in before if ".math.lora" in name or ".lora_" in name or "modules_to_save" in name}
     assert all(".math." in name for name in moved)
     assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").exists()
+
+
+class TestLayersToTransform:
+    def test_only_these_layers_have_the_adapter(self):
+        model = tiny_flexmoe("llama", OWNERS)
+        ours = trained(adapted_with(model, "math", layers_to_transform=1, router_row=True))
+        assert {name.split(".layers.")[1].split(".")[0] for name in ours} == {"1"}
+        assert {name.split(".mlp.")[1].split(".")[1] for name in ours} == {"math"}
+        both = trained(adapted_with(tiny_flexmoe("llama", OWNERS), "math", layers_to_transform=[0, 1]))
+        assert both == trained(adapted_with(tiny_flexmoe("llama", OWNERS), "math"))
+
+    @pytest.mark.parametrize("family", ["gpt2", "opt"])
+    def test_a_saved_adapter_is_loaded(self, family, tmp_path):
+        adapted = adapted_with(FAMILIES[family](), "math", layers_to_transform=[1], router_row=True)
+        with_random_rows(adapted).save_pretrained(tmp_path)
+        loaded = peft.PeftModel.from_pretrained(FAMILIES[family](), tmp_path)
+        torch.testing.assert_close(logits(loaded), logits(adapted), **FLOAT32)
+        without = tiny_flexmoe("gpt2", ["code"])
+        with pytest.raises(ValueError, match=r"made for the expert\(s\) \['math'\]|math.*not found"):
+            peft.PeftModel.from_pretrained(without, tmp_path)
+
+    @pytest.mark.parametrize("layers", [[], [2], [0, -1]])
+    def test_unknown_layers(self, layers):
+        with pytest.raises(ValueError, match=r"layers_to_transform is .*name layers among \[0, 1\]"):
+            expert_lora_config(tiny_flexmoe("llama", OWNERS), "math", layers_to_transform=layers)
+
+    def test_the_row_of_a_layer_is_not_that_of_another_one(self):
+        """PEFT compares the ends of names, so the row of layer 1 must not match that of layer 11."""
+        config = expert_lora_config(tiny_flexmoe("llama", OWNERS), "math", layers_to_transform=1, router_row=True)
+        assert list(config.modules_to_save) == [".1.mlp.router.math"]
+
+
+def tied_model(tied: bool) -> tuple[PreTrainedModel, FlexMoeForCausalLM]:
+    """A dense anchor with tied embeddings, or not, and a FlexMoE made from it."""
+    config = ANCHOR_CONFIGS["qwen3"]()
+    config.tie_word_embeddings = tied
+    torch.manual_seed(0)
+    anchor = AutoModelForCausalLM.from_config(config).eval()
+    return anchor, flexmoe_from_anchor(anchor, ["math"])
+
+
+class TestTiedEmbeddings:
+    @pytest.mark.promise(
+        "PEFT", "`trainable_token_indices` on tied embeddings, merged", "as on a dense model: head and embeddings"
+    )
+    @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_merged_tokens_compute_what_the_adapter_computes(self, tied):
+        changed = {}
+        for name, model in zip(("dense", "FlexMoE"), tied_model(tied), strict=True):
+            plain = model.state_dict()[next(key for key in model.state_dict() if "lm_head" in key)].clone()
+            config = peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6])
+            adapted = peft.get_peft_model(model, config).eval()
+            for key, parameter in adapted.named_parameters():
+                if "trainable_tokens_delta" in key:
+                    torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+            expected = logits(adapted)
+            merged = adapted.merge_and_unload()
+            torch.testing.assert_close(logits(merged), expected, **FLOAT32)
+            head = merged.get_output_embeddings().weight
+            changed[name] = (head != plain).any(-1).nonzero().flatten().tolist()
+            assert (head.data_ptr() == merged.get_input_embeddings().weight.data_ptr()) == tied
+        assert changed["FlexMoE"] == changed["dense"] == ([5, 6] if tied else [])
+
+    @pytest.mark.parametrize("save", [True, False])
+    def test_ensure_weight_tying_finds_the_head(self, save):
+        entry = {"modules_to_save": ["embed_tokens"]} if save else {}
+        targets = ["q_proj"] if save else ["q_proj", "embed_tokens"]
+        config = peft.LoraConfig(target_modules=targets, ensure_weight_tying=True, task_type="CAUSAL_LM", **entry)
+        adapted = peft.get_peft_model(tied_model(True)[1], config)
+        assert any(
+            "lm_head" in name for name, _ in adapted.named_parameters(remove_duplicate=False) if "default" in name
+        )
+
+
+PROMPTS: dict[str, Callable[..., Any]] = {
+    "prompt tuning": peft.PromptTuningConfig,
+    "P-tuning": peft.PromptEncoderConfig,
+    "prefix tuning": peft.PrefixTuningConfig,
+}
+
+
+@pytest.mark.promise(
+    "PEFT", "prompt tuning, P-tuning and prefix tuning", "works, with the sizes of the anchor and a choice of experts"
+)
+@pytest.mark.parametrize("kind", PROMPTS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_learned_prompts(family, kind, tmp_path):
+    def adapted(model: PreTrainedModel) -> Any:
+        torch.manual_seed(0)
+        return peft.get_peft_model(model, PROMPTS[kind](task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+
+    dense, model = adapted(tiny_anchor(family)), adapted(tiny_flexmoe(family, ["math"]))
+    torch.testing.assert_close(logits(model, experts=["public"]), logits(dense), **FLOAT32)
+    assert not torch.allclose(logits(model), logits(dense))
+    tokens, options = random_tokens(1, 7), {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    expected = dense.generate(input_ids=tokens, **options)
+    assert torch.equal(model.generate(input_ids=tokens, experts=["public"], **options), expected)
+    assert all("prompt_encoder" in name for name in trained(model))
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_flexmoe(family, ["math"]), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), **FLOAT32)

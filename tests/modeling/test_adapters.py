@@ -5,15 +5,19 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from flexmoe import expert_lora_config
 from flexmoe.modeling import FlexMoeForCausalLM
-from flexmoe.testing import random_tokens, tiny_flexmoe
+from flexmoe.testing import TOLERANCES, flexmoe_from_anchor, random_tokens, tiny_flexmoe
+from tests.support.families import tiny_config
 
 OWNERS = ("math", "math-2", "code")
 ALL_EXPERTS = ["public", *OWNERS]
@@ -223,3 +227,190 @@ def test_model_with_adapter_layers_but_no_adapter_is_not_saved(model, tmp_path):
     adapted.delete_adapter("default")
     with pytest.raises(ValueError, match=r"\(adapters: \[\]\).*unload"):
         model.save_pretrained(tmp_path / "model")
+
+
+BLOCKS_AND_MORE = {
+    # entries of modules_to_save that copy whole blocks, or what is around them
+    "blocks": "mlp",
+    "one block": "layers.0.mlp",
+    "a layer": "layers.1",
+    "the decoder": "anchor.model",
+}
+
+
+def copying(entry: str) -> peft.LoraConfig:
+    return peft.LoraConfig(target_modules=["lm_head"], modules_to_save=[entry])
+
+
+@pytest.mark.filterwarnings("ignore:.*owners at once")
+class TestCopiesOfBlocks:
+    """`modules_to_save` around the experts of all owners, at any depth."""
+
+    @pytest.mark.filterwarnings("default:.*owners at once")
+    @pytest.mark.parametrize("entry", BLOCKS_AND_MORE)
+    def test_all_owners_are_named(self, model, entry):
+        with pytest.warns(UserWarning, match="changes modules of 4 owners at once") as caught:
+            peft.get_peft_model(model, copying(BLOCKS_AND_MORE[entry]))
+        assert sum("owners at once" in str(warning.message) for warning in caught) == 1
+
+    @pytest.mark.promise(
+        "PEFT",
+        "changes of experts while `modules_to_save` copies whole blocks or layers",
+        "refused until the adapter is merged or removed",
+    )
+    @pytest.mark.parametrize("entry", BLOCKS_AND_MORE)
+    def test_changes_are_refused(self, model, entry, tmp_path):
+        package = tiny_flexmoe("llama", ["news"]).save_expert("news", tmp_path / "news")
+        peft.get_peft_model(model, copying(BLOCKS_AND_MORE[entry]))
+        changes = {
+            **{name: lambda change=change: change(model, "math", package) for name, change in CHANGES.items()},
+            "save_expert": lambda: model.save_expert("math", tmp_path / "math"),
+            "add_expert": lambda: model.add_expert(package),
+            "add_expert_copy": lambda: model.add_expert_copy("blank"),
+        }
+        before = list(model.state_dict())
+        for name, change in changes.items():
+            with pytest.raises(ValueError, match=r"adapter\(s\) \['default'\]"):
+                change()
+            assert (model.expert_names, list(model.state_dict())) == (ALL_EXPERTS, before), name
+        with torch.no_grad():
+            assert model(TOKENS).logits.isfinite().all()
+
+    @pytest.mark.parametrize("entry", BLOCKS_AND_MORE)
+    @pytest.mark.parametrize("way", ["merge_and_unload", "unload"])
+    def test_the_copies_are_part_of_the_model_once_merged(self, model, entry, way):
+        """PEFT's `unload` leaves out LoRA matrices only, so it keeps the copies, too."""
+        adapted = peft.get_peft_model(model, copying(BLOCKS_AND_MORE[entry]))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "modules_to_save" in name and ".experts.math." in name:
+                    parameter.add_(1.0)
+            expected = adapted(TOKENS).logits
+        plain = tiny_flexmoe("llama", OWNERS)
+        merged = getattr(adapted, way)()
+        assert list(merged.state_dict()) == list(plain.state_dict())
+        with torch.no_grad():
+            torch.testing.assert_close(merged(TOKENS).logits, expected)
+            assert not torch.allclose(expected, plain(TOKENS).logits)
+        assert all(block is merged.get_submodule(name) for name, block in merged.named_blocks().items())
+        for changed in (merged, plain):
+            changed.remove_expert("math")
+        with torch.no_grad():
+            assert torch.equal(merged(TOKENS).logits, plain(TOKENS).logits)
+
+    def test_an_added_adapter_is_deleted(self, model):
+        model.add_adapter(copying("anchor.model"))
+        model.delete_adapter("default")
+        assert all(block is model.get_submodule(name) for name, block in model.named_blocks().items())
+        assert list(model.state_dict()) == list(tiny_flexmoe("llama", OWNERS).state_dict())
+
+    @pytest.mark.parametrize("entry", ["experts", "router", "mlp.experts", "anchor"])
+    def test_copies_of_what_experts_are_taken_from_are_refused(self, model, entry):
+        before = list(model.state_dict())
+        with pytest.raises(
+            ValueError, match=r"would train a copy of anchor.*name experts .*or whole blocks \('mlp'\)"
+        ):
+            model.add_adapter(copying(entry))
+        assert list(model.state_dict()) == before
+
+
+class TestNamesThatPeftConfuses:
+    @pytest.mark.parametrize("name", ["lm_head", "q_proj", "embed_tokens"])
+    def test_an_expert_with_the_name_of_a_targeted_module(self, name):
+        model = tiny_flexmoe("llama", [name, "math"])
+        options = {"modules_to_save": [name]} if name == "lm_head" else {"target_modules": [name]}
+        with pytest.raises(ValueError, match=rf"cannot tell the expert '{name}' from other modules.*rename_expert"):
+            model.add_adapter(peft.LoraConfig(**{"target_modules": ["v_proj"], **options}))
+        model.add_adapter(peft.LoraConfig(target_modules=["k_proj"]))  # that names no expert
+
+    def test_an_expert_with_the_name_of_another_experts_part(self):
+        model = tiny_flexmoe("llama", ["up_proj", "router", "my_router"])
+        config = expert_lora_config(model, "up_proj", r=2, router_row=True)
+        adapted = peft.get_peft_model(model, config)
+        assert all(".experts.up_proj." in name or ".router.up_proj." in name for name in trained(adapted))
+
+    def test_an_expert_with_the_name_of_peft_parameters(self):
+        """PEFT would not delete adapters from modules whose names contain that of its parameters."""
+        model = tiny_flexmoe("llama", ["lora_notes", "math"])
+        peft.get_peft_model(model, expert_lora_config(model, "math", r=2))
+        other = tiny_flexmoe("llama", ["lora_notes"])
+        config = expert_lora_config(other, "lora_notes", r=2)
+        with pytest.raises(ValueError, match="cannot tell the expert 'lora_notes' from"):
+            peft.get_peft_model(other, config)
+
+
+ANCHORS: dict[str, str] = {
+    # families of dense anchors, and a target in the attention of each
+    "llama": "q_proj",
+    "gpt2": "c_attn",
+    "gpt_neox": "query_key_value",
+    "gemma3": "q_proj",  # a composite, whose decoder is nested
+    "opt": "q_proj",  # no module around its feed-forward network
+}
+
+
+def dense_adapter(family: str, folder: Path, **options: Any) -> tuple[FlexMoeForCausalLM, torch.Tensor]:
+    """A saved adapter for a dense anchor; a graft of that, and the logits of the anchor with the adapter."""
+    torch.manual_seed(0)
+    dense = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    graft = flexmoe_from_anchor(dense, ["math"])
+    adapted = peft.get_peft_model(dense, peft.LoraConfig(r=2, init_lora_weights=False, **options)).eval()
+    adapted.save_pretrained(folder)
+    with torch.no_grad():
+        return graft, adapted(input_ids=TOKENS).logits
+
+
+def of_public(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=TOKENS, experts=["public"]).logits
+
+
+class TestAdaptersOfTheDenseAnchor:
+    @pytest.mark.promise(
+        "`PeftModel.from_pretrained`, `model.load_adapter`",
+        "a LoRA adapter on the attention of the dense anchor",
+        "works as on the anchor",
+    )
+    @pytest.mark.parametrize("family", ANCHORS)
+    @pytest.mark.parametrize("way", ["PeftModel", "load_adapter"])
+    def test_attention(self, family, way, tmp_path):
+        graft, expected = dense_adapter(family, tmp_path, target_modules=[ANCHORS[family]])
+        plain = of_public(graft)
+        if way == "PeftModel":
+            adapted = peft.PeftModel.from_pretrained(graft, tmp_path)
+        else:
+            graft.load_adapter(str(tmp_path))
+            adapted = graft
+        torch.testing.assert_close(of_public(adapted), expected, **TOLERANCES[torch.float32])
+        assert not torch.allclose(plain, expected)
+
+    def test_second_adapter_of_a_peft_model(self, tmp_path):
+        graft, expected = dense_adapter("llama", tmp_path, target_modules=["q_proj"])
+        adapted = peft.get_peft_model(graft, peft.LoraConfig(target_modules=["o_proj"]))
+        with pytest.raises(ValueError, match=r"have no place in this model.*key_mapping"):
+            adapted.load_adapter(tmp_path, "dense")
+        adapted.load_adapter(tmp_path, "dense", key_mapping=graft.anchor_names.replacements())
+        adapted.set_adapter("dense")
+        torch.testing.assert_close(of_public(adapted), expected, **TOLERANCES[torch.float32])
+
+    @pytest.mark.filterwarnings("ignore:.*owners at once", "ignore:Found missing adapter keys")
+    def test_networks_become_those_of_public(self, tmp_path):
+        graft, expected = dense_adapter("llama", tmp_path, target_modules=["q_proj", "up_proj", "down_proj"])
+        others = graft(TOKENS, experts=["math"]).logits
+        adapted = peft.PeftModel.from_pretrained(graft, tmp_path)
+        torch.testing.assert_close(of_public(adapted), expected, **TOLERANCES[torch.float32])
+        assert not torch.allclose(adapted(input_ids=TOKENS, experts=["math"]).logits, others)  # attention is shared
+
+    @pytest.mark.filterwarnings("ignore:.*owners at once")
+    @pytest.mark.parametrize("way", ["PeftModel", "load_adapter"])
+    def test_tensors_without_a_module_here_are_refused(self, way, tmp_path):
+        """ "all-linear" is saved as parts of paths, which the FFNs of a FlexMoE do not have."""
+        graft, _ = dense_adapter("llama", tmp_path, target_modules=["mlp.up_proj", "self_attn.q_proj"])
+        load = graft.load_adapter if way == "load_adapter" else partial(peft.PeftModel.from_pretrained, graft)
+        with pytest.raises(ValueError, match="have no place"):
+            load(str(tmp_path))
+
+    def test_the_head(self, tmp_path):
+        graft, expected = dense_adapter("llama", tmp_path, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        adapted = peft.PeftModel.from_pretrained(graft, tmp_path)
+        torch.testing.assert_close(of_public(adapted), expected, **TOLERANCES[torch.float32])

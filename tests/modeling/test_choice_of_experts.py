@@ -1,4 +1,4 @@
-"""A choice of experts reaches every way in, or the way in refuses it. `EXCLUDED` holds NaN: if it ran, it would show."""
+"""A choice of experts reaches every way in, or is refused there. `EXCLUDED` holds NaN: if it ran, it would show."""
 
 from __future__ import annotations
 
@@ -52,6 +52,11 @@ def reference(model: FlexMoeForCausalLM) -> torch.Tensor:
 
 
 class TestForward:
+    @pytest.mark.promise(
+        "`model(...)`",
+        "`experts=[...]`, or one list per row",
+        "works; `None` for a row allows all",
+    )
     def test_names(self, model):
         with model.only_experts(*ALLOWED):
             expected = model(IDS).logits
@@ -64,6 +69,11 @@ class TestForward:
         both = model(IDS, experts=ALLOWED, expert_mask=mask).logits
         assert torch.equal(both, model(IDS, experts=["public"]).logits)
 
+    @pytest.mark.promise(
+        "`model(...)`",
+        "a keyword that the model does not use",
+        "`TypeError` that names it",
+    )
     @pytest.mark.parametrize("keyword", ["expert", "output_router_logit", "num_experts", "guidance"])
     def test_unused_keywords_are_refused(self, model, keyword):
         for cls in (FlexMoeForCausalLM, FlexMoeModel):
@@ -77,6 +87,11 @@ class TestForward:
 
 
 class TestGenerate:
+    @pytest.mark.promise(
+        "`generate`",
+        "`experts` as an argument or in a `GenerationConfig`",
+        "works; the argument is preferred",
+    )
     @pytest.mark.parametrize("call", ["argument", "config", "the model's config", "positional config"])
     def test_of_generate_and_its_config(self, model, reference, call):
         config = GenerationConfig(**SETTINGS, experts=ALLOWED)
@@ -87,7 +102,9 @@ class TestGenerate:
             ids = model.generate(IDS)
             model.generation_config = before
         else:
-            ids = model.generate(IDS, config) if "positional" in call else model.generate(IDS, generation_config=config)
+            ids = (
+                model.generate(IDS, config) if "positional" in call else model.generate(IDS, generation_config=config)
+            )
         assert torch.equal(ids, reference)
 
     def test_an_argument_is_preferred_to_the_config(self, model):
@@ -96,6 +113,11 @@ class TestGenerate:
             expected = model.generate(IDS, **SETTINGS)
         assert torch.equal(model.generate(IDS, config, experts=["public"]), expected)
 
+    @pytest.mark.promise(
+        "`generate`",
+        "experts with guidance, negative prompts, beams, sampling, a static cache, prompt lookup",
+        "every pass uses them",
+    )
     @pytest.mark.parametrize(
         "settings",
         [
@@ -122,21 +144,34 @@ class TestGenerate:
         assert torch.equal(results[0], results[1])
         assert torch.equal(results[0], results[2])
 
+    @pytest.mark.promise(
+        "`generate(assistant_model=...)`",
+        "a FlexMoE assistant with other experts",
+        "works; the choice is the main model's, whose output the assistant does not change",
+    )
     def test_an_assistant_with_other_experts(self, model, reference):
         assistant = tiny_flexmoe("llama", ["law"])
         ids = model.generate(IDS[:1], experts=ALLOWED, assistant_model=assistant, **SETTINGS)
         assert torch.equal(ids, reference[:1])
 
+    @pytest.mark.promise(
+        "`generate`",
+        "`output_router_logits=True` with `return_dict_in_generate=True`",
+        "`router_logits`, one entry per forward pass",
+    )
     def test_router_logits(self, model):
-        out = model.generate(
-            IDS, experts=ALLOWED, output_router_logits=True, return_dict_in_generate=True, **SETTINGS
-        )
+        out = model.generate(IDS, experts=ALLOWED, output_router_logits=True, return_dict_in_generate=True, **SETTINGS)
         assert [len(step) for step in out.router_logits] == [2] * 4
         assert [tuple(step[0].shape) for step in out.router_logits] == [(10, 3), (2, 3), (2, 3), (2, 3)]
         assert out.router_logits[0][0][:, 1].isneginf().all()
 
 
 class TestThreads:
+    @pytest.mark.promise(
+        "`threading.Thread`, executors",
+        "`only_experts` around them",
+        "`RuntimeError`, unless the thread runs in a copy of the context or passes `experts`",
+    )
     def test_a_scope_that_a_thread_does_not_inherit_is_refused(self, model, reference):
         with model.only_experts(*ALLOWED), ThreadPoolExecutor(1) as pool:
             for call in (lambda: model.generate(IDS, **SETTINGS), lambda: model(IDS)):
@@ -148,6 +183,11 @@ class TestThreads:
         with ThreadPoolExecutor(1) as pool:
             assert pool.submit(lambda: model(IDS).logits).result().isnan().any()  # no scope: all experts
 
+    @pytest.mark.promise(
+        "`TextIteratorStreamer`",
+        "`generate(experts=...)` in a thread",
+        "works",
+    )
     def test_a_streamer_in_a_thread(self, model, reference):
         tokenizer = word_tokenizer()
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60)
@@ -162,6 +202,11 @@ class TestContinuousBatching:
     def tokens(self, outputs: dict[str, Any]) -> list[list[int]]:
         return [out.generated_tokens for out in outputs.values()]
 
+    @pytest.mark.promise(
+        "`generate_batch`, paged `generate`",
+        "`experts` as an argument, in the config or as a scope; one list per prompt",
+        "works; prompts of one set run together",
+    )
     @pytest.mark.parametrize("call", ["argument", "scope", "config", "one list per prompt", "paged"])
     def test_the_choice_reaches_it(self, model, reference, call):
         expected = reference[:, 5:].tolist()
@@ -183,6 +228,11 @@ class TestContinuousBatching:
         assert self.tokens(outputs) == expected
         assert list(outputs) == [out.request_id for out in outputs.values()] == ["req_0", "req_1"]
 
+    @pytest.mark.promise(
+        "continuous batching",
+        "removing, adding or choosing experts while it runs",
+        "`RuntimeError`",
+    )
     def test_changes_are_refused_while_a_manager_runs(self):
         model = tiny_flexmoe("llama", ["math"])
         model.set_attn_implementation("sdpa")
@@ -192,6 +242,11 @@ class TestContinuousBatching:
                     change()
         model.remove_expert("math")
 
+    @pytest.mark.promise(
+        "continuous batching",
+        "a persistent manager with another choice of experts",
+        "a new manager, as the cache holds the influence of others",
+    )
     def test_a_persistent_manager_is_not_shared_by_other_experts(self, model):
         first = model.generate_batch(IDS.tolist(), BATCHED, SMALL, experts=["public"], persistent_manager=True)
         second = model.generate_batch(IDS.tolist(), BATCHED, SMALL, experts=ALLOWED, persistent_manager=True)
@@ -199,6 +254,11 @@ class TestContinuousBatching:
         model.destroy_cached_continuous_batching_manager()
         assert self.tokens(first) == self.tokens(again) != self.tokens(second)
 
+    @pytest.mark.promise(
+        "continuous batching",
+        "`expert_mask`, `num_experts_per_tok`, `add_request(experts=...)`, padding",
+        "refused with the reason",
+    )
     def test_unused_arguments_are_refused(self, model):
         with pytest.raises(TypeError, match=r"does not use \['expert_mask'\]"):
             model.generate_batch(IDS.tolist(), BATCHED, SMALL, expert_mask=model.expert_mask([ALLOWED] * 2))
@@ -209,6 +269,11 @@ class TestContinuousBatching:
             manager.add_request([5], experts=["public"])
 
 
+@pytest.mark.promise(
+    "`pipeline`",
+    "`experts` in a call",
+    "works",
+)
 def test_pipeline(model, reference):
     tokenizer = word_tokenizer()
     generate = pipeline("text-generation", model=model, tokenizer=tokenizer)
@@ -223,6 +288,11 @@ HEADS: dict[str, tuple[Any, Callable[[Any], torch.Tensor], torch.Tensor]] = {
 
 
 class TestClassification:
+    @pytest.mark.promise(
+        "`AutoModelForSequenceClassification`, `AutoModelForTokenClassification`",
+        "training and loading with a choice of experts",
+        "works, with the package imported",
+    )
     @pytest.mark.parametrize("kind", HEADS)
     def test_from_a_checkpoint(self, model, tmp_path, kind):
         auto, _, labels = HEADS[kind]

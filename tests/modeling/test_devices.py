@@ -7,10 +7,11 @@ The devices are the CPU and the disk, whose weights accelerate's hooks fetch. Do
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel
-from flexmoe.testing import random_tokens, realigned, tiny_flexmoe
+from flexmoe.testing import TOLERANCES, random_tokens, realigned, tiny_flexmoe
 
 OWNERS = ("math", "code")
 pytestmark = pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
@@ -23,7 +24,7 @@ def logits(model):
 
 def device_map(model: FlexMoeForCausalLM, on_disk: str = "") -> dict[str, str]:
     """A device map to the CPU, except for modules whose name contains `on_disk`."""
-    name, base = next((name, part) for name, part in model.anchor.named_children() if part is model.base_model)
+    name, base = next((name, part) for name, part in model.anchor.named_children() if part is model.anchor.base_model)
     devices = {f"anchor.{other}": "cpu" for other, _ in model.anchor.named_children() if other != name}
     for child, module in base.named_children():
         if isinstance(module, torch.nn.ModuleList):
@@ -69,20 +70,21 @@ def test_adding_and_removing_experts_with_weights_on_disk(family, offloaded, tmp
         tmp_path / "model", device_map=OFFLOADED[offloaded](model), offload_folder=tmp_path / "offload"
     )
     assert any(parameter.is_meta for parameter in offloaded_model.parameters())
-    assert torch.equal(logits(offloaded_model), logits(in_memory))
+    # not bit-equal: tensors that are read from a mapped file at each pass are not aligned
+    assert_close(logits(offloaded_model), logits(in_memory), **TOLERANCES[torch.float32])
 
     saved_again = offloaded_model.save_expert("math", tmp_path / "package from disk")
     assert (saved_again / "expert.safetensors").read_bytes() == (package / "expert.safetensors").read_bytes()
     for model in (offloaded_model, in_memory):
         model.remove_expert("math")
-    assert torch.equal(logits(offloaded_model), logits(in_memory))
+    assert_close(logits(offloaded_model), logits(in_memory), **TOLERANCES[torch.float32])
     for model in (offloaded_model, in_memory):
         model.add_expert(package, name="algebra")
         model.add_expert_copy("fresh")
         model.rename_expert("code", "programs")
-    assert torch.equal(logits(offloaded_model), logits(in_memory))
+    assert_close(logits(offloaded_model), logits(in_memory), **TOLERANCES[torch.float32])
     with offloaded_model.only_experts("fresh"), in_memory.only_experts("fresh"):
-        assert torch.equal(logits(offloaded_model), logits(in_memory))
+        assert_close(logits(offloaded_model), logits(in_memory), **TOLERANCES[torch.float32])
 
     offloaded_model.save_pretrained(tmp_path / "again")
     saved, expected = load_file(tmp_path / "again" / "model.safetensors"), in_memory.state_dict()

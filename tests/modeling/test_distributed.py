@@ -27,6 +27,7 @@ from flexmoe.testing import (
     realigned,
     tiny_flexmoe,
 )
+from tests.support.soak import soak
 
 ANCHOR = {"repo": None, "revision": None, "fingerprint": "f" * 64, "model_type": "llama", "dtype": "float32"}
 
@@ -125,7 +126,7 @@ def steps_with_fsdp2(rank: int, inputs: dict[str, Inputs], unit: str, kind: str)
     return {name: step(model, half_batch(rank, values)) for name, values in inputs.items()}
 
 
-@pytest.mark.parametrize(("checkpointing", "kind"), [(False, "full"), (True, "full"), (True, "low_rank")])
+@pytest.mark.parametrize(("checkpointing", "kind"), [(False, "full"), soak(True, "full"), (True, "low_rank")])
 def test_ddp_gives_the_gradients_of_one_process(processes, checkpointing, kind):
     inputs, expected = steps_of_one_process(checkpointing, kind)
     start = "anchor.model.layers.0.mlp.experts.math.up_proj."

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
 from flexmoe.modeling.configuration_flexmoe import EXPERTS_FORWARDS
 from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
+from tests.support.soak import thinned
 
 # transformers' own implementations, which need stacked experts, and values of other arguments.
 UNSUPPORTED = ["grouped_mm", "batched_mm", "sonicmoe", "deepgemm", "deepgemm_megamoe", "triton", "sdpa", ""]
@@ -96,12 +97,18 @@ def test_implementation_is_copied_and_not_saved(folder, tmp_path):
     assert FlexMoeForCausalLM.from_pretrained(tmp_path / "again").config._experts_implementation == "auto"
 
 
-def test_generate_and_compiled_models_use_the_implementation(folder, ran):
+def test_generate_uses_the_implementation(folder, ran):
     model = FlexMoeForCausalLM.from_pretrained(folder, experts_implementation="eager")
     model.generate(random_tokens(1, 4), max_new_tokens=3, do_sample=False)
     assert set(ran) == {"eager"}
-    for name in SUPPORTED:
-        model.set_experts_implementation(name)
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        torch.testing.assert_close(logits(compiled), logits(model), **TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("name", thinned(SUPPORTED, ["auto"]))
+def test_compiled_models_use_the_implementation(folder, ran, name):
+    """`tests/kernels/test_forward.py` compiles "flexmoe_triton" too."""
+    model = FlexMoeForCausalLM.from_pretrained(folder, experts_implementation=name)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    result = logits(compiled)
+    assert set(ran) == {name}
+    torch.testing.assert_close(result, logits(model), **TOLERANCES[torch.float32])

@@ -1,6 +1,7 @@
 """Every dense family of the installed transformers can be an anchor, or is listed in the table of exceptions.
 
-Runs the checks that write no files; `make families` (`tests/soak/families_table.py`) runs all of them.
+Runs the checks that write no files and do not decode; those that decode on one family of each kind of cache and
+attention, and on the others in `make soak`. `make families` (`tests/soak/families_table.py`) runs all of them.
 """
 
 import re
@@ -9,17 +10,53 @@ from pathlib import Path
 import pytest
 import transformers
 
-from flexmoe.modeling import build_on_meta
+from flexmoe.meta import build_on_meta
 from tests.support.families import EXCEPTIONS, causal_lm_families, tiny_config
-from tests.support.family_checks import CHECKS, QUICK, run_all
+from tests.support.family_checks import (
+    CHECKS,
+    DECODING,
+    QUICK,
+    anchor_of,
+    graft_has_equal_logits,
+    run_all,
+)
+from tests.support.soak import thinned
 
 ROOT = Path(__file__).resolve().parents[2]
 ANCHORS = [family for family in causal_lm_families() if family not in EXCEPTIONS]
 
+DECODED = {
+    "bamba",  # attention and state-space layers
+    "bart",  # the decoder of an encoder-decoder, learned positions
+    "bloom",  # ALiBi, a network that adds the residual
+    "cpmant",  # position buckets
+    "ctrl",  # sinusoidal positions, a Sequential as network
+    "doge",  # a dynamic mask
+    "falcon_h1",  # attention beside state-space layers
+    "gemma3n_text",  # layers that share keys and values
+    "gpt_bigcode",  # one key-value head
+    "lfm3",  # attention and convolutions
+    "minicpm3",  # latent attention
+    "olmo_hybrid",  # linear attention
+    "openai-gpt",  # no cache
+    "prophetnet",  # several streams
+    "qwen3_5_text",  # gated linear attention
+    "recurrent_gemma",  # recurrent layers
+    "xglm",  # sinusoidal positions with an offset
+}
+"""Of each kind of cache and attention one; the seven of `ANCHOR_CONFIGS` decode in `test_exactness.py`."""
+
 
 @pytest.mark.parametrize("family", ANCHORS)
 def test_family(family: str, tmp_path: Path) -> None:
+    graft_has_equal_logits(anchor_of(family))
     for check in QUICK:
+        CHECKS[check](family, tmp_path)
+
+
+@pytest.mark.parametrize("family", thinned(ANCHORS, DECODED & set(ANCHORS)))
+def test_family_decodes(family: str, tmp_path: Path) -> None:
+    for check in DECODING:
         CHECKS[check](family, tmp_path)
 
 

@@ -1,13 +1,23 @@
 """The forward pass: k, masks, `only_experts`, outputs, losses, gradient checkpointing, threads, compilation."""
 
+import itertools
 import threading
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from transformers import AutoModelForCausalLM
 
 from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel
-from flexmoe.testing import TOLERANCES, enable_checkpointing, random_tokens, tiny_flexmoe
+from flexmoe.testing import (
+    ANCHOR_CONFIGS,
+    TOLERANCES,
+    enable_checkpointing,
+    flexmoe_from_anchor,
+    random_tokens,
+    tiny_flexmoe,
+)
 
 OWNERS = ("math", "code", "legal")
 
@@ -202,25 +212,32 @@ class TestTraining:
         assert all(layer.dtype == torch.float32 for layer in out.router_logits)
 
 
+@pytest.fixture
+def shallow() -> FlexMoeForCausalLM:
+    """`model` with one layer: torch.compile traces each layer, which takes seconds."""
+    torch._dynamo.reset()  # its limit counts what other tests compiled
+    config = ANCHOR_CONFIGS["llama"]()
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    anchor = AutoModelForCausalLM.from_config(config).eval()
+    return flexmoe_from_anchor(anchor, OWNERS, num_experts_per_tok=2)
+
+
 @pytest.mark.parametrize("masked", [False, True])
-def test_model_compiles_without_graph_breaks(model, masked):
-    tokens = random_tokens(2, 9)
-    kwargs = {"expert_mask": model.expert_mask([["public", "math"], ["code"]])} if masked else {}
-    expected = logits(model, tokens, **kwargs)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+def test_model_compiles_without_graph_breaks(shallow, masked):
+    tokens, kwargs = random_tokens(2, 9), {}
+    if masked:  # no token may use "legal", which holds NaN
+        kwargs["expert_mask"] = shallow.expert_mask([["public", "math"], ["code"]])
+        for parameter in shallow.flexmoe_blocks()[0].experts["legal"].parameters():
+            parameter.data.fill_(float("nan"))
+    expected = logits(shallow, tokens, **kwargs)
+    assert expected.isfinite().all()
+    compiled = torch.compile(shallow, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(logits(compiled, tokens, **kwargs), expected, **TOLERANCES[torch.float32])
 
 
-def test_masked_expert_with_nan_in_a_compiled_model(model):
-    for block in model.flexmoe_blocks():
-        for parameter in block.experts["legal"].parameters():
-            parameter.data.fill_(float("nan"))
-    mask = model.expert_mask([["public", "math"], ["code"]])
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    assert logits(compiled, expert_mask=mask).isfinite().all()
-
-
-def test_compiled_model_follows_the_active_set_and_refuses_only_experts(model):
+def test_compiled_model_follows_the_active_set_and_refuses_only_experts(shallow):
+    model = shallow
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     all_experts = logits(compiled)
     model.set_active_experts(["public", "code"])
@@ -228,3 +245,24 @@ def test_compiled_model_follows_the_active_set_and_refuses_only_experts(model):
     assert not torch.allclose(logits(compiled), all_experts)
     with model.only_experts("code"), pytest.raises(Exception, match="cannot see the contexts"):
         logits(compiled)
+
+
+@pytest.mark.promise(
+    "`torch.compile`",
+    "`fullgraph=True` with another `expert_mask` per call",
+    "compiled once; each list of `experts` or active set is compiled for itself, up to torch's `recompile_limit`",
+)
+def test_masks_do_not_compile_again_and_active_sets_do(shallow):
+    counter = CompileCounter()
+    compiled = torch.compile(shallow, fullgraph=True, backend=counter)
+    chosen = [list(names) for n in (1, 2, 3) for names in itertools.combinations(shallow.expert_names, n)]
+    assert len(chosen) > torch._dynamo.config.recompile_limit
+    for names in chosen:
+        got = logits(compiled, expert_mask=shallow.expert_mask([names, ["public"]]))
+        torch.testing.assert_close(got, logits(shallow, experts=[names, ["public"]]), **TOLERANCES[torch.float32])
+    assert counter.frame_count == 1
+    with torch._dynamo.config.patch(recompile_limit=2):
+        logits(compiled, experts=["public", "code"])
+        shallow.set_active_experts(["public", "code"])
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            logits(compiled)

@@ -1,4 +1,4 @@
-"""Malicious expert packages: 200 cases from fixed seeds, each refused or without effect (`tests/support/fuzzing.py`).
+"""Malicious expert packages: 120 cases from fixed seeds, each refused or without effect (`tests/support/fuzzing.py`).
 
 Also tests that the harness detects each kind of failure. Does not cover 2,000 cases (`make soak`).
 """
@@ -16,7 +16,7 @@ from flexmoe.packages.package import PackageError
 from tests.support import fuzzing
 from tests.support.mutators import MUTATORS
 
-CASES = 200
+CASES = 120
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import flexmoe
+from flexmoe.meta import build_on_meta
 from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, find_ffn_sites
 from flexmoe.modeling.fingerprint_flexmoe import live_fingerprint
 from flexmoe.testing import ANCHOR_CONFIGS, random_tokens, realigned, tiny_anchor, tiny_flexmoe
@@ -221,7 +222,7 @@ UNSUPPORTED_ANCHORS = {
 def test_unsupported_anchors_are_refused(model_type):
     config = AutoConfig.for_model(model_type)
     with pytest.raises(UnsupportedAnchorError, match=UNSUPPORTED_ANCHORS[model_type]):
-        flexmoe.modeling.build_on_meta(config)
+        build_on_meta(config)
 
 
 @families

@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
-from flexmoe.modeling.masking_flexmoe import is_capturing, select_experts, warmup
+from flexmoe.kernels.graphs import warmup
+from flexmoe.modeling.masking_flexmoe import is_capturing, select_experts
 from flexmoe.testing import random_tokens, tiny_flexmoe
 
 OWNERS = ("math", "code", "legal")

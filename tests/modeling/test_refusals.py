@@ -120,7 +120,8 @@ def test_experts_and_mask_without_a_common_expert(models):
 @pytest.mark.parametrize("case", CONFIGS)
 def test_configs(case):
     fields, message = CONFIGS[case]
-    assert_raises(lambda: FlexMoeConfig(experts=["public", "math"], **fields), StrictDataclassError, message)
+    error = ValueError if message.startswith("at least 1") else StrictDataclassError
+    assert_raises(lambda: FlexMoeConfig(experts=["public", "math"], **fields), error, message)
 
 
 @pytest.mark.parametrize("cls", [FlexMoeForCausalLM, FlexMoeModel])

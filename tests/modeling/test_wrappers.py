@@ -1,4 +1,4 @@
-"""Adapters, parametrizations, hooks, quantized layers and offload on a row or matrix of one expert take effect.
+"""Adapters, parametrizations, hooks, quantised layers and offload on a row or matrix of one expert take effect.
 
 Each wraps one module of "math" in the first layer. When it changes the output of that module, the logits change; the
 other experts keep their bits; and the module is not called while "math" is masked.
@@ -38,7 +38,7 @@ class Factor(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A quantized linear layer: 8-bit weights, no floating-point parameter, and no parameter called `weight`."""
+    """A quantised linear layer: 8-bit weights, no floating-point parameter, and no parameter called `weight`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -138,8 +138,8 @@ WRAPPERS: dict[str, tuple[Callable[..., Change], bool]] = {
     "forward pre-hook": (forward_pre_hook, True),
     "offload to CPU": (offloaded_to_cpu, True),
     "offload to disk": (offloaded_to_disk, True),
-    "dynamic quantization": (torch_dynamic, False),
-    "quantized linear": (int8_linear, False),
+    "dynamic quantisation": (torch_dynamic, False),
+    "quantised linear": (int8_linear, False),
 }
 
 
@@ -189,14 +189,14 @@ def test_wrapped_public_network_is_copied_without_its_wrapper(wrapper, place, tm
     model.get_submodule(f"{BLOCK}.router.public").weight.data.fill_(0.1)  # DoRA and weight_norm divide by its norm
     WRAPPERS[wrapper][0](model, f"{BLOCK}.{PLACES[place]}".replace("math", "public"), tmp_path)
     unwrapped = tiny_flexmoe("llama").flexmoe_blocks()[0].experts["public"]
-    if place == "matrix" and wrapper == "quantized linear":
+    if place == "matrix" and wrapper == "quantised linear":
         model.add_expert_copy("news")
         experts = model.flexmoe_blocks()[0].experts
         public, news = experts["public"].state_dict(), experts["news"].state_dict()
         assert list(public) == list(news) != list(unwrapped.state_dict())
         assert all(torch.equal(public[key], news[key]) for key in public)
         return
-    if place == "matrix" and wrapper == "dynamic quantization":
+    if place == "matrix" and wrapper == "dynamic quantisation":
         with pytest.raises(ValueError, match=r"no longer has a tensor 'up_proj\.weight'"):
             model.add_expert_copy("news")
         assert model.expert_names == ["public", "math"]

@@ -8,6 +8,8 @@ changes of the model, such as adapters or hooks that are added after the capture
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 from transformers import Cache
 
 from flexmoe.kernels.expert_pointers import ExpertPointers, addresses, parameter_slots
-from flexmoe.modeling.masking_flexmoe import warmup
+from flexmoe.modeling.masking_flexmoe import warming_up
 from flexmoe.modeling.modeling_flexmoe import FlexMoePreTrainedModel
 
 WARMUP_PASSES = 3  # libraries choose their algorithms in the first ones
@@ -159,4 +161,14 @@ def _described(value: Any) -> str:
     return f"{list(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
 
 
-__all__ = ["CapturedForward"]
+@contextlib.contextmanager
+def warmup() -> Iterator[None]:
+    """Within it, passes of this thread run as they will be captured: with the same kernels and the same tables."""
+    token = warming_up.set(True)
+    try:
+        yield
+    finally:
+        warming_up.reset(token)
+
+
+__all__ = ["CapturedForward", "warmup"]

@@ -64,9 +64,8 @@ def find_gpu(
         return replace(known, **own)
     if len(own) < len(figures):
         raise ValueError(
-            f"GPU {name!r} is unknown; known: {', '.join(GPUS)}. For another GPU give all figures: gpu_tflops "
-            "(dense bfloat16), gpu_memory_gb and gpu_bandwidth_tb; on the command line --gpu-tflops, --gpu-memory-gb "
-            "and --gpu-bandwidth-tb."
+            f"GPU {name!r} is unknown; known: {', '.join(GPUS)}. For another GPU give all figures: gpu_tflops=... "
+            "(dense bfloat16), gpu_memory_gb=... and gpu_bandwidth_tb=...."
         )
     return Gpu(name, **own)
 

@@ -22,7 +22,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from flexmoe.hub.client import resolve_folder
 from flexmoe.io.dense import read_dense_config
 from flexmoe.io.strict_json import read_json_object
-from flexmoe.modeling.anchors_flexmoe import FfnSite, build_on_meta
+from flexmoe.meta import build_on_meta
+from flexmoe.modeling.anchors_flexmoe import FfnSite
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.planning.gpus import Gpu, find_gpu
 
