@@ -36,7 +36,7 @@ print(end - start, end - middle)
 def seconds(more: str) -> tuple[float, float]:
     """Seconds of the imports in a new process: of all, and of `more` alone."""
     command = [sys.executable, "-c", IMPORTS.format(more=more)]
-    total, added = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    total, added = subprocess.run(command, check=True, capture_output=True, text=True, encoding="utf-8").stdout.split()
     return float(total), float(added)
 
 

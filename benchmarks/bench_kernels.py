@@ -243,7 +243,7 @@ def measure(
 def keep(result: Mapping[str, Any], out: Path) -> None:
     """Writes the parts measured so far."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result, indent=1) + "\n")
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def warm(sizes: Mapping[str, Any], device: torch.device, dtype: torch.dtype, counts: Sequence[int]) -> None:

@@ -95,7 +95,7 @@ def write_checkpoints(folder: Path) -> dict[str, Path]:
 def load(folder: Path, what: str) -> dict[str, object]:
     """The measurements of one new process."""
     command = [sys.executable, "-c", LOAD, str(folder), what]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8").stdout)
 
 
 def measure(folders: dict[str, Path]) -> dict[str, object]:

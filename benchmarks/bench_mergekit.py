@@ -63,7 +63,9 @@ def write_recipe(folder: Path) -> Path:
     """Writes the recipe of mergekit-moe."""
     experts = "".join(f"  - source_model: {folder / owner}\n    positive_prompts: ['']\n" for owner in OWNERS)
     recipe = folder / "recipe.yml"
-    recipe.write_text(f"base_model: {folder / 'anchor'}\ngate_mode: random\ndtype: bfloat16\nexperts:\n{experts}")
+    recipe.write_text(
+        f"base_model: {folder / 'anchor'}\ngate_mode: random\ndtype: bfloat16\nexperts:\n{experts}", encoding="utf-8"
+    )
     return recipe
 
 
@@ -77,7 +79,7 @@ def commands(folder: Path, mergekit: Path) -> dict[str, list[str | Path]]:
 
 def check_experts(out: Path, name: str) -> int:
     """Checks the experts of the written model; returns the bytes of its weights."""
-    config = json.loads((out / "config.json").read_text())
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
     if name == "mergekit-moe":
         assert (config["model_type"], config["num_local_experts"]) == ("mixtral", len(OWNERS))
     else:

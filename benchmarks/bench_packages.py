@@ -162,7 +162,9 @@ def main() -> None:
         grafted, package = write_model_and_package(Path(folder))
         size = sum(info.nbytes for info in ExpertPackage.open(package).infos.values())
         command = [sys.executable, "-c", WORK, str(grafted), str(package), str(RUNS)]
-        measured = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        measured = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8").stdout
+        )
     seconds = measured["seconds"]
     figures = {
         "add_over_reading_and_hashing": round(seconds["add"] / seconds["read_and_hash"], 3),

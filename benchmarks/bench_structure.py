@@ -90,7 +90,7 @@ class MainJob:
         self.anchor, self.data = folder / "anchor", folder / "text.txt"
         tiny_anchor("llama").save_pretrained(self.anchor)
         letter_tokenizer().save_pretrained(self.anchor)
-        self.data.write_text("\n<|endofdocument|>\n".join("the river rose. " * 8 for _ in range(40)))
+        self.data.write_text("\n<|endofdocument|>\n".join("the river rose. " * 8 for _ in range(40)), encoding="utf-8")
         self.private = flexmoe.keygen(folder / "key").private
         self.model: Any = None
 
@@ -156,7 +156,7 @@ def steps() -> dict[str, Any]:
 
 def lines(path: str) -> int:
     """Lines of a file of the repository."""
-    return len((ROOT / path).read_text().splitlines())
+    return len((ROOT / path).read_text(encoding="utf-8").splitlines())
 
 
 def travels() -> dict[str, int]:
@@ -166,7 +166,7 @@ def travels() -> dict[str, int]:
         paths = list(Path(folder).glob("*.py"))
         return {
             "files": len(paths),
-            "lines": sum(len(path.read_text().splitlines()) for path in paths),
+            "lines": sum(len(path.read_text(encoding="utf-8").splitlines()) for path in paths),
             "bytes": sum(path.stat().st_size for path in paths),
         }
 

@@ -121,7 +121,7 @@ def test_a_step_is_faster_and_smaller_than_zeroing_gradients() -> None:
     }
     result["passed"] = all(result[figure] <= limit for figure, limit in result["bars"].items())
     RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n")
+    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     assert result["step_time_ratio"] <= 0.88, result
     assert result["gradient_and_optimiser_bytes_ratio"] <= 0.5, result
 

@@ -19,7 +19,7 @@ import flexmoe
 
 def machine() -> dict[str, object]:
     """Date, device, versions, and load average; to be called before the measurements."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -40,7 +40,7 @@ def keep(result: Mapping[str, Any], out: Path) -> None:
     text = json.dumps(result, indent=2)
     sys.stdout.write(text + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text + "\n")
+    out.write_text(text + "\n", encoding="utf-8")
 
 
 __all__ = ["keep", "machine"]

@@ -120,7 +120,7 @@ def run(step: Step, environment: dict[str, str], log: Path, seconds: float) -> R
         except subprocess.TimeoutExpired:
             end(process)
             verdict = "timed out"
-    lines = log.read_text(errors="replace").splitlines()
+    lines = log.read_text(errors="replace", encoding="utf-8").splitlines()
     shown = step.last_lines if verdict == "passed" else max(SHOWN, step.last_lines)
     report("\n".join(f"    {line[:200]}" for line in lines[-shown:]))
     last = next((line for line in reversed(lines) if line.strip()), "")
@@ -230,7 +230,7 @@ def main() -> int:
                 log = out / f"{step.name.replace(' ', '-')}.log"
                 ran.append(run(step, environment, log, min(left, step.seconds or left)))
     report(f"\n{table(ran)}")
-    (out / "table.txt").write_text(table(ran) + "\n")
+    (out / "table.txt").write_text(table(ran) + "\n", encoding="utf-8")
     return 0 if all(r.verdict in ("passed", "not installed") for r in ran) else 1
 
 

@@ -60,7 +60,7 @@ def run_command(command: Sequence[str | Path], **environment: str) -> ProcessUsa
 def private_bytes(pid: int) -> int:
     """RssAnon of a process; 0 if it has ended."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
     except OSError:
         return 0
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:")), 0)

@@ -49,12 +49,12 @@ def compressed(demo: Demo, rank: int) -> dict[str, Any]:
             errors += [layer.error for layer in layers]
         found = scored(demo, [folder / owner for owner in demo.settings.owners], folder / MODEL)
         found["error"] = statistics.mean(errors)
-        (folder / "found.json").write_text(json.dumps(found, indent=2) + "\n")
+        (folder / "found.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     names = ("corpus", "grafted", *(f"owners/{owner}" for owner in demo.settings.owners))
     inputs = [demo.done[name] for name in names]
     stage = demo.stages.run(f"compressed-{rank}", make, settings={"rank": rank}, code=CODE, inputs=inputs)
-    return json.loads((stage.folder / "found.json").read_text())
+    return json.loads((stage.folder / "found.json").read_text(encoding="utf-8"))
 
 
 def trained(demo: Demo, rank: int) -> dict[str, Any]:
@@ -64,11 +64,11 @@ def trained(demo: Demo, rank: int) -> dict[str, Any]:
 
     def make(folder: Path) -> None:
         found = scored(demo, [stage.folder / PACKAGE for stage in owners.values()], folder / MODEL)
-        (folder / "found.json").write_text(json.dumps(found, indent=2) + "\n")
+        (folder / "found.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
     inputs = [demo.done["corpus"], demo.done["grafted"], *owners.values()]
     stage = demo.stages.run(f"rank-{rank}-scores", make, settings={"rank": rank}, code=CODE, inputs=inputs)
-    return json.loads((stage.folder / "found.json").read_text())
+    return json.loads((stage.folder / "found.json").read_text(encoding="utf-8"))
 
 
 def scored(demo: Demo, packages: list[Path], out: Path) -> dict[str, Any]:
@@ -107,9 +107,9 @@ def main() -> int:
     }
     benchmarks = arguments.docs / "benchmarks"
     benchmarks.mkdir(parents=True, exist_ok=True)
-    (benchmarks / "ranks.json").write_text(json.dumps(found, indent=2) + "\n")
+    (benchmarks / "ranks.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     if (arguments.docs / "results.json").is_file():
-        write_markdown(arguments.docs, json.loads((arguments.docs / "results.json").read_text()))
+        write_markdown(arguments.docs, json.loads((arguments.docs / "results.json").read_text(encoding="utf-8")))
     means = {name: mean(entry["losses"]) for name, entry in experts.items()}
     for name, loss in means.items():
         console.print(f"{name:<22} {loss:.4f}", highlight=False)

@@ -23,7 +23,7 @@ RESULTS, BENCHMARKS, ARCHITECTURE = "README.md", "docs/benchmarks.md", "ARCHITEC
 def figures(docs: Path) -> dict[str, dict[str, str]]:
     """{file: {marker: Markdown that ends in a newline}}."""
     return {
-        RESULTS: {"results": _results(json.loads((docs / "results.json").read_text()))},
+        RESULTS: {"results": _results(json.loads((docs / "results.json").read_text(encoding="utf-8")))},
         BENCHMARKS: {
             "benchmarks": _benchmarks(docs / "benchmarks"),
             "routing": _routing(docs / "benchmarks" / "routing.json"),
@@ -60,7 +60,7 @@ def _summary(result: dict[str, Any]) -> str:
 
 
 def _benchmarks(folder: Path) -> str:
-    results = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.json")}
     rows = [
         ("", "measured", "threshold"),
         ("---", "---:", "---:"),
@@ -205,7 +205,7 @@ def _routing(path: Path) -> str:
     """The kernels on a GPU. Empty if they were not measured."""
     if not path.exists():
         return ""
-    result = json.loads(path.read_text())
+    result = json.loads(path.read_text(encoding="utf-8"))
     versions, shapes, ceilings = result["versions"], result["shapes"], result["ceilings"]
     rows = [
         ("", "measured", "floor", "share of the floor", "thresholds"),
@@ -245,7 +245,9 @@ def _microseconds(value: float) -> str:
 
 def _structure(folder: Path) -> str:
     """Size of the model files and rooms of each step, before the restructuring and now."""
-    before, now = (json.loads((folder / f"{name}.json").read_text()) for name in ("structure_before", "structure"))
+    before, now = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in ("structure_before", "structure")
+    )
     figures: dict[str, Callable[[dict[str, Any]], str]] = {
         "Python files that travel with a checkpoint": lambda of: f"{of['travels']['files']}",
         "their lines": lambda of: f"{of['travels']['lines']:,}",
@@ -278,10 +280,10 @@ def main() -> None:
     """Writes the generated blocks and draws the plots."""
     draw(ROOT / "docs")
     for name, blocks in figures(ROOT / "docs").items():
-        document = (ROOT / name).read_text()
+        document = (ROOT / name).read_text(encoding="utf-8")
         for marker, text in blocks.items():
             document = put(document, marker, text)
-        (ROOT / name).write_text(document)
+        (ROOT / name).write_text(document, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -73,11 +73,11 @@ def trained(demo: Demo, name: str, changes: Mapping[str, Any], prior: float) -> 
         for owner in owners:
             model = two_expert_model(demo.grafted_model, stages[owner].folder / "package")
             losses[f"two-expert-{owner}"] = domain_losses(model, tokens)
-        (folder / "losses.json").write_text(json.dumps(losses, indent=2) + "\n")
+        (folder / "losses.json").write_text(json.dumps(losses, indent=2) + "\n", encoding="utf-8")
 
     inputs = [demo.done["corpus"], composed, *stages.values()]
     scored = demo.stages.run(f"{name}-scores", make, settings={"prior": prior}, code=SCORING_CODE, inputs=inputs)
-    return json.loads((scored.folder / "losses.json").read_text())
+    return json.loads((scored.folder / "losses.json").read_text(encoding="utf-8"))
 
 
 def rows_on_same_experts(demo: Demo) -> dict[str, dict[str, float]]:
@@ -108,12 +108,12 @@ def cached(folder: Path, demo: Demo, make: Any) -> Any:
     """The result of `make`, cached as a stage that depends on the composed model."""
 
     def write(folder: Path) -> None:
-        (folder / "losses.json").write_text(json.dumps(make(), indent=2) + "\n")
+        (folder / "losses.json").write_text(json.dumps(make(), indent=2) + "\n", encoding="utf-8")
 
     code = [*SCORING_CODE, "flexmoe.routers.rows", "flexmoe.routers.hidden_states", "flexmoe.demo.row_variants"]
     inputs = [demo.done["corpus"], demo.done["composed"]]
     stage = demo.stages.run(folder.name, write, settings={"rows": ROWS}, code=code, inputs=inputs)
-    return json.loads((stage.folder / "losses.json").read_text())
+    return json.loads((stage.folder / "losses.json").read_text(encoding="utf-8"))
 
 
 def averaged(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -292,8 +292,8 @@ def mean_tree(trees: Sequence[Any]) -> Any:
 def write_markdown(docs: Path, result: Mapping[str, Any]) -> None:
     """Writes `results.md` from the results, and from those of `ranks.py` if there are any."""
     ranks = docs / "benchmarks" / "ranks.json"
-    found = json.loads(ranks.read_text()) if ranks.is_file() else None
-    (docs / "results.md").write_text(markdown(result, all_thresholds(result), found))
+    found = json.loads(ranks.read_text(encoding="utf-8")) if ranks.is_file() else None
+    (docs / "results.md").write_text(markdown(result, all_thresholds(result), found), encoding="utf-8")
 
 
 def main() -> int:
@@ -316,7 +316,7 @@ def main() -> int:
     limits = all_thresholds(result)
     docs = arguments.docs
     docs.mkdir(parents=True, exist_ok=True)
-    (docs / "results.json").write_text(json.dumps(result, indent=2) + "\n")
+    (docs / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_markdown(docs, result)
     first = arguments.out / f"seed-{arguments.seeds[0]}"
     (docs / "demo").mkdir(exist_ok=True)
@@ -326,7 +326,7 @@ def main() -> int:
     plot_routing(result["routing"], docs / "routing.png")
     if docs == ROOT / "docs":
         readme_figures.main()
-    console.print((docs / "results.md").read_text(), markup=False, highlight=False)
+    console.print((docs / "results.md").read_text(encoding="utf-8"), markup=False, highlight=False)
     missed = [limit.name for limit in limits if not limit.passed]
     if missed:
         console.print(f"[bold red]Missed: {'; '.join(missed)}")

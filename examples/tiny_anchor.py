@@ -44,6 +44,10 @@ def write_texts(folder: Path) -> tuple[Path, Path]:
     """Two text files: public text, and the text of one data owner."""
     public, own = folder / "public.txt", folder / "problems.txt"
     end = "\n<|endofdocument|>\n"
-    public.write_text(end.join(f"on day {i} the rain fell on the hills and the river rose." for i in range(60)))
-    own.write_text(end.join(f"problem {i}: find x. x + {i} = {3 * i}; x = {2 * i}." for i in range(60)))
+    public.write_text(
+        end.join(f"on day {i} the rain fell on the hills and the river rose." for i in range(60)), encoding="utf-8"
+    )
+    own.write_text(
+        end.join(f"problem {i}: find x. x + {i} = {3 * i}; x = {2 * i}." for i in range(60)), encoding="utf-8"
+    )
     return public, own

@@ -101,6 +101,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'flexmoe' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+
+
 __all__ = [
     "CapturedForward",
     "ExpertPackage",

@@ -19,6 +19,7 @@ from flexmoe.composition.format import Composition
 from flexmoe.io.strict_json import read_json_object
 from flexmoe.io.tensors import CheckpointFolder, TensorInfo
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.packages.checks import check_row_shape
 from flexmoe.packages.manifest import MANIFEST_FILE
 from flexmoe.packages.package import ExpertPackage
 
@@ -83,7 +84,7 @@ def _inspect_model(folder: Path) -> dict[str, Any]:
     if config.composition is not None:
         return _inspect_composition(folder, config)
     with CheckpointFolder(folder) as checkpoint:
-        rows = _rows({name: checkpoint.read(name) for name in checkpoint.infos if _ROW_TENSOR.fullmatch(name)})
+        rows = _rows(_read_rows(checkpoint, config.get_text_config().hidden_size))
         tensors = _by_expert(checkpoint.infos.values())
         experts = [
             _expert(record, tensors.get(record["name"], []), rows.get(record["name"], {})) for record in config.experts
@@ -197,6 +198,14 @@ def _by_expert(tensors: Iterable[TensorInfo]) -> dict[str, list[TensorInfo]]:
         if match := _EXPERT_TENSOR.fullmatch(info.name):
             found.setdefault(match["expert"], []).append(info)
     return found
+
+
+def _read_rows(checkpoint: CheckpointFolder, hidden_size: int) -> dict[str, torch.Tensor]:
+    """The router rows and biases of a model; errors as `check_row_shape`, before any is read."""
+    infos = [info for info in checkpoint.infos.values() if _ROW_TENSOR.fullmatch(info.name)]
+    for info in infos:
+        check_row_shape(info, hidden_size, checkpoint.folder)
+    return {info.name: checkpoint.read(info.name) for info in infos}
 
 
 def _rows(tensors: Mapping[str, torch.Tensor]) -> dict[str | None, dict[str, list[float]]]:

@@ -37,6 +37,17 @@ class ExpertUsage:
             self._chosen[layer, name] = self._chosen.get((layer, name), 0) + int(chosen)
         self._tokens[layer] = self._tokens.get(layer, 0) + len(weights_TA)
 
+    def __repr__(self) -> str:
+        shares = ", ".join(f"{name}: {share:.3f}" for name, share in self.share().items())
+        return f"ExpertUsage(tokens={self.tokens}, share={{{shares}}})"
+
+    def __str__(self) -> str:
+        """A table of all layers together: each expert's share of the routing weight and of the choices."""
+        share, chosen = self.share(), self.chosen_share()
+        width = max(map(len, ("expert", *share)))
+        rows = [f"{name:<{width}}  {share[name]:>14.1%}  {chosen[name]:>7.1%}" for name in share]
+        return "\n".join([f"{self.tokens:,} tokens", f"{'expert':<{width}}  routing weight  choices", *rows])
+
     @property
     def tokens(self) -> int:
         """The number of tokens in each layer."""
@@ -61,6 +72,7 @@ def _shares(totals: dict[tuple[int, str], float] | dict[tuple[int, str], int], l
 @contextlib.contextmanager
 def track_usage(model: nn.Module) -> Iterator[ExpertUsage]:
     """Records the expert usage of the forward passes of `model` in this thread, within the context.
+
     Raises:
         TypeError: `model` is not a FlexMoE model and contains none (a PEFT or DDP wrapper around one is accepted).
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flexmoe_cli.arguments import Debug, Json, Policy, TextColumn, given
+from flexmoe_cli.arguments import Debug, Json, Policy, SkipEmpty, TextColumn, TextTemplate, given
+from flexmoe_cli.early_checks import check_data
 from flexmoe_cli.output import large_import, library_call, print_json, print_line, print_table
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def verify(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     text_column: TextColumn = "text",
+    text_template: TextTemplate = None,
+    skip_empty: SkipEmpty = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -57,6 +60,7 @@ def verify(
 
     Exit code 0: accepted. 3: refused. 1: an error, such as a missing model.
     """
+    check_data([data] if data else [], text_column, text_template, skip_empty)
     with large_import():
         from flexmoe.admission.verification import verify as library_verify
 
@@ -67,6 +71,8 @@ def verify(
             public_sample=public_sample,
             batch_size=batch_size,
             text_column=text_column,
+            text_template=text_template,
+            skip_empty=skip_empty,
             **given(data=data, name=name, policy=policy, revision=revision, max_tokens=max_tokens),
         )
     if as_json:

@@ -5,17 +5,19 @@ the expert; 130 interrupted. Does not cover the commands (`admission`, `cards`, 
 `planning`, `sharing`, `training`, `trust`, `demo`).
 """
 
+import functools
 import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from flexmoe_cli import admission, cards, commands, composing, demo, low_rank, planning, sharing, training, trust
 from flexmoe_cli.arguments import FilesCommand, NamedFilesCommand
-from flexmoe_cli.output import quiet_libraries, report_error, show_warning
+from flexmoe_cli.output import keep_option_names, prepare_streams, quiet_libraries, report_error, show_warning
+from flexmoe_cli.wording import Options
 
 app = typer.Typer(
     name="flexmoe",
@@ -36,6 +38,7 @@ COMMANDS = {
 """Commands by help panel."""
 NAMED_FILES = (commands.graft, commands.evaluate, commands.export, cards.card)
 
+keep_option_names()
 for panel, functions in COMMANDS.items():
     for function in functions:
         kind = NamedFilesCommand if function in NAMED_FILES else FilesCommand
@@ -65,8 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the arguments after the program's name; None: those of `sys.argv`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    warnings.showwarning = show_warning
+    prepare_streams()
     quiet_libraries()
+    reword = _options(given).reword
+    warnings.showwarning = functools.partial(show_warning, reword=reword)
     try:
         app(given, prog_name="flexmoe")
     except SystemExit as done:  # typer exits for success and usage errors alike
@@ -74,6 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if "--debug" in given:
             raise
-        report_error(error)
+        report_error(error, reword)
         return 1
     return 0
+
+
+def _options(arguments: Sequence[str]) -> Options:
+    """The options of the command that is called, if there is one."""
+    commands: Any = typer.main.get_command(app)
+    command = commands.commands.get(next(iter(arguments), ""))
+    return Options.of(command.params if command else ())

@@ -3,6 +3,7 @@
 Does not cover whether values are consistent, which the library checks.
 """
 
+import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +24,15 @@ Policy = Annotated[
         show_default=False,
     ),
 ]
-TextColumn = Annotated[str, typer.Option(help="Column of .jsonl, .json and .parquet files that holds the text.")]
+DATA_FORMATS = (
+    "Files (.txt, .md, .jsonl, .csv, .parquet ...), folders, quoted patterns, or data sets on the Hub: "
+    "hf:OWNER/NAME@CONFIG:SPLIT"
+)
+TextColumn = Annotated[str, typer.Option(help="Column of tables (.jsonl, .csv, .parquet ...) that holds the text.")]
+SkipEmpty = Annotated[
+    bool,
+    typer.Option("--skip-empty", help="Leave out rows without text (null); they are counted. By default an error."),
+]
 
 Model = Annotated[str, typer.Argument(help="FlexMoE model: a folder or a Hub id.", show_default=False)]
 
@@ -58,6 +67,8 @@ NAMED_FILE_OPTIONS = ("--data", "--router-data")  # in commands whose files have
 
 _NAMED_FILE = re.compile(r"[\w.-]+=.")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+_ESCAPE = re.compile(r"\\[ntr\\]")
 _EXPONENTS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -80,9 +91,9 @@ class NamedFilesCommand(TyperCommand):
 def repeat_file_options(arguments: Sequence[str], *, named: bool = False) -> list[str]:
     """Converts `--data a.txt b.txt` to `--data a.txt --data b.txt`.
 
-    Arguments belong to the option as long as they are existing files or `name=file`: a model folder after the files
-    remains an argument, and a misspelt file is an error. With `named`, a name applies to the files after it:
-    `--data x=a.txt b.txt` becomes `--data x=a.txt --data x=b.txt`.
+    Arguments belong to the option as long as they are existing files, patterns (`notes/*.md`), `hf:owner/name` or
+    `name=file`: a model folder after the files remains an argument, and a misspelt file is an error. With `named`, a
+    name applies to the files after it: `--data x=a.txt b.txt` becomes `--data x=a.txt --data x=b.txt`.
     """
     result: list[str] = []
     option: str | None = None  # the file option of the current files
@@ -93,7 +104,7 @@ def repeat_file_options(arguments: Sequence[str], *, named: bool = False) -> lis
         if argument.startswith("-"):
             option = argument if argument in FILE_OPTIONS else None
         elif option and result[-1] != option:  # the first file is the option's value in any case
-            if Path(argument).is_file() or _NAMED_FILE.match(argument):
+            if _is_file(argument) or _NAMED_FILE.match(argument):
                 result.append(option)
                 if named and option in NAMED_FILE_OPTIONS and name and not split_name(argument)[0]:
                     argument = f"{name}={argument}"
@@ -102,6 +113,15 @@ def repeat_file_options(arguments: Sequence[str], *, named: bool = False) -> lis
         name = split_name(argument)[0] if option else ""
         result.append(argument)
     return result
+
+
+def _is_file(argument: str) -> bool:
+    return Path(argument).is_file() or argument.startswith("hf:") or glob.has_magic(argument)
+
+
+def parse_template(text: str) -> str:
+    r"""The template with line breaks and tabs for `\n` and `\t`, which a shell passes on as two characters."""
+    return _ESCAPE.sub(lambda match: _ESCAPES[match[0]], text)
 
 
 def parse_size(text: str) -> int:
@@ -116,6 +136,15 @@ def parse_size(text: str) -> int:
     return size
 
 
+TextTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEMPLATE",
+        help=r"Instead, a text made of several columns: '{title}\n{body}'.",
+        parser=parse_template,
+        show_default=False,
+    ),
+]
 ShardSize = Annotated[int, typer.Option(parser=parse_size, metavar="SIZE", help="Maximum size of a weight file.")]
 
 
@@ -135,7 +164,7 @@ def parse_domains(values: Sequence[str], option: str = "--data") -> dict[str, li
     for value in values:
         name, file = split_name(value)
         name = name or Path(value).stem
-        if not name or not file or value.startswith("="):
+        if not name or not file or value.startswith("=") or glob.has_magic(name):
             raise ValueError(f"{option} {value}: write name=file, for example {option} math=math.txt.")
         domains.setdefault(name, []).append(Path(file))
     return domains

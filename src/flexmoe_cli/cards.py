@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from flexmoe_cli.arguments import Debug, Json, TextColumn, parse_domains
+from flexmoe_cli.arguments import Debug, Json, SkipEmpty, TextColumn, TextTemplate, parse_domains
+from flexmoe_cli.early_checks import check_data
 from flexmoe_cli.output import library_call, print_json, print_line, show_warning
 
 
@@ -42,6 +43,8 @@ def card(
         str | None, typer.Option(metavar="ID", help="Licence of the anchor, which is not recorded in a model's files.")
     ] = None,
     text_column: TextColumn = "text",
+    text_template: TextTemplate = None,
+    skip_empty: SkipEmpty = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -53,10 +56,15 @@ def card(
     if evaluation is not None and data:
         raise ValueError("--evaluation and --data: scores come from a file or are measured now. Pass one of them.")
     domains = parse_domains(data or [])
+    check_data(domains.values(), text_column, text_template, skip_empty)
     from flexmoe.card_files import license_conflicts, measure, write_card
 
     with library_call(as_json):
-        scores, usages = measure(folder, domains, text_column=text_column) if domains else (evaluation, None)
+        scores, usages = (
+            measure(folder, domains, text_column=text_column, text_template=text_template, skip_empty=skip_empty)
+            if domains
+            else (evaluation, None)
+        )
         path = write_card(
             folder,
             evaluation=scores,

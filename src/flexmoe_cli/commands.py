@@ -23,12 +23,15 @@ from flexmoe_cli.arguments import (
     RouterMethod,
     RouterTokens,
     ShardSize,
+    SkipEmpty,
     TextColumn,
+    TextTemplate,
     given,
     parse_domains,
     parse_experts,
     parse_names,
 )
+from flexmoe_cli.early_checks import check_data
 from flexmoe_cli.output import byte_progress, large_import, library_call, print_json
 from flexmoe_cli.tables import show_export, show_import, show_inspection, show_result, show_scores
 
@@ -76,6 +79,8 @@ def graft(
     ] = None,
     public_sample_bytes: Annotated[int, typer.Option(help="Size of that sample.")] = 2_000_000,
     text_column: TextColumn = "text",
+    text_template: TextTemplate = None,
+    skip_empty: SkipEmpty = False,
     seed: Annotated[int, typer.Option(help="Seed of the sample and of random choices for rows.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     num_experts_per_tok: Annotated[int | None, typer.Option(help="Experts per token (k).")] = None,
@@ -97,6 +102,7 @@ def graft(
 ) -> None:
     """Convert a dense model to a FlexMoE model with the same weights; dense fine-tunes can become experts."""
     experts, texts = parse_experts(expert or []), parse_domains(router_data or [], "--router-data")
+    check_data([*texts.values(), *([public_data] if public_data else [])], text_column, text_template, skip_empty)
     with large_import():
         from flexmoe.grafting import graft as library_graft
 
@@ -119,6 +125,8 @@ def graft(
             ),
             public_sample_bytes=public_sample_bytes,
             text_column=text_column,
+            text_template=text_template,
+            skip_empty=skip_empty,
             seed=seed,
             norm_topk_prob=norm_topk_prob,
             fingerprint=fingerprint,
@@ -194,11 +202,14 @@ def evaluate(
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence. Default: at most 1024.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     text_column: TextColumn = "text",
+    text_template: TextTemplate = None,
+    skip_empty: SkipEmpty = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Measure loss per token and perplexity on held-out text, per domain."""
     domains = parse_domains(data)
+    check_data(domains.values(), text_column, text_template, skip_empty)
     from flexmoe.evaluation import evaluate as library_evaluate
 
     with library_call(as_json):
@@ -210,6 +221,8 @@ def evaluate(
             sequence_length=sequence_length,
             batch_size=batch_size,
             text_column=text_column,
+            text_template=text_template,
+            skip_empty=skip_empty,
         )
     if as_json:
         print_json({"model": model, "domains": {domain: score.to_dict() for domain, score in scores.items()}})
@@ -239,6 +252,8 @@ def export(
         ),
     ] = None,
     text_column: TextColumn = "text",
+    text_template: TextTemplate = None,
+    skip_empty: SkipEmpty = False,
     max_shard_size: ShardSize = "5GB",  # type: ignore[assignment] # typer parses the default as it does the option
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -246,6 +261,7 @@ def export(
 ) -> None:
     """Export a model to a transformers architecture, which also inference engines load; logits are equal."""
     domains = parse_domains(data or [])
+    check_data(domains.values(), text_column, text_template, skip_empty)
     with large_import():
         from flexmoe.conversion.export import export as library_export
 
@@ -266,7 +282,12 @@ def export(
         from flexmoe.evaluation import evaluate as library_evaluate
 
         with library_call(as_json):
-            before, after = (library_evaluate(which, domains, text_column=text_column) for which in (model, folder))
+            before, after = (
+                library_evaluate(
+                    which, domains, text_column=text_column, text_template=text_template, skip_empty=skip_empty
+                )
+                for which in (model, folder)
+            )
         losses = {domain: (before[domain].loss, after[domain].loss) for domain in domains}
     show_export(folder, as_json, losses)
 

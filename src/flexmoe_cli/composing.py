@@ -19,7 +19,7 @@ NoVerify = Annotated[
     bool,
     typer.Option(
         "--no-verify",
-        help="Accept experts whose row or bias would dominate the routing; files and hashes are always checked.",
+        help="Accept experts that would dominate the routing or the outputs; files and hashes are always checked.",
     ),
 ]
 

@@ -1,6 +1,6 @@
-"""The command that shows the main job from raw text to the opt-out: demo.
+"""The command that runs the complete workflow on real text, from the corpus to an opt-out: demo.
 
-Not here: sizes of corpus and anchor, which `flexmoe.demo.DemoSettings` holds.
+Does not cover the sizes of corpus and anchor (`flexmoe.demo.DemoSettings`).
 """
 
 import json
@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from flexmoe_cli.arguments import Debug, Json, given
 from flexmoe_cli.output import library_call, print_json, print_line
 
 
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", help="Folder of the run. What hasn't changed in it is used again.")
-    ] = Path("runs/demo"),
-    seed: Annotated[int, typer.Option(help="Seed of everything drawn.")] = 0,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the run; its unchanged stages are reused.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of all random choices.")] = 0,
     owners: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these owners.")] = None,
     steps: Annotated[
         int | None, typer.Option(help="Training steps of each expert; the anchor gets four times as many.")
@@ -25,9 +26,10 @@ def demo(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Run the main job on real text: owners train apart, compose, one opts out. Ten minutes on two cores.
+    """Run the workflow on real text: owners train in isolation, experts are composed, an owner opts out.
 
-    Fails if opting out was not exact. A missed bar does not fail it (a short run may miss some): the report says so.
+    It takes about ten minutes on two cores. It fails if the opt-out is not exact. Missed thresholds, as in short runs,
+    are listed in the report and are no failure.
     """
     from flexmoe.demo import run_demo
     from flexmoe.demo.report import unequal_parts
@@ -38,9 +40,10 @@ def demo(
     if as_json:
         print_json(report)
     else:
-        print_line(f"The report: {Path(path).with_suffix('.md')}")
+        print_line(f"Report: {escape(str(Path(path).with_suffix('.md')))}")
     if differing := unequal_parts(report["opt_out"]):
         raise ValueError(
-            f"Opting out was not exact: the model that {report['opt_out']['owner']} left differs from the one that "
-            f"never had it, in {', '.join(differing)}. The report in {out} holds the rest; this is a bug in FlexMoE."
+            f"The opt-out was not exact: the model from which {report['opt_out']['owner']} was removed differs from "
+            f"the one composed without it, in {', '.join(differing)}. This is a bug in FlexMoE; the report in {out} "
+            "has the details."
         )

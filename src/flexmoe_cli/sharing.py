@@ -35,10 +35,12 @@ def push(
     message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
     allow_private_text: Annotated[
         bool,
-        typer.Option(
-            "--allow-private-text", help="Push even if a card, manifest or licence holds an address, token or path."
-        ),
+        typer.Option("--allow-private-text", help="Push even if a file holds an address, a token, a key or a path."),
     ] = False,
+    allow_private_text_in: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="The same for one file; may be repeated.", show_default=False),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -46,33 +48,34 @@ def push(
 
     Example: flexmoe push math-package my-organisation/math-expert --dry-run
     """
-    from flexmoe.hub.publish import plan_upload
-    from flexmoe.hub.publish import push as library_push
+    from flexmoe.hub.publish import plan_upload, push_upload
 
+    with library_call(as_json):
+        plan = plan_upload(folder)
     if dry_run:
-        with library_call(as_json):
-            plan = plan_upload(folder)
         if as_json:
             print_json({**plan.to_dict(), "repo": repo})
         else:
             show_plan(plan, repo)
-        if plan.discoveries and not allow_private_text:
+        allowed = allow_private_text_in or ()
+        if not allow_private_text and any(found.file not in allowed for found in plan.discoveries):
             raise typer.Exit(1)  # like the push
         return
     with library_call(as_json):
-        pushed = library_push(
-            folder,
+        pushed = push_upload(
+            plan,
             repo,
             private=private,
             revision=revision,
             create_pr=create_pr,
             commit_message=message,
-            allow_private_text=allow_private_text,
+            allow_private_text=allow_private_text or allow_private_text_in or False,
         )
     if as_json:
-        print_json(vars(pushed))
+        print_json({**vars(pushed), "left_out": list(plan.left_out)})
         return
     print_line(f"Pushed to [bold]{escape(pushed.pull_request or pushed.url)}[/], commit {pushed.revision}.")
+    show_left_out(plan)
 
 
 def show_plan(plan: Upload, repo: str) -> None:
@@ -82,12 +85,17 @@ def show_plan(plan: Upload, repo: str) -> None:
     if code:
         rows.append([f"{len(code)} files *{CODE}", human_bytes(sum(file.nbytes for file in code)), ""])
     print_table(f"To be pushed to {repo}, as a {plan.kind}", ("file", "size", "SHA-256"), rows)
-    if plan.left_out:
-        print_line(escape(f"Not pushed: {', '.join(plan.left_out)}"))
+    show_left_out(plan)
     for found in plan.discoveries:
         print_line(f"[bold yellow]Looks private:[/] {escape(str(found))}")
     if plan.discoveries:
-        print_line("A push is refused, except with --allow-private-text.")
+        print_line("A push is refused, except with --allow-private-text, or --allow-private-text-in FILE.")
+
+
+def show_left_out(plan: Upload) -> None:
+    """Prints the files of the folder that are not uploaded."""
+    if plan.left_out:
+        print_line(escape(f"Not pushed: {', '.join(plan.left_out)}"))
 
 
 def pull(

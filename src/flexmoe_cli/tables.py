@@ -50,6 +50,16 @@ def show_result(folder: Path, as_json: bool, hint: str | None = None) -> None:
         print_line(escape(hint))
 
 
+def show_trained(package: Path, as_json: bool, hint: str) -> None:
+    """As `show_result`; the last line shows the validation losses before and after training."""
+    show_result(package, as_json, hint)
+    if not as_json:
+        from flexmoe.inspection import inspect
+        from flexmoe.training.messages import losses
+
+        print_line(escape(losses(inspect(package)["experts"][0]["training"])))
+
+
 def show_composed(folder: Path, as_json: bool, hint: str | None = None) -> None:
     """As `show_result`, with warnings on stderr about licences that conflict."""
     from flexmoe.card_files import license_conflicts

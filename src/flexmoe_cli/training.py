@@ -5,14 +5,31 @@ the help texts.
 """
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flexmoe_cli.arguments import Debug, Embedder, Json, Out, Overwrite, RouterBias, RouterMethod, RouterTokens, given
-from flexmoe_cli.output import library_call
-from flexmoe_cli.tables import show_result
+from flexmoe_cli.arguments import (
+    DATA_FORMATS,
+    Debug,
+    Embedder,
+    Json,
+    Out,
+    Overwrite,
+    RouterBias,
+    RouterMethod,
+    RouterTokens,
+    SkipEmpty,
+    TextTemplate,
+    given,
+)
+from flexmoe_cli.early_checks import check_data, check_training
+from flexmoe_cli.output import library_call, print_status
+from flexmoe_cli.tables import show_trained
+from flexmoe_cli.wording import Options
 
 EXPERT, LOOP, LOSS = "The expert", "The training loop", "The loss"
 METADATA = "Package metadata"
@@ -20,11 +37,12 @@ METADATA = "Package metadata"
 
 # typer derives the options from this signature; the body is one call.
 def train(
+    context: typer.Context,
     grafted: Annotated[
         str, typer.Argument(help="A model written by `flexmoe graft`: a folder or a Hub id.", show_default=False)
     ],
     name: Annotated[str, typer.Option(help="The expert's name, in lower case: math, code-2.")],
-    data: Annotated[list[Path], typer.Option(help="The owner's text: .txt, .md, .jsonl, .json, .parquet.")],
+    data: Annotated[list[Path], typer.Option(help=f"The owner's text. {DATA_FORMATS}.")],
     out: Out,
     public_data: Annotated[
         list[Path] | None, typer.Option(help="Public text to use instead of the sample stored with the model.")
@@ -33,8 +51,10 @@ def train(
         float | None, typer.Option(help="Share of public text in each batch. Default: 0.4.")
     ] = None,
     text_column: Annotated[
-        str | None, typer.Option(help="Column of table files that holds the text. Default: text.")
+        str | None, typer.Option(help="Column of tables that holds the text. Default: text.")
     ] = None,
+    text_template: TextTemplate = None,
+    skip_empty: SkipEmpty = False,
     validation_fraction: Annotated[
         float | None, typer.Option(help="Share of documents held out for validation. Default: 0.05.")
     ] = None,
@@ -126,9 +146,11 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train one owner's expert on its own text, in isolation. Only the package leaves the owner."""
-    from flexmoe.training.experts import train_expert
+    check_training(grafted, name, out, overwrite)
+    check_data([data, *([public_data] if public_data else [])], text_column, text_template, skip_empty)
+    with _interruption_shown(Options.of(context.command.params)), library_call(as_json):
+        from flexmoe.training.experts import train_expert
 
-    with library_call(as_json):
         package = train_expert(
             grafted,
             name,
@@ -139,11 +161,14 @@ def train(
             overwrite=overwrite,
             resume=resume,
             progress=sys.stderr.isatty(),
+            show=print_status,
             **given(
                 version=expert_version,
                 public_data=public_data,
                 public_ratio=public_ratio,
                 text_column=text_column,
+                text_template=text_template,
+                skip_empty=skip_empty or None,
                 validation_fraction=validation_fraction,
                 validation_tokens=validation_tokens,
                 method=method,
@@ -169,4 +194,17 @@ def train(
                 router_z_loss=router_z_loss,
             ),
         )
-    show_result(package, as_json, f"Send the folder, then: flexmoe compose GRAFTED {package} ... --out MODEL")
+    show_trained(package, as_json, f"Send the folder, then: flexmoe compose GRAFTED {package} ... --out MODEL")
+
+
+@contextmanager
+def _interruption_shown(options: Options) -> Iterator[None]:
+    """Prints what an interruption (Ctrl-C) leaves, in the words of the command line."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        print_status(
+            options.reword(str(stop))
+            or "Interrupted before training began: nothing was kept, and the same command starts it."
+        )
+        raise

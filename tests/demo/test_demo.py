@@ -52,6 +52,7 @@ def test_no_owner_opens_files_of_another(tiny_run: TinyRun) -> None:
         assert not [path for path in opened for folder in others if path.is_relative_to(folder)]
 
 
+@pytest.mark.usefixtures("processes_of_the_run")
 def test_owner_without_access_to_other_files_gives_the_same_package(tiny_run: TinyRun, tmp_path: Path) -> None:
     """Training again in a separate folder, without the other owner and the corpus, gives a bit-equal package."""
     data = shutil.copyfile(tiny_run.out / "corpus" / "owners" / "math.jsonl", tmp_path / "math.jsonl")

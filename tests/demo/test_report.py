@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flexmoe.demo import plots
 from flexmoe.demo.report import (
     Threshold,
     build_report,
@@ -20,6 +21,7 @@ from flexmoe.demo.report import (
 )
 from flexmoe.demo.scoring import true_domain
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 LOSSES = {
     "anchor": {"public": 4.0, "math": 4.0, "code": 5.0},
     "two-expert-math": {"public": 4.0, "math": 3.0, "code": 5.0},
@@ -36,10 +38,10 @@ def test_thresholds() -> None:
     assert kept(systems, "math") == pytest.approx(0.95)
     assert kept(systems, "code") == pytest.approx(0.8)
     passed = {threshold.name: threshold.passed for threshold in thresholds(systems, ["math", "code"])}
-    assert passed["own gain kept by math"]
-    assert not passed["own gain kept by code"]
-    assert passed["loss on public text, change"]  # 0.5 %
-    assert not passed["mean loss above routing by the true domain"]  # 2.5 %
+    assert passed["share of its own gain that math keeps"]
+    assert not passed["share of its own gain that code keeps"]
+    assert passed["change of the loss on public text"]  # 0.5 %
+    assert not passed["mean loss above that of oracle routing"]  # 2.5 %
     assert all(value for name, value in passed.items() if "against" in name)
 
 
@@ -53,7 +55,7 @@ def test_equal_loss_does_not_pass_a_strict_threshold() -> None:
     losses = {**dict.fromkeys(LOSSES, LOSSES["anchor"]), "true-domain": LOSSES["anchor"]}
     passed = {threshold.name: threshold.passed for threshold in thresholds(with_means(losses), ["math", "code"])}
     assert not any(value for name, value in passed.items() if "against" in name)
-    assert passed["loss on public text, change"]
+    assert passed["change of the loss on public text"]
 
 
 def test_share_of_no_gain_is_null_in_json(tmp_path: Path) -> None:
@@ -91,3 +93,34 @@ def test_share_of_no_gain_is_null_in_json(tmp_path: Path) -> None:
 def test_unequal_parts_of_an_opt_out() -> None:
     result = {"owner": "math", "state_dict_equal": True, "logits_equal": False, "config_equal": True}
     assert unequal_parts(result) == ["logits"]
+
+
+def test_cut_characters_are_not_shown(tmp_path: Path) -> None:
+    report = json.loads((DOCS / "demo" / "report.json").read_text(encoding="utf-8"))
+    record = {
+        "domain": "unicode",
+        "prompt": "\ufffd U+1F355 \ufffd",
+        "experts_off": "a\ufffdb",
+        "experts_on": "\ufffd\n",
+    }
+    text = markdown({**report, "continuations": [record]})
+    assert "\ufffd" not in text
+    assert "text\nU+1F355\n~~~~" in text
+    assert "text\na?b\n~~~~" in text
+
+
+def test_the_published_report_is_this_code() -> None:
+    report = json.loads((DOCS / "demo" / "report.json").read_text(encoding="utf-8"))
+    assert markdown(report) == (DOCS / "demo" / "report.md").read_text(encoding="utf-8")
+
+
+def test_every_value_of_the_plots_is_written_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure))
+    plots.plot_losses(LOSSES, tmp_path / "losses.png")
+    plots.plot_routing({"public": {"public": 0.75, "math": 0.25}}, tmp_path / "routing.png")
+    losses, routing = ([text.get_text() for axis in figure.axes for text in axis.texts] for figure in figures)
+    values = [f"{loss:.3f}" for domain in LOSSES["anchor"] for loss in (LOSSES[system][domain] for system in LOSSES)]
+    means = [f"{sum(losses.values()) / len(losses):.3f}" for losses in LOSSES.values()]
+    assert sorted(losses) == sorted(values + means)
+    assert routing == ["75%", "25%"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -18,11 +19,21 @@ from typer.testing import CliRunner
 
 from flexmoe.evaluation import DomainScore
 from flexmoe.grafting import graft
+from flexmoe.modeling import configuration_flexmoe
 from flexmoe.planning.plan import plan
 from flexmoe.testing import perturb_expert, tiny_anchor
 from flexmoe.training.experts import TrainingSettings
+from flexmoe.training.messages import TrainingInterrupted
 from flexmoe_cli import app, main
-from flexmoe_cli.arguments import parse_domains, parse_experts, parse_renames, parse_size, repeat_file_options
+from flexmoe_cli.arguments import (
+    parse_domains,
+    parse_experts,
+    parse_renames,
+    parse_size,
+    parse_template,
+    repeat_file_options,
+)
+from flexmoe_cli.early_checks import EXPERT_NAME
 from flexmoe_cli.output import (
     human_bytes,
     human_count,
@@ -33,6 +44,7 @@ from flexmoe_cli.output import (
     report_error,
     show_warning,
 )
+from flexmoe_cli.tables import show_trained
 from tests.support.letters import letter_tokenizer
 
 COMMANDS = (
@@ -47,7 +59,7 @@ SHOWN = (
     "commands.show_import",
     "composing.show_composed",
     "sharing.show_result",
-    "training.show_result",
+    "training.show_trained",
 )
 
 
@@ -65,6 +77,8 @@ def call(monkeypatch: pytest.MonkeyPatch):
             return result
 
         monkeypatch.setattr(function, recorder)
+        # the files are names only
+        monkeypatch.setattr("flexmoe_cli.early_checks._light_module", lambda *_: MagicMock())
         for shown in SHOWN:
             monkeypatch.setattr(f"flexmoe_cli.{shown}", lambda *_: None)
         return calls
@@ -190,10 +204,56 @@ class TestCalls:
         assert bound["data"] == [Path(path) for path in data]
         assert bound["overrides"] == {"router_bias": True}, "defaults are the library's"
 
+    def test_data_options_are_the_same_everywhere(self, call, monkeypatch) -> None:
+        rows = ["--text-template", r"{a}\n{b}", "--skip-empty"]
+        expected = {"text_template": "{a}\n{b}", "skip_empty": True}
+        for function, *line in (
+            ("flexmoe.training.experts.train_expert", "train", "g", "--name", "math", "--data", "x.csv", "--out", "o"),
+            ("flexmoe.grafting.graft", "graft", "a", "--public-data", "x.csv", "--out", "o"),
+            ("flexmoe.evaluation.evaluate", "evaluate", "m", "--data", "x.csv", "--json"),
+            ("flexmoe.card_files.measure", "card", "m", "--data", "x.csv"),
+            ("flexmoe.admission.verification.verify", "verify", "p", "--model", "m", "--data", "x.csv"),
+        ):
+            calls = call(function, {})
+            main([*line, *rows])
+            bound = calls.pop()
+            assert expected.items() <= (bound.get("overrides") or bound).items(), line
+
+    @pytest.mark.promise("`train`", "Ctrl-C", "says what is kept and how to continue; exit code 130")
+    def test_an_interrupted_training_says_what_is_kept(self, monkeypatch, call, capsys) -> None:
+        call("flexmoe.training.experts.train_expert")
+        line = ["train", "g", "--name", "math", "--data", "x.txt", "--out", "o"]
+        for stop, text in (
+            (
+                TrainingInterrupted("Stopped. --no-resume (resume=False) starts over."),
+                "Stopped. --no-resume starts over.",
+            ),
+            (KeyboardInterrupt(), "Interrupted before training began: nothing was kept"),
+        ):
+
+            def interrupted(*_: object, stop: BaseException = stop, **__: object) -> None:
+                raise stop
+
+            monkeypatch.setattr("flexmoe.training.experts.train_expert", interrupted)
+            assert main(line) == 130
+            assert capsys.readouterr().err.startswith(text)
+
+    def test_training_ends_with_the_losses(self, monkeypatch, capsys) -> None:
+        training = {"validation_loss": {"own": {"before": 2.0, "after": 1.5}}}
+        found = {"kind": "package", "bytes": 9, "experts": [{"name": "math", "active": True, "training": training}]}
+        monkeypatch.setattr("flexmoe.inspection.inspect", lambda _: found)
+        show_trained(Path("o"), False, "Send the folder.")
+        assert capsys.readouterr().out.splitlines()[-1] == (
+            "Loss per token on held-out text, before -> after: own 2.0000 -> 1.5000."
+        )
+        show_trained(Path("o"), True, "Send the folder.")
+        assert json.loads(capsys.readouterr().out) == found
+
     def test_training_options_and_settings_are_the_same(self, call) -> None:
         calls = call("flexmoe.training.experts.train_expert")
         values = {"router": "lda", "embedder": "e", "text_column": "body", "dtype": "float32"}
-        flags = {"router_bias", "gradient_checkpointing"}
+        values["text_template"] = "{a}"
+        flags = {"router_bias", "gradient_checkpointing", "skip_empty"}
         options = []
         for name in (field.name for field in fields(TrainingSettings)):
             options += [f"--{name.replace('_', '-')}", *([] if name in flags else [values.get(name, "1")])]
@@ -264,6 +324,7 @@ class TestCalls:
         def evaluate(model: object, data: dict, **_: object) -> dict[str, DomainScore]:
             return {name: DomainScore(loss=next(scores), perplexity=1.0, tokens=3, documents=2) for name in data}
 
+        monkeypatch.setattr("flexmoe_cli.commands.check_data", lambda *_: None)
         monkeypatch.setattr("flexmoe.conversion.export.export", lambda *_, **__: tmp_path)
         monkeypatch.setattr("flexmoe.evaluation.evaluate", evaluate)
         line = ["export", "m", "--to", "mixtral", "--drop-bias", "--out", "o", "--data", "math=a.txt"]
@@ -280,7 +341,7 @@ class TestCalls:
         assert (bound["names"], bound["overwrite"]) == (["public", "math", "code"], False)
 
     def test_demo(self, call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        report = {"bars": [{"passed": False}], "opt_out": {"owner": "code", "files_equal": True}}
+        report = {"thresholds": [{"passed": False}], "opt_out": {"owner": "code", "files_equal": True}}
         (tmp_path / "report.json").write_text(json.dumps(report))
         calls = call("flexmoe.demo.run_demo", tmp_path / "report.json")
         assert main(["demo", "--out", str(tmp_path), "--owners", "math,code", "--steps", "3", "--json"]) == 0
@@ -300,8 +361,50 @@ class TestCalls:
         assert main(["demo", "--out", str(tmp_path), "--json"]) == 1
         printed = capsys.readouterr()
         assert json.loads(printed.out) == report
-        assert printed.err.startswith("Error: Opting out was not exact: the model that code left differs")
+        assert printed.err.startswith(
+            "Error: The opt-out was not exact: the model from which code was removed differs"
+        )
         assert "in logits, files." in printed.err
+
+
+EARLY = {
+    "train g --name Math --data own.jsonl --out o": "--name 'Math' is not an expert name",
+    "train g --name law --data own.jsonl --out o": "The name 'law' is taken: g has public, law.",
+    "train ./gg --name math --data own.jsonl --out o": "./gg: no such folder.",
+    "train g --name math --data own.jsonl --out g": "g exists already.",
+    "train g --name math --data owm.jsonl --out o": "owm.jsonl: no such file or folder.",
+    "train g --name math --data own.jsonl --out o --public-data *.txt": "*.txt: no file matches this pattern.",
+    "train g --name math --data own.jsonl --out o --text-column body": "no column 'body'. Its columns: text.",
+    "train g --name math --data own.jsonl --out o --text-template {title}": "own.jsonl: no column 'title'.",
+    "train g --name math --data own.jsonl --out o --text-template {title": "a single '{'",
+    "graft a --public-data x.txt --out o": "x.txt: no such file or folder.",
+    "graft a --expert m=x --router-data m=x.txt --out o": "x.txt: no such file or folder.",
+    "evaluate m --data x.txt": "x.txt: no such file or folder.",
+    "export m --to mixtral --data m=x.txt --out o": "x.txt: no such file or folder.",
+    "card m --data x.txt": "x.txt: no such file or folder.",
+    "verify p --model m --data x.txt": "x.txt: no such file or folder.",
+}
+"""Command lines that are refused before the library is imported."""
+
+
+@pytest.mark.promise("`flexmoe` commands", "a misspelt name, path or column", "refused before PyTorch is imported")
+def test_names_files_and_columns_are_checked_before_the_library_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "own.jsonl").write_text('{"text": "x"}\n')
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g" / "config.json").write_text('{"experts": ["public", {"name": "law"}]}')
+    code = (
+        "import sys\nfor name in ('torch', 'transformers', 'numpy', 'datasets'): sys.modules[name] = None\n"
+        f"from flexmoe_cli import main\nfor line in {list(EARLY)!r}: assert main(line.split()) == 1"
+    )
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert process.returncode == 0, process.stderr
+    for shown, (line, expected) in zip(process.stderr.splitlines(), EARLY.items(), strict=True):
+        assert expected in shown, line
+
+
+def test_early_checks_accept_the_names_that_the_library_accepts() -> None:
+    assert EXPERT_NAME.pattern == configuration_flexmoe._NAME.pattern
 
 
 class TestErrors:
@@ -416,6 +519,7 @@ class TestArguments:
         assert joined("--data x=a.txt y=b.txt m") == "--data x=a.txt --data y=b.txt m"
         assert joined("--out a.txt b.txt") == "--out a.txt b.txt"
         assert joined("--data a.txt -- b.txt") == "--data a.txt -- b.txt"
+        assert joined("--data a.txt b/*.md hf:o/n@c:s m") == "--data a.txt --data b/*.md --data hf:o/n@c:s m"
 
     def test_a_name_applies_to_the_files_after_it(self, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.chdir(tmp_path)
@@ -457,6 +561,12 @@ class TestArguments:
             parse_domains(["math="])
         with pytest.raises(ValueError, match="write name=file"):
             parse_domains(["=a.txt"])
+        assert parse_domains(["x=notes/*.txt", "hf:o/n"]) == {"x": [Path("notes/*.txt")], "n": [Path("hf:o/n")]}
+        with pytest.raises(ValueError, match="write name=file"):
+            parse_domains(["notes/*.txt"])
+
+    def test_templates_may_have_escapes(self) -> None:
+        assert parse_template(r"{title}\n\t{body}\\n\x") == "{title}\n\t{body}\\n\\x"
 
     def test_experts(self) -> None:
         assert parse_experts(["math=a/b", "code=k=2/c"]) == {"math": "a/b", "code": "k=2/c"}
@@ -501,7 +611,7 @@ class TestArguments:
 
 
 def test_as_a_process() -> None:
-    """The installed script: exit code, one paragraph on stderr, nothing on stdout."""
+    """The installed script: exit code, one paragraph on stderr and nothing of other libraries, nothing on stdout."""
     script = Path(sys.executable).parent / "flexmoe"
     process = subprocess.run(
         [script, "inspect", "/nowhere/at/all"],
@@ -512,8 +622,8 @@ def test_as_a_process() -> None:
     )
     assert process.returncode == 1
     assert process.stdout == ""
-    # lines before it are other libraries': torchao reports each kernel that this torch cannot load
-    assert re.match(r"Error: /nowhere/at/all: no such folder\.", process.stderr.splitlines()[-1])
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("Error: /nowhere/at/all: no such folder.")
 
 
 def test_workflow(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 
 import flexmoe
 from flexmoe.io.dense import DenseCheckpoint
@@ -285,6 +285,22 @@ class TestNames:
 def test_errors_name_the_key(values: Any, error: str) -> None:
     with pytest.raises((ValueError, TypeError), match=error):
         parse_recipe(values)
+
+
+@pytest.mark.promise(
+    "`graft(recipe=...)`",
+    "`gate_mode: cheap_embed` with embeddings narrower than the layers (OPT-350m)",
+    "refused before anything is fetched",
+)
+def test_a_gate_mode_that_the_base_model_rules_out_is_refused_before_any_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    narrow = OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16)
+    narrow.save_pretrained("base")
+    (tmp_path / "moe.yaml").write_text(yaml.safe_dump(recipe(*TWO, gate_mode="cheap_embed")))
+    with pytest.raises(ValueError, match=r"cheap_embed .* 16 values per token .*hidden"):
+        flexmoe.graft(None, "out", recipe="moe.yaml")  # neither the weights nor the experts exist
 
 
 def test_neutral_scales_are_accepted() -> None:

@@ -57,6 +57,11 @@ def grafted(anchor: Path, family: str) -> Path:
     return folder
 
 
+@pytest.mark.promise(
+    "`AutoTokenizer`",
+    "a graft of any family with any tokenizer class",
+    "the anchor's ids",
+)
 @pytest.mark.parametrize(("family", "kind", "declared"), NAMED + SAMPLE)
 def test_a_graft_reads_the_tokens_of_its_anchor(tmp_path: Path, family: str, kind: str, declared: str | None) -> None:
     write_tokenizer(tmp_path / "anchor", family, kind, declared)
@@ -95,6 +100,11 @@ def copy_of(folder: Path, to: Path, **tokenizer_config: Any) -> Path:
 
 
 class TestWhatIsWritten:
+    @pytest.mark.promise(
+        "`AutoTokenizer`",
+        "`compose`, `add`, `remove`, `export`, `import_flex_olmo`",
+        "the anchor's ids, or refused",
+    )
     def test_graft_compose_and_exports(self, anchor: Path, tmp_path: Path) -> None:
         expected = AutoTokenizer.from_pretrained(anchor)
         assert first_difference(expected, GPT2Tokenizer.from_pretrained(anchor)) is not None
@@ -171,6 +181,11 @@ class TestOldCheckpoints:
         graft = flexmoe.graft(anchor, folder / "graft", experts={"math": anchor})
         return copy_of(graft, folder / "old", tokenizer_class="GPT2Tokenizer")
 
+    @pytest.mark.promise(
+        "`flexmoe` commands",
+        "a checkpoint of before whose tokenizer differs",
+        "a warning that says how to mend it",
+    )
     def test_loading_one_warns(self, old: Path) -> None:
         with pytest.warns(UserWarning, match=r"GPT2Tokenizer, its anchor's as TokenizersBackend.*tokenizer_class"):
             load_tokenizer(old)
@@ -189,6 +204,11 @@ class TestOldCheckpoints:
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.promise(
+    "`graft`",
+    "a tokenizer with more tokens than embeddings",
+    "a warning that names them",
+)
 def test_tokens_without_an_embedding_are_named(anchor: Path, tmp_path: Path) -> None:
     model = copy_of(anchor, tmp_path / "model")
     tokenizer = read_tokenizer(model)

@@ -73,6 +73,19 @@ def test_wrappers_are_accepted_and_other_modules_refused(model):
         pass
 
 
+@torch.no_grad()
+def test_printed(model):
+    with flexmoe.track_usage(model) as usage:
+        assert str(usage) == "0 tokens\nexpert  routing weight  choices"
+        model(random_tokens(2, 9))
+    title, heading, *rows = str(usage).splitlines()
+    assert title == "18 tokens"
+    assert heading == "expert  routing weight  choices"
+    assert [row.split()[0] for row in rows] == ["public", "math", "code"]
+    assert rows[1] == f"math    {usage.share()['math']:>14.1%}  {usage.chosen_share()['math']:>7.1%}"
+    assert repr(usage).startswith("ExpertUsage(tokens=18, share={public: 0.")
+
+
 def test_checkpointed_training_counts_each_token_once(model):
     enable_checkpointing(model)
     tokens = random_tokens(2, 9)

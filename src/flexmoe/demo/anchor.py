@@ -68,7 +68,7 @@ def train_anchor(
 ) -> None:
     """Trains tokenizer and model, and saves both to `folder`; calls `progress(step, steps)` after each step."""
     tokenizer = train_tokenizer(texts, settings.vocabulary)
-    tokens_NL = pack(texts, tokenizer, settings.sequence_length)
+    tokens_NL = pack(texts, tokenizer, settings.sequence_length, vocab_size=settings.vocabulary)
     model = build_anchor(tokenizer, settings)
     _train(model, tokens_NL, settings, progress)
     model.save_pretrained(folder)

@@ -84,7 +84,7 @@ def build_corpus(settings: CorpusSettings, folder: Path) -> None:
         if kind != PUBLIC:
             _write(folder / "owners" / f"{kind}.jsonl", split.private)
     record = {"public_mix": _composition(splits), "kinds": _sizes(raw, kinds, splits), "overlap": _overlap(splits)}
-    (folder / "mix.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "mix.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def without_near_duplicates(kinds: dict[str, list[Document]]) -> dict[str, list[Document]]:

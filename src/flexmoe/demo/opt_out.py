@@ -46,7 +46,7 @@ def prove_opt_out(
     for name in others:
         shutil.copytree(packages[name], without / "packages" / name)
     tokens = folder / "tokens.json"
-    tokens.write_text(json.dumps(input_ids.tolist()))
+    tokens.write_text(json.dumps(input_ids.tolist()), encoding="utf-8")
     recipe = {
         "grafted": "grafted",
         "packages": [f"packages/{name}" for name in others],
@@ -78,7 +78,12 @@ def _measure(name: str, job: Mapping[str, Any], folder: Path, tokens: Path) -> d
     out = folder.resolve() / name
     job = {**job, "tokens": str(tokens.resolve()), "out": str(out)}
     command = [sys.executable, "-m", "flexmoe.demo.fresh_process", json.dumps(job)]
-    done = subprocess.run(command, cwd=cwd, env=owner_environment(cwd, 1), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=cwd, env=owner_environment(cwd, 1), capture_output=True, text=True, check=False, encoding="utf-8"
+    )
     if done.returncode:
         raise RuntimeError(f"measuring the {name} model failed (exit code {done.returncode}):\n{done.stderr[-2000:]}")
-    return {**json.loads(Path(f"{out}.json").read_text()), "logits": load_file(f"{out}.safetensors")["logits"]}
+    return {
+        **json.loads(Path(f"{out}.json").read_text(encoding="utf-8")),
+        "logits": load_file(f"{out}.safetensors")["logits"],
+    }

@@ -72,7 +72,7 @@ def train_owner(
         statement,
         *settings.arguments(),
     ]
-    with (folder / LOG).open("w") as log:
+    with (folder / LOG).open("w", encoding="utf-8") as log:
         done = subprocess.run(
             command,
             cwd=folder,
@@ -82,7 +82,7 @@ def train_owner(
             check=False,
         )
     if done.returncode:
-        tail = "\n".join((folder / LOG).read_text(errors="replace").splitlines()[-15:])
+        tail = "\n".join((folder / LOG).read_text(errors="replace", encoding="utf-8").splitlines()[-15:])
         raise RuntimeError(
             f"owner {owner!r} failed to train (exit code {done.returncode}); its log ends with:\n{tail}"
         )

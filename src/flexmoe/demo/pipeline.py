@@ -36,13 +36,13 @@ from flexmoe.demo.scoring import (
     continuations,
     held_out_tokens,
     load,
-    load_tokenizer,
     prompts,
     routing_shares,
     score_systems,
 )
 from flexmoe.demo.sources import installed_versions
 from flexmoe.demo.stages import Stage, Stages
+from flexmoe.tokenization import load_tokenizer
 
 DEFAULT_OWNERS = ("math", "code", "unicode")
 ANCHOR_STEPS_PER_OWNER_STEP = 4
@@ -66,9 +66,8 @@ TRAINING_CODE = (
     "flexmoe.data",
     "flexmoe.routers.hidden_states",
     "flexmoe.routers.rows",
-    "flexmoe.training.experts",
-    "flexmoe.training.trainer",
-    "flexmoe.training.next_token_loss",
+    "flexmoe.tokenization",
+    "flexmoe.training",
     "flexmoe.demo.owners",
 )
 SCORING_CODE = (
@@ -187,9 +186,9 @@ class Demo:
         self._keep("scores", self.scores())
         return {
             "owners": list(self.settings.owners),
-            "mix": json.loads((self.folder("corpus") / "mix.json").read_text()),
-            "scores": json.loads((self.folder("scores") / "scores.json").read_text()),
-            "opt_out": json.loads((self.folder("opt-out-proof") / "verdict.json").read_text()),
+            "mix": json.loads((self.folder("corpus") / "mix.json").read_text(encoding="utf-8")),
+            "scores": json.loads((self.folder("scores") / "scores.json").read_text(encoding="utf-8")),
+            "opt_out": json.loads((self.folder("opt-out-proof") / "verdict.json").read_text(encoding="utf-8")),
             "stages": {name: {"seconds": round(s.seconds, 1), "reused": s.reused} for name, s in self.done.items()},
         }
 
@@ -298,7 +297,7 @@ class Demo:
                 folder,
                 num_experts_per_tok=k,
             )
-            (folder / "verdict.json").write_text(json.dumps(verdict, indent=2) + "\n")
+            (folder / "verdict.json").write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
 
         packages = [self.done[f"owners/{name}"] for name in self.settings.owners]
         return self.stages.run(
@@ -330,7 +329,7 @@ class Demo:
                     model, load_tokenizer(models.composed), tokens, seed=self.settings.corpus.seed
                 ),
             }
-            (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+            (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
         read = ["corpus", "anchor", "grafted", *(f"owners/{o}" for o in self.settings.owners), "composed", "opted-out"]
         return self.stages.run(
@@ -353,9 +352,8 @@ class Demo:
         """Held-out tokens of public text and of each owner's domain, each int64 [N, L]."""
         domains = [PUBLIC, *self.settings.owners]
         held_out = self.folder("corpus") / "held_out"
-        return held_out_tokens(
-            held_out, domains, load_tokenizer(self.folder("anchor")), self.settings.anchor.sequence_length
-        )
+        anchor, tokenizer = self.settings.anchor, load_tokenizer(self.folder("anchor"))
+        return held_out_tokens(held_out, domains, tokenizer, anchor.sequence_length, anchor.vocabulary)
 
     def _train(self, owner: str, settings: OwnerSettings, name: str, threads: int) -> Stage:
         data = self.folder("corpus") / "owners" / f"{owner}.jsonl"

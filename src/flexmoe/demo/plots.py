@@ -17,11 +17,12 @@ from matplotlib.ticker import MaxNLocator
 
 INK, MUTED, GRID = "#1f2430", "#8a91a0", "#e6e8ee"
 ACCENT, CEILING, OTHER = "#0f7b6c", "#c8a24a", "#b9c0cc"
+HIGHLIGHTED = ("composed", "true-domain")
 _TEAL = LinearSegmentedColormap.from_list("teal", ["#f6faf9", "#0f7b6c"])
 
 
 def plot_losses(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """One panel per domain and one for the mean, with a dot per system; the composed model is highlighted.
+    """One panel per domain and one for the mean, with a labelled dot per system; the composed model is highlighted.
 
     All panels cover the same range of nats, so that distances are comparable.
     """
@@ -34,13 +35,13 @@ def plot_losses(losses: Mapping[str, Mapping[str, float]], path: Path) -> None:
     width = max(max(values) - min(values) for values in panels.values()) or 1.0
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         _loss_panel(axis, title, systems, values)
-        axis.set_xlim(min(values) - 0.12 * width, min(values) + 1.2 * width)
+        axis.set_xlim(min(values) - 0.12 * width, min(values) + 1.6 * width)  # with room for the last label
         axis.xaxis.set_major_locator(MaxNLocator(4))
     axes[0].set_yticks(range(len(systems)), systems, fontsize=9)
     for label in axes[0].get_yticklabels():
-        label.set_color(_color(label.get_text()) if label.get_text() in ("composed", "true-domain") else INK)
+        label.set_color(_color(label.get_text()) if label.get_text() in HIGHLIGHTED else INK)
         label.set_fontweight("bold" if label.get_text() == "composed" else "normal")
-    figure.supxlabel("held-out loss, nats per token (left is better)", fontsize=9, color=MUTED)
+    figure.supxlabel("held-out loss, nats per token (lower is better)", fontsize=9, color=MUTED)
     _save(figure, path)
 
 
@@ -72,14 +73,17 @@ def _loss_panel(axis: Axes, title: str, systems: list[str], values: list[float])
     axis.scatter(values, range(len(systems)), s=34, color=[_color(s) for s in systems], zorder=3)
     if composed is not None:
         axis.axvline(composed, color=ACCENT, linewidth=0.8, alpha=0.5, zorder=2)
+    for row, (system, value) in enumerate(zip(systems, values, strict=True)):
         axis.annotate(
-            f"{composed:.2f}",
-            (composed, systems.index("composed")),
+            f"{value:.3f}",
+            (value, row),
             (5, 0),
             textcoords="offset points",
             va="center",
-            fontsize=8,
-            color=ACCENT,
+            fontsize=7,
+            color=_color(system) if system in HIGHLIGHTED else INK,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+            zorder=2.5,
         )
     axis.set_title(title, fontsize=10, color=INK, fontweight="bold" if title == "mean" else "normal")
     axis.tick_params(axis="x", labelsize=8, labelcolor=MUTED)

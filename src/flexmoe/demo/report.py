@@ -14,22 +14,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from flexmoe.demo.corpus import PUBLIC
 from flexmoe.demo.plots import plot_losses, plot_routing
 
 REPORT_VERSIONS = ("flexmoe", "python", "torch", "transformers", "tokenizers", "safetensors", "numpy", "sympy")
 SYSTEM_NOTES = {
-    "anchor": "the public model alone",
+    "anchor": "the dense public model",
     "composed": "all experts active",
-    "composed-k1": "the best expert per token",
-    "composed-k2": "the best two per token",
+    "composed-k1": "top-1 routing",
+    "composed-k2": "top-2 routing",
     "soup": "one dense model: the average of the owners' feed-forward weights",
-    "true-domain": "ceiling: an oracle sends each owner's text to its own two-expert model, public text to the anchor",
+    "true-domain": "upper bound: oracle routing by domain, to the owner's two-expert model or to the anchor",
 }
-
+UNLIMITED = 10_000  # columns
+THRESHOLD_COLUMNS = ("criterion", "measured", "threshold", "met")
+_ABOUT_CONTINUATIONS = (
+    "Prompts are excerpts of 40 tokens of held-out text, and sampled continuations have 60 tokens, so both may begin "
+    "or end inside a word. Bytes that are not valid UTF-8 are shown as `?`."
+)
 
 Relation = Literal["<", "≤", "≥"]
 _HOLDS: dict[Relation, Callable[[float, float], bool]] = {"<": operator.lt, "≤": operator.le, "≥": operator.ge}
@@ -71,11 +77,11 @@ def thresholds(systems: Mapping[str, Mapping[str, Any]], owners: Sequence[str]) 
     best_two = min(systems[f"two-expert-{o}"]["mean"] for o in owners)
     return [
         Threshold("mean loss of composed, against the anchor's", composed["mean"], "<", anchor["mean"]),
-        Threshold("... against the best two-expert model's", composed["mean"], "<", best_two),
-        Threshold("... against the soup's", composed["mean"], "<", systems["soup"]["mean"]),
-        *(Threshold(f"own gain kept by {o}", kept(systems, o), "≥", 0.9, True) for o in owners),
-        Threshold("loss on public text, change", public_change, "≤", 0.01, True),
-        Threshold("mean loss above routing by the true domain", above_ceiling, "≤", 0.02, True),
+        Threshold("mean loss of composed, against the best two-expert model's", composed["mean"], "<", best_two),
+        Threshold("mean loss of composed, against the soup's", composed["mean"], "<", systems["soup"]["mean"]),
+        *(Threshold(f"share of its own gain that {o} keeps", kept(systems, o), "≥", 0.9, True) for o in owners),
+        Threshold("change of the loss on public text", public_change, "≤", 0.01, True),
+        Threshold("mean loss above that of oracle routing", above_ceiling, "≤", 0.02, True),
     ]
 
 
@@ -113,7 +119,7 @@ def build_report(
         "owners": owners,
         "systems": systems,
         "kept": {owner: kept(systems, owner) for owner in owners},
-        "bars": [{**asdict(each), "passed": each.passed} for each in thresholds(systems, owners)],
+        "thresholds": [{**asdict(each), "passed": each.passed} for each in thresholds(systems, owners)],
         "routing": scores["routing"],
         "opt_out": results["opt_out"],
         "continuations": scores["continuations"],
@@ -139,10 +145,10 @@ def write_report(report: Mapping[str, Any], out: Path) -> Path:
     NaN and infinities are null in report.json, because JSON has neither.
     """
     path = out / "report.json"
-    path.write_text(json.dumps(_without_nan(report), indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_without_nan(report), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     plot_losses({name: s["loss"] for name, s in report["systems"].items()}, out / "losses.png")
     plot_routing(report["routing"], out / "routing.png")
-    (out / "report.md").write_text(markdown(report))
+    (out / "report.md").write_text(markdown(report), encoding="utf-8")
     return path
 
 
@@ -159,18 +165,18 @@ def markdown(report: Mapping[str, Any]) -> str:
         "## Held-out loss (perplexity)\n",
         _loss_table(report),
         "![Held-out loss per system and domain](losses.png)\n",
-        "## What it is held to\n",
-        markdown_table(["", "measured", "wanted", "met"], [_threshold(record).row() for record in report["bars"]]),
-        "## Who answers\n\nShare of the routing weight that each expert carries, per domain of text.\n",
+        "## Thresholds\n",
+        markdown_table(THRESHOLD_COLUMNS, [_threshold(record).row() for record in report["thresholds"]]),
+        "## Routing\n\nShare of the routing weight per expert (columns) and domain of text (rows).\n",
         _routing_table(report),
         "![Routing shares](routing.png)\n",
-        "## Opting out\n",
+        "## Opt-out\n",
         _opt_out_text(report["opt_out"]),
-        "## The same prompts, experts off and on\n",
+        f"## Continuations with and without the owners' experts\n\n{_ABOUT_CONTINUATIONS}\n",
         *(_continuation(c) for c in report["continuations"]),
-        "## The text\n",
+        "## Corpus\n",
         _corpus_text(report),
-        "## The run\n",
+        "## Run\n",
         _run_text(report),
     ]
     return "\n".join(parts)
@@ -178,23 +184,40 @@ def markdown(report: Mapping[str, Any]) -> str:
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """Prints the losses, the thresholds and the result of the opt-out."""
-    domains = report["domains"]
-    table = Table(title="Held-out loss in nats per token (perplexity)", title_justify="left", title_style="bold")
-    table.add_column("system")
-    for heading in (*domains, "mean"):
-        table.add_column(heading, justify="right")
-    for system, score in report["systems"].items():
-        style = "bold green" if system == "composed" else "dim" if system == "true-domain" else ""
-        table.add_row(system, *(_loss_cell(score, d) for d in domains), f"{score['mean']:.3f}", style=style)
-    console.print(table)
-    table = Table("what it is held to", "measured", "wanted", "met", title_justify="left")
-    for threshold in map(_threshold, report["bars"]):
+    _print_losses(report, console)
+    table = Table(*(Column(heading, overflow="fold") for heading in THRESHOLD_COLUMNS), box=SIMPLE_HEAD)
+    for threshold in map(_threshold, report["thresholds"]):
         table.add_row(*threshold.row(), style="" if threshold.passed else "bold red")
     console.print(table)
     mix = ", ".join(f"{kind} {share:.1%}" for kind, share in report["mix"].items())
     console.print(f"Public mix: {mix}.", highlight=False)
     console.print(_opt_out_text(report["opt_out"]).strip(), highlight=False)
     console.print(f"{report['seconds']:.0f} s, {report['peak_bytes'] / 1e9:.2f} GB at the peak.", highlight=False)
+
+
+def _print_losses(report: Mapping[str, Any], console: Console) -> None:
+    """Prints the losses with a row per system; without perplexities where these make the table wider than the console.
+
+    Nothing is cut: where even that is too wide, cells take several lines.
+    """
+    table = _losses(report, "Held-out loss in nats per token (perplexity)", _loss_cell)
+    if console.measure(table, options=console.options.update(max_width=UNLIMITED)).maximum > console.width:
+        table = _losses(
+            report, "Held-out loss in nats per token", lambda score, domain: f"{score['loss'][domain]:.3f}"
+        )
+    console.print(table)
+
+
+def _losses(report: Mapping[str, Any], title: str, cell: Callable[[Mapping[str, Any], str], str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table.add_column("system", overflow="fold")
+    for heading in (*report["domains"], "mean"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for system, score in report["systems"].items():
+        style = "bold green" if system == "composed" else "dim" if system == "true-domain" else ""
+        cells = [cell(score, domain) for domain in report["domains"]]
+        table.add_row(system, *cells, f"{score['mean']:.3f}", style=style)
+    return table
 
 
 def _threshold(record: Mapping[str, Any]) -> Threshold:
@@ -216,9 +239,9 @@ def _sentence(report: Mapping[str, Any]) -> str:
     shares = [share for share in report["kept"].values() if math.isfinite(share)]
     lowest = f"{min(shares):.0%}" if shares else "an unknown share"  # no expert improved on the anchor
     return (
-        f"{len(owners)} owners ({', '.join(owners)}) trained an expert each, alone, on text that nobody else saw. "
-        f"Put together without any joint training, mean held-out loss goes from {anchor:.3f} to {composed:.3f}; "
-        f"every owner keeps at least {lowest} of what its expert gained alone.\n"
+        f"{len(owners)} owners ({', '.join(owners)}) each trained an expert in isolation, on text that no other owner "
+        f"has. Composed without joint training, the model's mean held-out loss is {composed:.3f}, and the anchor's is "
+        f"{anchor:.3f}; every owner keeps at least {lowest} of the gain of its two-expert model.\n"
     )
 
 
@@ -234,9 +257,9 @@ def _loss_table(report: Mapping[str, Any]) -> str:
 
 def _note(system: str, report: Mapping[str, Any]) -> str:
     if system.startswith("two-expert-"):
-        return f"public and {system.removeprefix('two-expert-')} only, as its owner trained it"
+        return f"public and {system.removeprefix('two-expert-')} only, as the owner trained it"
     if system == "opted-out":
-        return f"composed, after {report['opt_out']['owner']} left"
+        return f"composed, without {report['opt_out']['owner']}"
     return SYSTEM_NOTES.get(system, "")
 
 
@@ -253,8 +276,8 @@ def _routing_table(report: Mapping[str, Any]) -> str:
 def _opt_out_text(verdict: Mapping[str, Any]) -> str:
     equal = {True: "equal", False: "NOT EQUAL"}
     return (
-        f"Owner {verdict['owner']} opted out. Against a model composed in a fresh process from the packages of "
-        f"{', '.join(verdict['composed_from'])} alone: state dict {equal[verdict['state_dict_equal']]} "
+        f"Owner {verdict['owner']} opted out. The result, compared with a model composed in a new process from the "
+        f"packages of {', '.join(verdict['composed_from'])} alone: state dict {equal[verdict['state_dict_equal']]} "
         f"(sha256 {verdict['state_dict_sha256'][:16]}…), config {equal[verdict['config_equal']]}, "
         f"logits {equal[verdict['logits_equal']]} on {' x '.join(map(str, verdict['logits_compared']))} values, "
         f"every file {equal[verdict['files_equal']]}.\n"
@@ -264,9 +287,14 @@ def _opt_out_text(verdict: Mapping[str, Any]) -> str:
 def _continuation(record: Mapping[str, str]) -> str:
     fence = "~~~~"
     parts = [f"### {record['domain']}\n"]
-    for label, key in (("prompt", "prompt"), ("experts off", "experts_off"), ("experts on", "experts_on")):
-        parts.append(f"{label}\n\n{fence}text\n{record[key].strip()}\n{fence}\n")
+    for label, key in (("prompt", "prompt"), ("public only", "experts_off"), ("all experts", "experts_on")):
+        parts.append(f"{label}\n\n{fence}text\n{_whole_characters(record[key])}\n{fence}\n")
     return "\n".join(parts)
+
+
+def _whole_characters(text: str) -> str:
+    """The text without the characters that its first and last token cut; other bytes that are no character are "?"."""
+    return text.strip().strip("\ufffd").strip().replace("\ufffd", "?")
 
 
 def _corpus_text(report: Mapping[str, Any]) -> str:
@@ -295,14 +323,14 @@ def _corpus_text(report: Mapping[str, Any]) -> str:
             "near-duplicates dropped",
             "held out",
             "characters in the public mix",
-            "characters kept by the owner",
+            "characters of the owner",
         ],
         rows,
     )
     return (
-        f"The public mix, on which tokenizer and anchor were trained: {mix}. Documents were deduplicated across all "
-        "kinds before they were split; the largest share of a held-out document's word 5-grams that any one training "
-        f"document holds too is {overlap['largest']:.0%}.\n\n{table}"
+        f"Tokenizer and anchor were trained on the public mix: {mix}. Documents were deduplicated across all kinds "
+        "before the split. The largest overlap of a held-out document with a single training document is "
+        f"{overlap['largest']:.0%} of its word 5-grams.\n\n{table}"
     )
 
 

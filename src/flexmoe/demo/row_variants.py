@@ -17,10 +17,11 @@ from torch import nn
 
 from flexmoe.data import pack, read_documents, read_public_sample
 from flexmoe.demo.corpus import PUBLIC
-from flexmoe.demo.scoring import load, load_tokenizer
+from flexmoe.demo.scoring import load
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.routers.hidden_states import RowText, fit_rows
 from flexmoe.routers.rows import RouterRow, row_method
+from flexmoe.tokenization import load_tokenizer
 
 
 def owner_rows(
@@ -30,7 +31,7 @@ def owner_rows(
     model, tokenizer = load(grafted), load_tokenizer(grafted)
 
     def row_text(documents: Sequence[str]) -> RowText:
-        return RowText(documents, pack(documents, tokenizer, sequence_length))
+        return RowText(documents, pack(documents, tokenizer, sequence_length, vocab_size=model.config.vocab_size))
 
     public = row_text(read_public_sample(grafted, model.config.public_sample))
     own = {owner: row_text(read_documents([file])) for owner, file in data.items()}

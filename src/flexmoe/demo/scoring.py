@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flexmoe.data import pack
 from flexmoe.demo.corpus import PUBLIC, read_texts
 from flexmoe.evaluation import token_losses
+from flexmoe.io.dense import load_causal_lm
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.modeling.anchors_flexmoe import find_ffn_sites
 from flexmoe.usage import track_usage
@@ -42,14 +43,17 @@ class Models:
 
 def load(folder: Path) -> PreTrainedModel:
     """Loads a model for evaluation."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    return load_causal_lm(folder, dtype="auto").eval()
 
 
 def held_out_tokens(
-    folder: Path, domains: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
+    folder: Path, domains: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int, vocab_size: int
 ) -> dict[str, torch.Tensor]:
     """Each domain's held-out text as int64 [N, L]."""
-    return {name: pack(read_texts(folder / f"{name}.jsonl"), tokenizer, sequence_length) for name in domains}
+    return {
+        name: pack(read_texts(folder / f"{name}.jsonl"), tokenizer, sequence_length, vocab_size=vocab_size)
+        for name in domains
+    }
 
 
 def domain_losses(model: PreTrainedModel, tokens: Mapping[str, torch.Tensor], **forward: Any) -> Losses:
@@ -127,11 +131,6 @@ def continuations(
 def prompts(tokens: Mapping[str, torch.Tensor], length: int = 64, per_domain: int = 2) -> torch.Tensor:
     """The first tokens of some held-out sequences of every domain, int64 [B, L]."""
     return torch.cat([ids_NL[:per_domain, :length] for ids_NL in tokens.values()])
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model."""
-    return AutoTokenizer.from_pretrained(folder)
 
 
 def _sample(

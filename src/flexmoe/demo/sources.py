@@ -120,7 +120,7 @@ def read_source(kind: str, characters: int) -> list[Document]:
         if total >= characters:
             break
     if not documents:
-        raise ValueError(f"found no text of kind {kind!r} on this machine; leave it out of --owners")
+        raise ValueError(f"found no text of kind {kind!r} on this machine; leave it out of --owners (owners=)")
     return documents
 
 

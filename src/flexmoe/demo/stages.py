@@ -74,7 +74,9 @@ class Stages:
         seconds = time.perf_counter() - start
         digest = folder_digest(folder)
         # written last, so that an interrupted stage has no record and runs again
-        (folder / RECORD).write_text(json.dumps({"key": key, "digest": digest, "seconds": round(seconds, 2)}) + "\n")
+        (folder / RECORD).write_text(
+            json.dumps({"key": key, "digest": digest, "seconds": round(seconds, 2)}) + "\n", encoding="utf-8"
+        )
         return Stage(folder, False, seconds, digest)
 
     def _key(self, settings: Mapping[str, Any], code: Sequence[str], inputs: Sequence[Stage]) -> str:
@@ -89,7 +91,7 @@ class Stages:
 
     def _reusable(self, folder: Path, key: str) -> Stage | None:
         try:
-            record = json.loads((folder / RECORD).read_text())
+            record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             if record["key"] != key or record["digest"] != folder_digest(folder):
                 return None
             return Stage(folder, True, record["seconds"], record["digest"])
@@ -108,7 +110,7 @@ def _claim(root: Path) -> None:
             "over them. Choose a new or empty folder."
         )
     root.mkdir(parents=True, exist_ok=True)
-    marker.write_text("The stages in this folder are created again when their inputs change.\n")
+    marker.write_text("The stages in this folder are created again when their inputs change.\n", encoding="utf-8")
 
 
 def folder_digest(folder: Path) -> str:
