@@ -27,7 +27,7 @@ BENCHES := $(filter-out $(if $(MERGEKIT_PYTHON),,%/bench_mergekit.py),$(wildcard
 AS_USERS_DO := env -u OMP_WAIT_POLICY
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-oldest demo results ranks bench soak families conformance check format format-check lint package-tree types docs layout clean
+.PHONY: help install test test-oldest compatibility demo results ranks bench soak mutation families conformance check format format-check lint package-tree types docs layout clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ test: $(STAMP) ## Run the tests
 test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest supported versions, in a .venv-oldest of their own
 	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
+compatibility: $(STAMP) ## Run the tests of docs/compatibility.md and write its table
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m promise --write-promises $(ARGS)
+
 demo: $(STAMP) ## Run the main job end to end on real text (about 10 minutes on 2 cores): OUT=runs/demo
 	$(BIN)/flexmoe demo --out $(OUT) $(ARGS)
 
@@ -67,8 +70,13 @@ bench: $(STAMP) ## Run the benchmarks; each asserts the figures it promises (MER
 	@set -e; for file in $(BENCHES); do echo "== $$file"; $(AS_USERS_DO) $(BIN)/python $$file; done
 	$(BIN)/python benchmarks/readme_figures.py
 
-soak: $(STAMP) ## Run the long randomised tests
-	$(BIN)/python -m pytest tests/soak $(ARGS)
+# pytest exits with 5 if ARGS select none of its tests.
+soak: $(STAMP) ## Run the long randomised tests, and the parameters of other tests that `make test` leaves out
+	$(BIN)/python -m pytest tests/soak $(ARGS) || test $$? -eq 5
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m soak $(ARGS) || test $$? -eq 5
+
+mutation: $(STAMP) ## Change the code and list the changes that no test notices (hours): ARGS="routing --every 10"
+	$(BIN)/python tests/soak/mutation.py $(ARGS)
 
 families: $(STAMP) ## Check every dense family of transformers and write docs/families.md (some 5 minutes)
 	$(BIN)/python tests/soak/families_table.py $(ARGS)

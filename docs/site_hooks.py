@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def _content(path: Path) -> str:
     """Markdown as it is; a folder of scripts, or another file, as code."""
     if path.suffix == ".md":
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     if path.is_dir():
         scripts = [f"## {script.stem}\n\n{_fenced(script, 'python')}" for script in sorted(path.glob("*.py"))]
         return "\n".join(["# Examples\n\nThe test suite runs each of these scripts.\n", *scripts])
@@ -60,4 +60,4 @@ def _content(path: Path) -> str:
 
 
 def _fenced(path: Path, language: str) -> str:
-    return f"```{language}\n{path.read_text()}```\n"
+    return f"```{language}\n{path.read_text(encoding='utf-8')}```\n"

@@ -31,6 +31,17 @@ if "FLEXMOE_TESTS_HF_HOME" not in os.environ:
 os.environ["HF_HOME"] = os.environ["FLEXMOE_TESTS_HF_HOME"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-promises", action="store_true", help="write the table in docs/compatibility.md")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--write-promises") and not hasattr(config, "workerinput"):
+        from tests.support.promises import Recorder
+
+        config.pluginmanager.register(Recorder())
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from tests.support.old_versions import expect_known_failures
 

@@ -76,7 +76,7 @@ def test_modules_are_called_and_keep_their_shapes(calls, dtype, shape):
 
 
 class _Subclass(torch.Tensor):
-    """A tensor subclass, as quantized and distributed tensors are."""
+    """A tensor subclass, as quantised and distributed tensors are."""
 
 
 @torch.no_grad()

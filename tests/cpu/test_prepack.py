@@ -12,16 +12,32 @@ from torch import nn
 from flexmoe import FlexMoeForCausalLM
 from flexmoe.cpu import compiled, linear, prepack
 from flexmoe.cpu.prepack import prepacked_of
-from flexmoe.testing import TOLERANCES, random_tokens, tiny_flexmoe
+from flexmoe.testing import TOLERANCES, VOCABULARY, random_tokens, tiny_flexmoe
+from tests.support.soak import thinned
 
 OWNERS = ("math", "code")
 HAS_INSTRUCTIONS = linear.has_instructions(torch.bfloat16)
 
 
+def without_inductor(output, tensors, dtype=torch.float32):
+    """Replaces `compiled._compile`: the same function of the same tensors, as torch runs it."""
+    return torch.no_grad()(output)
+
+
 @pytest.fixture(autouse=True)
-def include_small_weights(monkeypatch):
+def include_small_weights(request, monkeypatch):
+    """All matrices are prepacked. Nothing is compiled, which takes seconds for each shape, except in `real_loops`."""
     monkeypatch.setattr(linear, "SMALLEST_WEIGHT", 1)
     monkeypatch.setattr(prepack, "SMALLEST_WEIGHT", 1)
+    if "real_loops" not in request.fixturenames:
+        monkeypatch.setattr(compiled, "_loops", {})
+        monkeypatch.setattr(compiled, "_compile", without_inductor)
+
+
+@pytest.fixture
+def real_loops(monkeypatch):
+    """Loops are compiled, of the experts and of the largest matrix only."""
+    monkeypatch.setattr(prepack, "SMALLEST_WEIGHT", VOCABULARY * 32)
 
 
 @pytest.fixture
@@ -66,14 +82,28 @@ def half_bytes(model: FlexMoeForCausalLM) -> int:
     return sum(linear.weight.nbytes for linear in linears if linear.weight.dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("family", ["olmo2", "gpt_neox"])  # gated, and not gated with biases
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_token_has_close_logits(ran, family, dtype):
+# gated, and not gated with biases
+compiled_families = pytest.mark.parametrize("family", ["olmo2", "gpt_neox"])
+
+
+@compiled_families
+@pytest.mark.parametrize("dtype", thinned([torch.float32, torch.bfloat16], [torch.bfloat16]))
+def test_one_token_has_close_logits(real_loops, ran, family, dtype):
     model = model_of(family, dtype)
     before = logits(model, 1, 1)
     model.prepack_for_cpu()
     torch.testing.assert_close(logits(model, 1, 1), before, **TOLERANCES[dtype])
     assert {"product", "one_token"} == set(ran)
+
+
+@pytest.mark.soak
+def test_every_matrix_is_compiled(real_loops, ran, monkeypatch):
+    monkeypatch.setattr(prepack, "SMALLEST_WEIGHT", 1)
+    model = model_of()
+    before = logits(model, 1, 1)
+    model.prepack_for_cpu()
+    torch.testing.assert_close(logits(model, 1, 1), before, **TOLERANCES[torch.bfloat16])
+    assert ran.count("product") > 2 * len(model.flexmoe_blocks())
 
 
 def test_prepacking_twice_equals_once(ran):
@@ -87,9 +117,9 @@ def test_prepacking_twice_equals_once(ran):
     assert ran == expected
 
 
-@pytest.mark.parametrize("family", ["olmo2", "gpt_neox"])
+@compiled_families
 @torch.no_grad()
-def test_one_token_is_not_rounded_in_between(family):
+def test_one_token_is_not_rounded_in_between(real_loops, family):
     model = model_of(family)
     model.prepack_for_cpu()
     expert = model.flexmoe_blocks()[0].experts["math"]

@@ -238,7 +238,7 @@ class TestErrors:
             ({"tokens_per_expert": float("nan")}, ValueError, "tokens_per_expert=nan"),
             ({"dtype": "int8"}, ValueError, "must be 'float32' or 'bfloat16'"),
             ({"mfu": 40}, ValueError, "above 0 and at most 1"),
-            ({"gpu": "tpu"}, ValueError, "known: b200, h200, .*--gpu-tflops"),
+            ({"gpu": "tpu"}, ValueError, "known: b200, h200, .*gpu_tflops="),
             ({"gpu": "tpu", "gpu_tflops": 100.0}, ValueError, "'tpu' is unknown"),
             ({"gpu_memory_gb": -1.0}, ValueError, "gpu_memory_gb=-1.0"),
         ],

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from flexmoe.io.dense import DenseCheckpoint
-from flexmoe.routers.prompt_gates import GATE_MODES, Prompts, gate_mode, make_gates
+from flexmoe.routers.prompt_gates import GATE_MODES, Prompts, check_gate_mode, gate_mode, make_gates
 from flexmoe.testing import tiny_anchor
 from tests.support.letters import letter_tokenizer
 
@@ -106,6 +106,25 @@ def test_embeddings_are_read_from_the_file(anchor: DenseCheckpoint, monkeypatch:
     first = unit(direction("^abc", "^z") - direction("^no"))
     for layer in range(2):
         torch.testing.assert_close(gates[layer], torch.stack([first, direction("^def")]))
+
+
+@pytest.mark.parametrize("width", [16, 64])
+def test_embeddings_of_another_width_than_the_layers(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OPTConfig(
+        vocab_size=99,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=width,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    check_gate_mode(GATE_MODES["hidden"], model)
+    check_gate_mode(GATE_MODES["random"], model)
+    refusal = rf"cheap_embed .* {width} values per token .*layers have 32.*Set gate_mode: hidden"
+    with pytest.raises(ValueError, match=refusal):
+        check_gate_mode(GATE_MODES["cheap_embed"], model)
 
 
 def test_a_family_without_hidden_states(anchor: DenseCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 Run: python tests/soak/mutation.py [TARGET ...] [--every N]. Each target of `TARGETS` is copied to
 `build/mutation/<target>`, laid out as an install would be, because mutmut does not follow setuptools' package-dir map.
 mutmut runs there, one mutant at a time, in an environment of its own that also sees the packages of this one. Prints
-the counts by file as a table, and the surviving mutants; `docs/mutation.md` has those of the last run.
+the counts by file as a table, and the surviving mutants.
 
 Does not cover functions with decorators other than `staticmethod` and `classmethod` (properties, context managers):
 mutmut does not mutate these.

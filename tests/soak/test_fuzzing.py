@@ -1,6 +1,6 @@
 """2,000 malicious expert packages, each refused or without effect. Writes docs/benchmarks/fuzzing.json.
 
-`make test` runs 200 cases with other seeds (`tests/modeling/test_fuzzing.py`).
+`make test` runs 120 cases with other seeds (`tests/modeling/test_fuzzing.py`).
 """
 
 import time

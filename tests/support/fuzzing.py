@@ -11,6 +11,7 @@ opened.
 
 from __future__ import annotations
 
+import copy
 import dis
 import gc
 import hashlib
@@ -37,12 +38,15 @@ from typing import Any
 from unittest import mock
 
 import flexmoe
+from flexmoe.admission.findings import AdmissionError
 from flexmoe.conversion.compose import add as add_on_disk
-from flexmoe.conversion.compose import compose
+from flexmoe.conversion.compose import compose, remove
 from flexmoe.conversion.graft import graft
+from flexmoe.hub.stored_model import StoredModel
+from flexmoe.io.strict_json import parse_json_object
 from flexmoe.io.tensors import CheckpointFolder
 from flexmoe.io.writer import write_checkpoint
-from flexmoe.modeling import FlexMoeForCausalLM, UnsupportedAnchorError
+from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM, UnsupportedAnchorError
 from flexmoe.modeling.fingerprint_flexmoe import tensor_bytes
 from flexmoe.packages import package as package_module
 from flexmoe.packages.package import PackageError
@@ -61,7 +65,7 @@ MEGABYTE = 1 << 20
 MEMORY = 64 * MEGABYTE  # additional memory that a case may use; packages are smaller than 0.1 MB
 MEMORY_OF = {"big JSON": 256 * MEGABYTE, "big header": 256 * MEGABYTE}  # 30 MB, as bytes, as text and as numbers
 MESSAGE = 2000  # characters
-OUR_ERRORS = (PackageError, ValueError, FileNotFoundError, NotADirectoryError, UnsupportedAnchorError)
+OUR_ERRORS = (AdmissionError, PackageError, ValueError, FileNotFoundError, NotADirectoryError, UnsupportedAnchorError)
 
 
 @dataclass(frozen=True)
@@ -156,17 +160,37 @@ class Target:
     def difference(self, kind: str, way: str, out: Path) -> str:
         """How the result differs from that of the valid package; "" if it does not. Resets the model."""
         if way != "add_expert":
-            return (
-                ""
-                if stored(out) == stored(self.home / f"{way}-{kind}")
-                else "other tensors than those of the valid package"
-            )
+            if stored(out) != stored(self.home / f"{way}-{kind}"):
+                return "other tensors than those of the valid package"
+            return config_fault(StoredModel(out).config) or self.loss(way, out)
+        if fault := config_fault(self.model.config):
+            return fault
         made = {name: bytes(tensor_bytes(tensor)) for name, tensor in self.model.state_dict().items()}
         name = (set(self.model.expert_names) - {"public", "code", "legal"}).pop()
         self.model.remove_expert(name)
         expected = stored(self.home / f"add-{kind}")
         same = made.keys() == expected.keys() and all(made[key] == expected[key] for key in made)
         return "" if name == "math" and same else f"expert {name!r} has other tensors than those of the valid package"
+
+    def loss(self, way: str, out: Path) -> str:
+        """What is lost of the model when the expert is removed from the result again; "" if nothing is."""
+        before = self.home / "model" if way == "add" else self.home / "grafted"
+        again = remove(out, "math", out.with_name("again"))
+        same = (
+            stored(again) == stored(before) and StoredModel(again).config.experts == StoredModel(before).config.experts
+        )
+        shutil.rmtree(again)
+        return "" if same else "without the expert, the result is not the model that it was added to"
+
+
+def config_fault(config: FlexMoeConfig) -> str:
+    """Why a model's config cannot be copied, written and read again with nothing lost; "" if it can."""
+    try:
+        text = copy.deepcopy(config).to_json_string()
+        again = FlexMoeConfig.from_dict(parse_json_object(text.encode(), "config.json"))
+    except (ValueError, RecursionError) as error:
+        return f"the config of the result cannot be written and read: {str(error)[:200]}"
+    return "" if again.experts == config.experts else "the config of the result is read with other experts"
 
 
 def stored(folder: Path) -> dict[str, bytes]:

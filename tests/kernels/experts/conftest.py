@@ -9,7 +9,7 @@ from tests.kernels.experts.inputs import BIASES, Experts, draw_tokens, draw_weig
 @pytest.fixture
 def layer(monkeypatch):
     """x [17, 40], weights [17, 4] and experts: token 0 is routed to 0 and 1, token 1 to 1 alone, no token to 3."""
-    kind = Experts([24, 136, 40, 16], 40, biases=BIASES)
+    kind = Experts([24, 72, 16, 8], 40, biases=BIASES)
     generator = seeded("layer")
     weights_TE = draw_weights(17, 4, 2, generator)
     weights_TE[:, 3] = 0.0

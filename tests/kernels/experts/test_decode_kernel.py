@@ -67,11 +67,11 @@ def test_no_tokens_need_no_launch(layer, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_tokens_bits_do_not_depend_on_the_batch(dtype, ordered_products):
     generator = seeded("batches")
-    experts = Experts([264, 40, 24], 72, dtype=dtype, biases=BIASES).draw(generator)
-    x_TH = draw_tokens(MAX_TOKENS, 72, dtype, generator)
-    weights_TE = draw_weights(MAX_TOKENS, 3, 2, generator)
+    experts = Experts([136, 24], 40, dtype=dtype, biases=BIASES).draw(generator)
+    x_TH = draw_tokens(MAX_TOKENS, 40, dtype, generator)
+    weights_TE = draw_weights(MAX_TOKENS, 2, 1, generator)
     y_TH = decode(x_TH, weights_TE, experts)
-    for batch in ([0], [63], list(range(20, 37)), list(range(30, 63))):
+    for batch in ([63], list(range(20, 37))):
         assert torch.equal(decode(x_TH[batch], weights_TE[batch], experts), y_TH[batch]), batch
 
 

@@ -37,7 +37,14 @@ from tests.support.mutators.headers import (
     nested_header,
     overlapping_tensors,
 )
-from tests.support.mutators.json_texts import big_json, hostile_json, missing_key, nested_json, wrong_types
+from tests.support.mutators.json_texts import (
+    big_json,
+    hostile_json,
+    long_texts,
+    missing_key,
+    nested_json,
+    wrong_types,
+)
 from tests.support.mutators.links import (
     invalid_index,
     link_in_a_circle,
@@ -65,12 +72,15 @@ from tests.support.mutators.packages import MayPass
 from tests.support.mutators.tensors import (
     extra_layer,
     extra_tensor,
+    factor_scales,
     huge_tensor,
     missing_layer,
     missing_tensor,
     no_elements,
     not_finite,
     renamed_tensor,
+    repeated_neurons,
+    row_widths,
     swapped_tensors,
     tensor_in_two_files,
     too_large_a_number,
@@ -104,6 +114,9 @@ MUTATORS: dict[str, Mutator] = {
     "not finite": not_finite,
     "no elements": no_elements,
     "huge tensor": huge_tensor,
+    "factor scales": factor_scales,
+    "repeated neurons": repeated_neurons,
+    "row widths": row_widths,
     "missing tensor": missing_tensor,
     "extra tensor": extra_tensor,
     "renamed tensor": renamed_tensor,
@@ -131,6 +144,7 @@ MUTATORS: dict[str, Mutator] = {
     "hostile JSON": hostile_json,
     "nested JSON": nested_json,
     "big JSON": big_json,
+    "long texts": long_texts,
     "wrong types": wrong_types,
     "missing key": missing_key,
     "false layers": false_layers,

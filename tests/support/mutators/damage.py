@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 
 from tests.support.mutators.packages import MANIFEST, MayPass, flip, read_file, seal, weight_files
+from tests.support.stray_files import stray_name
 
 
 def bit_flip_in_weights(folder: Path, chance: random.Random) -> str:
@@ -90,6 +91,7 @@ def unknown_weight_file(folder: Path, chance: random.Random) -> str:
 
 
 def harmless_files(folder: Path, chance: random.Random) -> str:
-    name = chance.choice(["pytorch_model.bin", "modeling.py", "tokenizer.json", ".hidden", "expert.safetensors.part"])
+    known = ["pytorch_model.bin", "modeling.py", "tokenizer.json", ".hidden", "expert.safetensors.part"]
+    name = chance.choice([*known, stray_name(chance), stray_name(chance)])
     (folder / name).write_bytes(chance.randbytes(100))
     return MayPass(name)

@@ -21,7 +21,10 @@ def nested(depth: int, chance: random.Random) -> bytes:
 
 
 def depths(chance: random.Random) -> int:
-    return chance.choice([chance.randrange(100, 1200), chance.randrange(250, 500), 5_000, 100_000, 1_000_000])
+    near_the_limits, near_the_librarys = chance.randrange(8, 48), chance.randrange(250, 500)
+    return chance.choice(
+        [near_the_limits, near_the_limits, chance.randrange(100, 1200), near_the_librarys, 5_000, 100_000, 1_000_000]
+    )
 
 
 HOSTILE_TEXTS: dict[str, Callable[[bytes, random.Random], bytes]] = {
@@ -73,7 +76,7 @@ def hostile_json(folder: Path, chance: random.Random) -> str:
 
 
 def nested_json(folder: Path, chance: random.Random) -> str:
-    key, depth = chance.choice([*manifest_of(folder), "unknown"]), depths(chance)
+    key, depth = chance.choice([*manifest_of(folder), "unknown", *["training"] * 6]), depths(chance)
     values = {**manifest_of(folder), key: "DEEP"}
     (folder / MANIFEST).write_bytes(json.dumps(values).encode().replace(b'"DEEP"', nested(depth, chance)))
     # "training" may be an object of any depth that the reader accepts
@@ -88,6 +91,21 @@ def big_json(folder: Path, chance: random.Random) -> str:
     text = f"{key}: {what}"
     is_text = key in ("license", "data_statement") and what == "a long text"
     return MayPass(text) if is_text else text
+
+
+def long_texts(folder: Path, chance: random.Random) -> str:
+    """Texts around the limits of the format, in characters of one to four bytes; all others must be refused."""
+    values = manifest_of(folder)
+    key = chance.choice(["license", "data_statement", "training", "version", "dtype", "class", "model_type"])
+    length = chance.choice([1, 63, 64, 65, 199, 201, 1000, 1001, 5000, 10_000, 10_001, 70_000, 300_000, 900_000])
+    text = chance.choice("x\u00e9\u4e2d\U0001f600") * (length if length < 200_000 else length // 4)
+    if key == "training":
+        values["training"] = chance.choice([{"notes": text}, {text: 1}, {"log": [text] * 3}, {"log": [0] * length}])
+    else:
+        holder = {"class": values["ffn"], "model_type": values["anchor"]}.get(key, values)
+        holder[key] = text
+    write_manifest(folder, values)
+    return MayPass(f"{key} of {length} characters {text[0]!r}")
 
 
 def wrong_types(folder: Path, chance: random.Random) -> str:

@@ -6,6 +6,7 @@ Does not cover invalid headers (`headers`).
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,87 @@ def huge_tensor(folder: Path, chance: random.Random) -> str:
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size + int(np.prod(shape)) * 4)
     return f"{grown.name} of {size >> 20} MiB in {path.name}, without updating the hash"
+
+
+FACTORS = ((3e38, 0.0), (-3e38, 0.0), (1e37, 1e-37), (1e-37, 1e37), (1e25, 1e25), (3e4, 3e4))
+
+
+def factor_scales(folder: Path, chance: random.Random) -> str:
+    """Numbers that are huge, or whose products are, in a network whose other tensors are ordinary."""
+    if manifest_of(folder)["kind"] == "low_rank":
+        layer, (a, b) = chance.choice([0, 1]), chance.choice(FACTORS)
+        parts = {"lora_A.weight": a, "lora_B.weight": b}
+        _change_all(
+            folder,
+            lambda tensor: next(
+                (
+                    tensor._replace(data=np.full(tensor.shape, value, "<f4").tobytes())
+                    for part, value in parts.items()
+                    if tensor.name.startswith(f"layers.{layer}.") and tensor.name.endswith(part)
+                ),
+                tensor,
+            ),
+        )
+        return f"{a} and {b} in layer {layer}"
+    factor = chance.choice([7.0, -20.0, 300.0, 1e6, 1e12, 1e30])
+
+    def scale(tensor: Stored) -> Stored:
+        if ".ffn." not in tensor.name or len(tensor.shape) < 2:
+            return tensor
+        with np.errstate(over="ignore"):
+            return tensor._replace(data=(np.frombuffer(tensor.data, "<f4") * np.float32(factor)).tobytes())
+
+    _change_all(folder, scale)
+    return f"all matrices times {factor}"
+
+
+def repeated_neurons(folder: Path, chance: random.Random) -> str:
+    """The output of a network is a multiple, while all of its tensors have the size of public's."""
+    if manifest_of(folder)["kind"] == "low_rank":
+        return factor_scales(folder, chance)
+    times = chance.choice([20, 50, 100])
+
+    def repeat(tensor: Stored) -> Stored:
+        values = np.frombuffer(tensor.data, "<f4").reshape(tensor.shape)
+        inner = [side for side in range(values.ndim) if values.shape[side] in (64, 128)]  # the width, not 32
+        if ".ffn." not in tensor.name or not inner:
+            return tensor
+        values = np.concatenate([values] * times, axis=inner[0])
+        return tensor._replace(shape=list(values.shape), data=values.tobytes())
+
+    _change_all(folder, repeat)
+    ffn = manifest_of(folder)["ffn"]
+    edit(folder, ffn={**ffn, "intermediate": [width * times for width in ffn["intermediate"]]})
+    return f"{times} times"
+
+
+def row_widths(folder: Path, chance: random.Random) -> str:
+    """Router rows of any width, in a sparse file, with and without a manifest that agrees."""
+    width = chance.choice([31, 33, 1 << 16, 1 << 20, (1 << 20) + 1, 10**9, 1 << 31])
+    agrees = chance.random() < 0.7
+    if agrees:
+        edit(folder, ffn={**manifest_of(folder)["ffn"], "hidden": width})
+    for path in weight_files(folder):
+        entries, end, begins = {}, 0, []
+        for tensor in read_tensors(path):
+            shape = [1, width] if tensor.name.endswith(".router.weight") else tensor.shape
+            begin, end = end, end + 4 * int(np.prod(shape))
+            begins.append((begin, tensor.data))
+            entries[tensor.name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+        write_file(path, entries, b"")
+        start = path.stat().st_size
+        with path.open("r+b") as file:
+            for begin, data in begins:
+                file.seek(start + begin)
+                file.write(data[: end - begin])
+            file.truncate(start + end)
+    return f"rows of {width}{', as the manifest says' if agrees else ''}, without updating the hash"
+
+
+def _change_all(folder: Path, change: Callable[[Stored], Stored]) -> None:
+    for path in weight_files(folder):
+        write_tensors(path, [change(tensor) for tensor in read_tensors(path)])
+    seal(folder)
 
 
 def missing_tensor(folder: Path, chance: random.Random) -> str:
