@@ -26,8 +26,9 @@ def adapters_around(model: nn.Module, parts: Iterable[nn.Module], inside: bool =
     """Names of the adapters around some of these modules, or `inside` of them."""
     found: list[Any] = [model]
     for module in found:  # at each change, where modules() would take long
-        found.extend(() if module is None else module._modules.values())
-    if not [module for module in found if hasattr(type(module), "adapter_layer_names")]:
+        found += module._modules.values() if module is not None and module._modules else ()
+    kinds = {module.__class__ for module in found}
+    if True not in {hasattr(kind, "adapter_layer_names") for kind in kinds}:
         return set()
     parts = set(parts)
     within = {module for part in parts for module in part.modules()} if inside else set()
