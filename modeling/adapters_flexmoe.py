@@ -27,13 +27,14 @@ def adapters_around(model: nn.Module, parts: Iterable[nn.Module], inside: bool =
     found: list[Any] = [model]
     for module in found:  # at each change, where modules() would take long
         found += module._modules.values() if module is not None and module._modules else ()
-    kinds = {module.__class__ for module in found}
-    if True not in {hasattr(kind, "adapter_layer_names") for kind in kinds}:
+    kinds = {kind for kind in {module.__class__ for module in found} if hasattr(kind, "adapter_layer_names")}
+    if not kinds:
         return set()
     parts = set(parts)
     within = {module for part in parts for module in part.modules()} if inside else set()
-    wrappers = [w for w in model.modules() if is_wrapper(w) and (w in within or not parts.isdisjoint(w.modules()))]
-    return {adapter for wrapper in wrappers for adapter in adapters_of(wrapper)}
+    wrappers = {module for module in found if module.__class__ in kinds}
+    around = [w for w in wrappers if w in within or not parts.isdisjoint(w.modules())]
+    return {adapter for wrapper in around for adapter in adapters_of(wrapper)}
 
 
 def parts_of_expert(blocks: Iterable[FlexMoeBlock], name: str) -> list[nn.Module]:

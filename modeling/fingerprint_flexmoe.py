@@ -10,12 +10,13 @@ Does not cover reading or writing files (`flexmoe.io`).
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .anchors_flexmoe import NameMap
 from .configuration_flexmoe import PUBLIC
@@ -45,6 +46,14 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     array: Any = flat.view(torch.uint8).numpy()  # Any: numpy's stubs know no buffer protocol before Python 3.12
     return memoryview(array)
+
+
+@torch.no_grad()
+def align_tensors(model: nn.Module) -> None:
+    """Copies tensors at odd addresses of a mapped file, which change the bits of products: equal models must agree."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def fingerprint(lines: Iterable[tuple[str, str, Sequence[int], str]]) -> str:

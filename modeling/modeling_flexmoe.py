@@ -6,7 +6,6 @@ Attention, rotary embeddings, norms, caches and the head are the anchor's own co
 
 import contextlib
 import inspect
-import itertools
 import os
 import re
 import tempfile
@@ -37,7 +36,7 @@ from .configuration_flexmoe import (
 )
 from .distributed_flexmoe import class_without_fsdp, is_sharded
 from .experts_flexmoe import FlexMoeBlock
-from .fingerprint_flexmoe import ALIGNMENT, refresh_fingerprint
+from .fingerprint_flexmoe import align_tensors, refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle
 from .masking_flexmoe import (
     ForwardContext,
@@ -160,7 +159,7 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         else:
             model, info = super().from_pretrained(source, *args, config=config, **options)
         _check_loaded_experts(model.expert_names, info, ignore_mismatched_sizes)
-        _align(model)
+        align_tensors(model)
         if quantization := getattr(model, "hf_quantizer", None) and optional_flexmoe("packages.quantization"):
             quantization.warn_if_nothing_was_quantized(model)
         return (model, info) if output_loading_info else model
@@ -305,7 +304,8 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
             raise TypeError(f"The model does not use {unknown}. It uses {sorted(self._keywords | _OURS)}.")
         k = check_top_k(self.config.num_experts_per_tok if num_experts_per_tok is None else num_experts_per_tok)
         collect = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        tokens = inputs["inputs_embeds"] if inputs["input_ids"] is None else inputs["input_ids"]
+        input_ids, past_key_values = inputs.get("input_ids"), inputs.get("past_key_values")
+        tokens = inputs.get("inputs_embeds") if input_ids is None else input_ids
         is_compiling = torch.compiler.is_compiling()
         if not is_compiling:
             self.check_adapters()
@@ -319,10 +319,10 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
                 implementation=self.config._experts_implementation or "eager",
                 router_logits=[] if collect else None,
                 usage=scoped_values(self, "usage"),
-                token_mask=_token_mask(tokens, inputs["attention_mask"]),
+                token_mask=_token_mask(tokens, inputs.get("attention_mask")),
                 stamp=self._stamp(selection),
             )
-            stamp_cache(inputs["past_key_values"], context.stamp)
+            stamp_cache(past_key_values, context.stamp)
             with forward_scope(context):
                 out = module(return_dict=True, **inputs)
         stamp_cache(out.get("past_key_values"), context.stamp)
@@ -361,15 +361,15 @@ class DecoderCall:
 
     def __call__(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """As `FlexMoeModel.forward`. ValueError: who asks for router logits would take too many experts per token."""
-        config, given = self._model.config, {"inputs_embeds": None, "past_key_values": None, **kwargs}
+        config = self._model.config
         if kwargs.get("output_router_logits") and config.num_experts_per_tok > config.num_experts:
             raise ValueError(
                 f"This model has {config.num_experts} experts: set model.config.num_experts_per_tok = "
                 f"{config.num_experts} instead of {config.num_experts_per_tok}. It routes alike, but a trainer that "
                 "computes the load-balancing loss itself, as TRL does, needs a number that is not above theirs."
             )
-        given |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        return self._model._run(self._model.anchor.base_model, MoeModelOutputWithPast, **given)[0]
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **kwargs}
+        return self._model._run(self._model.anchor.base_model, MoeModelOutputWithPast, **inputs)[0]
 
 
 class FlexMoeModel(FlexMoePreTrainedModel):
@@ -402,9 +402,8 @@ class FlexMoeModel(FlexMoePreTrainedModel):
         **kwargs: Any,
     ) -> MoeModelOutputWithPast | tuple:
         """As the anchor's decoder; experts are chosen as in `FlexMoeForCausalLM.forward`."""
-        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-        inputs |= {"position_ids": position_ids, "past_key_values": past_key_values, "use_cache": use_cache}
-        inputs["inputs_embeds"] = inputs_embeds
+        inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}
+        inputs |= {"position_ids": position_ids, "past_key_values": past_key_values, "inputs_embeds": inputs_embeds}
         out, _ = self._run(self.anchor.base_model, MoeModelOutputWithPast, **inputs, **kwargs)
         return self._returned(out, return_dict)
 
@@ -639,14 +638,6 @@ def _check_loaded_experts(names: Sequence[str], info: Mapping[str, Any], ignore_
             f"The checkpoint's {_shapes(mismatched)}. Its config.json belongs to another model; "
             "ignore_mismatched_sizes=True initialises these tensors at random."
         )
-
-
-@torch.no_grad()
-def _align(model: torch.nn.Module) -> None:
-    """Copies tensors at odd addresses of a mapped file, which change the bits of products: equal models must agree."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if type(tensor.data) is Tensor and tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-            tensor.data = tensor.data.clone()
 
 
 def _shapes(mismatched: Sequence[tuple[str, Sequence[int], Sequence[int]]]) -> str:

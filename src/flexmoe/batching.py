@@ -50,9 +50,9 @@ def start_manager(
         ValueError: an unknown name.
         RuntimeError: a persistent manager with other experts runs.
     """
-    config = kwargs.get("generation_config", args[0] if args else None) or model.generation_config
-    experts = getattr(config, "experts", None) if experts is None else experts
-    with contextlib.nullcontext() if experts is None else model.only_experts(*experts):
+    if experts is None:
+        experts = getattr(_generation_config(model, args, kwargs), "experts", None)
+    with _only(model, experts):
         allowed = tuple(model.serial_of(name) for name in select_experts(model, None, None).names)
         cached = getattr(model, "_cached_continuous_batching_manager", None)
         if cached is not None and getattr(cached, "_flexmoe_experts", allowed) != allowed:
@@ -70,6 +70,15 @@ def start_manager(
                 setattr(manager, name, functools.partial(_run_in, context, getattr(manager, name)))
             model._guard.managers.add(manager)
     return manager
+
+
+def _generation_config(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """That of a call whose first argument after the inputs it is."""
+    return kwargs.get("generation_config", args[0] if args else None) or model.generation_config
+
+
+def _only(model: Any, experts: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if experts is None else model.only_experts(*experts)
 
 
 def _run_in(context: contextvars.Context, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -107,11 +116,11 @@ def generate_batch(
             f"generate_batch does not use {unknown}: it takes experts and {sorted(_KEYWORDS)}; other settings belong "
             "into the generation config."
         )
-    config = kwargs.get("generation_config", args[0] if args else None) or model.generation_config
+    config = _generation_config(model, args, kwargs)
     if experts is None:
         experts = paged[0] if paged else getattr(config, "experts", None)
     if experts is None or all(isinstance(name, str) for name in experts):
-        with contextlib.nullcontext() if experts is None else model.only_experts(*experts):
+        with _only(model, experts):
             return run(inputs, *args, **kwargs)
     names = [tuple(model.expert_names) if row is None else tuple(row) for row in experts]
     model.mask_of(experts, len(inputs))  # checks the lists

@@ -112,9 +112,8 @@ def _decode(
     **kwargs: Any,
 ) -> tuple[MoeModelOutputWithPast, Tensor | float]:
     """The decoder's output, and what its routers add to a loss."""
-    given: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-    given = {"position_ids": None, "past_key_values": None, **given, **kwargs}
-    out, context = model._run(model.anchor.base_model, MoeModelOutputWithPast, **given)
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds, **kwargs}
+    out, context = model._run(model.anchor.base_model, MoeModelOutputWithPast, **inputs)
     return out, model._router_losses(out, context)[0]
 
 

@@ -5,7 +5,6 @@ The outputs of these models are meaningless, but they show whether two models ar
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM
+from flexmoe.modeling.fingerprint_flexmoe import align_tensors
 from flexmoe.modeling.low_rank_flexmoe import LowRankExpert
 
 VOCABULARY = 99
@@ -123,13 +123,12 @@ def enable_checkpointing(model: PreTrainedModel, **kwargs: Any) -> None:
 
 
 def realigned(model: PreTrainedModel) -> PreTrainedModel:
-    """Copies the tensors of a model to aligned memory, in place; returns the model.
+    """Aligns the tensors of a model, as those of a loaded FlexMoE are, in place; returns the model.
 
     Tensors of a memory-mapped file may be unaligned, and a BLAS library may sum in another order there. The logits of
     models with equal weights then differ in the last bit.
     """
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        tensor.data = tensor.data.clone()
+    align_tensors(model)
     return model
 
 
