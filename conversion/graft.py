@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from flexmoe.conversion.fine_tunes import SHARED, FineTune, Shared, averaged_sou
 from flexmoe.conversion.lora_adapters import LoraAdapter, is_adapter
 from flexmoe.conversion.router_tensors import RowMaker, router_tensors
 from flexmoe.data import END_OF_DOCUMENT, data_paths, read_documents
+from flexmoe.foreign_code import copy_companion
 from flexmoe.hub.client import ResolvedFolder, resolve_folder
 from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder, file_inside
@@ -239,6 +239,8 @@ def write_config(folder: Path, model: FlexMoeForCausalLM, dtype: str | torch.dty
 def copy_companions(source: Path, folder: Path, config: PreTrainedConfig, repo: str | None = None) -> None:
     """Copies the files of `COMPANIONS` and the tokenizer of `source` into `folder`, which holds a model of `config`.
 
+    Code that a file names is left out, with a warning.
+
     Raises: as `copy_tokenizer`; a link out of `source` is a ValueError, too.
     """
     for pattern in COMPANIONS:
@@ -246,8 +248,7 @@ def copy_companions(source: Path, folder: Path, config: PreTrainedConfig, repo: 
             copy = folder / path.relative_to(source)
             if path.is_file() and not copy.exists():
                 copy.parent.mkdir(exist_ok=True)
-                # contents only: files in the Hub's cache are links and may be read-only
-                shutil.copyfile(file_inside(path.parent, path.name), copy)
+                copy_companion(file_inside(path.parent, path.name), copy)
     copy_tokenizer(source, folder, config, repo)
 
 

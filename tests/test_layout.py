@@ -71,6 +71,7 @@ PARTS = (
     "flexmoe.model_cards",
     "flexmoe.cards",
     "flexmoe.packages",
+    "flexmoe.foreign_code",
     "flexmoe.tokenization",
     "flexmoe.hub",
     "flexmoe.evaluation",

@@ -20,6 +20,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from flexmoe.foreign_code import foreign_code, without_foreign_code
 from flexmoe.io.folders import file_inside
 from flexmoe.io.lfs import refuse_pointers
 from flexmoe.io.strict_json import json_text, read_json_object
@@ -102,7 +103,7 @@ def read_tokenizer(
             config._name_or_path = repo or str(folder)
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:  # transformers, tokenizers and sentencepiece raise various kinds
-        code = _foreign_code(_tokenizer_config(folder))
+        code = foreign_code(_tokenizer_config(folder))
         why = f" It is code of the repository ({', '.join(code)}), which FlexMoE does not run." if code else ""
         raise TokenizerError(
             f"The tokenizer in {folder} cannot be read ({type(error).__name__}: {str(error).strip()[:300]}).{why} "
@@ -189,7 +190,7 @@ def copy_tokenizer(source: Path, folder: Path, config: PreTrainedConfig, repo: s
     for name in tokenizer_files(source):
         shutil.copyfile(file_inside(source, name), folder / name)
     values = _tokenizer_config(source)
-    if code := _foreign_code(values):
+    if code := foreign_code(values):
         warnings.warn(
             f"{source / TOKENIZER_CONFIG} names code of a repository, which is left out, so text is read as without "
             f"it: {', '.join(code)}.",
@@ -238,14 +239,9 @@ def _tokenizer_config(folder: Path) -> dict[str, Any]:
     return read_json_object(path) if path.is_file() else {}
 
 
-def _foreign_code(values: dict[str, Any]) -> list[str]:
-    named = values.get("auto_map") or ()
-    return [str(entry) for entry in (named.values() if isinstance(named, dict) else named)]
-
-
 def _write_config(folder: Path, values: dict[str, Any], tokenizer_class: str | None) -> None:
     """Writes tokenizer_config.json with this class and without code; the file keeps its bytes if it has both."""
-    wanted = {key: value for key, value in values.items() if key != "auto_map"}
+    wanted = without_foreign_code(copy.deepcopy(values))
     if tokenizer_class is not None:
         wanted["tokenizer_class"] = tokenizer_class
     path = folder / TOKENIZER_CONFIG

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from flexmoe.hub.foreign_code import copy_companion, foreign_code, without_foreign_code
+from flexmoe.foreign_code import copy_companion, foreign_code, without_foreign_code
 from flexmoe.io.dense import read_dense_config
 from flexmoe.meta import build_on_meta
 from flexmoe.modeling.configuration_flexmoe import AUTO_MAP

@@ -22,8 +22,9 @@ from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.packages.manifest import PackageError
 from flexmoe.packages.package import ExpertPackage, stream_package
 from flexmoe.packages.signing import keygen, sign
-from flexmoe.testing import perturb_expert, tiny_anchor
+from flexmoe.testing import tiny_anchor
 from tests.support.hub import Fault, HubServer, point_client_at
+from tests.support.two_owners import write_two_owners
 
 _numbers = itertools.count()  # transformers remembers, while it runs, what it has seen of a repository
 FILES = {"README.md", "config.json", "expert.safetensors", "expert_config.json"}
@@ -32,13 +33,7 @@ FILES = {"README.md", "config.json", "expert.safetensors", "expert_config.json"}
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stored")
-    tiny_anchor("llama").save_pretrained(folder / "anchor")
-    graft(folder / "anchor", folder / "grafted")
-    for name in ("math", "code"):
-        model = FlexMoeForCausalLM.from_pretrained(folder / "grafted")
-        model.add_expert_copy(name)
-        perturb_expert(model, name)
-        model.save_expert(name, folder / name, license="apache-2.0", data_statement="Worked problems.")
+    write_two_owners(folder, license="apache-2.0", data_statement="Worked problems.")
     compose(folder / "grafted", [folder / "math"], folder / "merged")
     by_reference = {"public": folder / "anchor", "math": folder / "math"}
     FlexMoeForCausalLM.from_pretrained(folder / "merged").save_composition(

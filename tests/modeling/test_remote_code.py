@@ -16,11 +16,11 @@ from transformers.dynamic_module_utils import get_relative_import_files
 
 import flexmoe
 from flexmoe.conversion.compose import compose, remove
-from flexmoe.conversion.graft import graft
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM, FlexMoeModel, modeling_flexmoe
 from flexmoe.modeling.configuration_flexmoe import AUTO_MAP
-from flexmoe.testing import perturb_expert, random_tokens, realigned, tiny_anchor, tiny_flexmoe
+from flexmoe.testing import random_tokens, realigned, tiny_anchor, tiny_flexmoe
 from tests.support.hub import HubServer, point_client_at
+from tests.support.two_owners import write_two_owners
 
 SCRIPT = Path(__file__).with_name("without_flexmoe.py")
 MODELING = Path(modeling_flexmoe.__file__)
@@ -80,13 +80,7 @@ class TestSavedFiles:
 def world(tmp_path_factory) -> SimpleNamespace:
     """A dense anchor, its graft, the packages math and code, and their model: merged and as a composition."""
     folder = tmp_path_factory.mktemp("world")
-    tiny_anchor("llama").save_pretrained(folder / "anchor")
-    graft(folder / "anchor", folder / "grafted")
-    for name in ("math", "code"):
-        model = FlexMoeForCausalLM.from_pretrained(folder / "grafted")
-        model.add_expert_copy(name)
-        perturb_expert(model, name)
-        model.save_expert(name, folder / name)
+    write_two_owners(folder)
     merged = compose(folder / "grafted", [folder / "math", folder / "code"], folder / "merged")
     sources = {"public": folder / "anchor", "math": folder / "math", "code": folder / "code"}
     AutoModelForCausalLM.from_pretrained(merged).save_composition(folder / "composition", sources=sources)

@@ -8,12 +8,11 @@ from random import Random
 import pytest
 
 from flexmoe.conversion.compose import add, compose, remove
-from flexmoe.conversion.graft import graft
 from flexmoe.hub.publish import plan_upload
 from flexmoe.hub.pull import pull
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.testing import perturb_expert, tiny_anchor
 from tests.support.stray_files import MARK, add_stray_files
+from tests.support.two_owners import write_two_owners
 
 CASES = 2000
 WAYS = ("push", "pull", "compose", "add", "remove")
@@ -22,13 +21,7 @@ WAYS = ("push", "pull", "compose", "add", "remove")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    tiny_anchor("llama").save_pretrained(folder / "anchor")
-    graft(folder / "anchor", folder / "grafted")
-    for name in ("math", "code"):
-        model = FlexMoeForCausalLM.from_pretrained(folder / "grafted")
-        model.add_expert_copy(name)
-        perturb_expert(model, name)
-        model.save_expert(name, folder / name)
+    write_two_owners(folder)
     compose(folder / "grafted", [folder / "math"], folder / "model")
     sources = {"public": folder / "anchor", "math": folder / "math"}
     FlexMoeForCausalLM.from_pretrained(folder / "model").save_composition(folder / "composition", sources=sources)

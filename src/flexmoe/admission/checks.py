@@ -14,7 +14,7 @@ from torch import nn
 
 from flexmoe.admission.findings import Finding, not_checked
 from flexmoe.admission.measures import input_matrix, unreadable_reason
-from flexmoe.admission.outputs import EMPTY, OUTPUT, OutputCheck, Probes, Reference, filled, zeros
+from flexmoe.admission.outputs import EMPTY, NOT_FINITE, OUTPUT, OutputCheck, Probes, Reference, filled, zeros
 from flexmoe.admission.rows import Row, check_rows
 from flexmoe.modeling.adapters_flexmoe import beneath_adapter
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
@@ -82,7 +82,7 @@ def _public_of(block: FlexMoeBlock, fresh: nn.Module, probes: Probes) -> tuple[n
         if any(hasattr(tensor, "full_tensor") for tensor in live.parameters()):  # gathering would need all ranks
             raise ValueError("public's network is sharded over several ranks")
         public = live if is_quantized else filled(fresh, {key: read_tensor(live, key) for key in fresh.state_dict()})
-        reference, unread = Reference.of(public, probes), "public's own output is not finite"
+        reference, unread = Reference.of(public, probes), NOT_FINITE
     except (ValueError, RuntimeError, TypeError) as error:
         reference = None
         unread = f"public's network is quantised, and cannot be called here: {error}" if is_quantized else str(error)

@@ -45,6 +45,8 @@ public is."""
 
 OUTPUT, EMPTY = "output", "empty output"
 
+NOT_FINITE = "public's own output is not finite"
+
 _PROBES = 4  # at each scale: norms over 4 H numbers, and products that are as fast as those of a single row
 _WIDE_RANGE = 1e30  # dtypes with larger numbers (bfloat16, float32) hold the output of any network at any scale above
 
@@ -209,6 +211,7 @@ def _variation(y_NH: Tensor) -> float:
 __all__ = [
     "EMPTY",
     "EMPTY_THRESHOLD",
+    "NOT_FINITE",
     "OUTPUT",
     "OUTPUT_THRESHOLD",
     "SCALES",

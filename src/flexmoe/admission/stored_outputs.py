@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flexmoe.admission.findings import refuse_unless_admitted
-from flexmoe.admission.outputs import OutputCheck, Probes, Reference, filled, zeros
+from flexmoe.admission.outputs import NOT_FINITE, OutputCheck, Probes, Reference, filled, zeros
 from flexmoe.hub.stored_model import StoredModel
 from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.meta import build_on_meta
@@ -25,7 +25,6 @@ from flexmoe.modeling.low_rank_flexmoe import is_low_rank
 from flexmoe.packages.checks import name_in_package
 
 NOT_AVAILABLE = "public's network is not available: the anchor is neither a local folder nor in the cache"
-NOT_FINITE = "public's own output is not finite"
 
 
 class PublicNetworks:

@@ -45,9 +45,9 @@ from flexmoe.composition.format import (
     write_composition,
 )
 from flexmoe.composition.load import Sources, check_pin
+from flexmoe.foreign_code import copy_companion
 from flexmoe.hub.client import HubAccess, ResolvedFolder, resolve_folder
 from flexmoe.hub.contents import check_others, composition_files, copy_companions
-from flexmoe.hub.foreign_code import copy_companion
 from flexmoe.hub.stored_model import StoredModel
 from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder, file_inside

@@ -8,7 +8,6 @@ Does not cover what is in the files (`flexmoe.packages.package`, `flexmoe.io.ten
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import warnings
@@ -18,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import flexmoe.modeling
-from flexmoe.hub.foreign_code import copy_companion
-from flexmoe.io.folders import file_inside, open_regular_file
+from flexmoe.foreign_code import copy_companion
+from flexmoe.io.folders import file_inside
+from flexmoe.io.hashing import sha256_of
 from flexmoe.io.strict_json import read_json_object
 from flexmoe.io.tensors import CheckpointFolder, listed
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
@@ -179,15 +179,6 @@ def left_out(folder: Path, files: Mapping[str, Path]) -> tuple[str, ...]:
     )
 
 
-def sha256_of(path: Path) -> tuple[int, str]:
-    """The size of a file in bytes, and its SHA-256 (hex)."""
-    digest = hashlib.sha256()
-    with os.fdopen(open_regular_file(path), "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return file.tell(), digest.hexdigest()
-
-
 def _complete(folder: Path, weights: list[str]) -> dict[str, Path]:
     names = [CONFIG_FILE, *([CARD_FILE] if (folder / CARD_FILE).is_file() else []), *weights]
     return {name: file_inside(folder, name) for name in names}
@@ -244,5 +235,4 @@ __all__ = [
     "left_out",
     "model_files",
     "package_files",
-    "sha256_of",
 ]

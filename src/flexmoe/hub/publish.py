@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexmoe.foreign_code import MAY_NAME_CODE, foreign_code
 from flexmoe.hub.client import Pushed, push_files
 from flexmoe.hub.contents import (
     CODE_FILES,
@@ -21,10 +22,9 @@ from flexmoe.hub.contents import (
     left_out,
     model_files,
     package_files,
-    sha256_of,
 )
-from flexmoe.hub.foreign_code import MAY_NAME_CODE, foreign_code
 from flexmoe.hub.privacy import SECRETS, Discovery, scan_file
+from flexmoe.io.hashing import sha256_of
 from flexmoe.io.strict_json import read_json_object
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
 from flexmoe.packages.manifest import MANIFEST_FILE

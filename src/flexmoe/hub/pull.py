@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flexmoe.foreign_code import copy_companion, foreign_code
 from flexmoe.hub.client import DOWNLOADED, HubAccess, ResolvedFolder
 from flexmoe.hub.contents import composition_files, model_files, package_files
-from flexmoe.hub.foreign_code import copy_companion, foreign_code
 from flexmoe.hub.publish import local_parts
 from flexmoe.io.folders import atomic_folder, check_new_folder
 from flexmoe.io.strict_json import read_json_object

@@ -1,4 +1,4 @@
-"""SHA-256 of a stream, computed in a background thread while the caller reads or writes.
+"""SHA-256 of a file, or of a stream in a background thread while the caller reads or writes.
 
 Does not cover comparing a digest with an expected one, or hashing several files at once.
 """
@@ -6,12 +6,24 @@ Does not cover comparing a digest with an expected one, or hashing several files
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+from flexmoe.io.folders import open_regular_file
 from flexmoe.io.tensors import Chunk
+
+
+def sha256_of(path: Path) -> tuple[int, str]:
+    """The size of a file in bytes, and its SHA-256 (hex)."""
+    digest = hashlib.sha256()
+    with os.fdopen(open_regular_file(path), "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return file.tell(), digest.hexdigest()
 
 
 class BackgroundHasher:
@@ -73,4 +85,4 @@ def _update_all(targets: Sequence[Any], chunk: Chunk) -> None:
         target.update(chunk)
 
 
-__all__ = ["BackgroundHasher"]
+__all__ = ["BackgroundHasher", "sha256_of"]

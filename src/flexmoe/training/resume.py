@@ -24,11 +24,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from flexmoe.io.folders import write_file
+from flexmoe.io.hashing import sha256_of
+
 ROWS_FILE = "router_rows.safetensors"
 RUN_FILE = "run.json"
 COMPLETE = "complete"
 
-_BLOCK = 8 << 20
 _REASONS = {
     "model": "the model's configuration",
     "weights": "the model's weights",
@@ -55,7 +57,7 @@ def identify(
     """
     return {
         "name": name,
-        "model": _sha256(folder / "config.json"),
+        "model": sha256_of(folder / "config.json")[1],
         **({"weights": _weights_sha256(folder)} if main else {}),
         "text": text,
         "tokenizer": tokens,
@@ -88,7 +90,7 @@ def open_work_folder(
     if main and (known is None or not resume):
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-        _write(record, json.dumps(identity, indent=2))
+        write_file(record, json.dumps(identity, indent=2).encode(), overwrite=True)
         return
     if known is None:
         raise FileNotFoundError(f"{record} is missing. The processes of a run must share one file system.")
@@ -120,8 +122,10 @@ def step_of(checkpoint: Path) -> int:
 
 def seal_checkpoint(folder: Path) -> None:
     """Marks a checkpoint as complete, with the digest of each file; one without the mark is not resumed from."""
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.is_file() and path.name != COMPLETE}
-    _write(folder / COMPLETE, json.dumps(files, indent=2))
+    files = {
+        path.name: sha256_of(path)[1] for path in sorted(folder.iterdir()) if path.is_file() and path.name != COMPLETE
+    }
+    write_file(folder / COMPLETE, json.dumps(files, indent=2).encode(), overwrite=True)
 
 
 def check_checkpoint(folder: Path) -> None:
@@ -197,13 +201,13 @@ def _fault(folder: Path) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != digest:
+        if sha256_of(path)[1] != digest:
             return f"{name} ({path.stat().st_size:,} bytes) is not what was written"
     return None
 
 
 def _weights_sha256(folder: Path) -> str:
-    lines = [f"{path.name} {_sha256(path)}" for path in sorted(folder.glob("*.safetensors"))]
+    lines = [f"{path.name} {sha256_of(path)[1]}" for path in sorted(folder.glob("*.safetensors"))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -213,18 +217,3 @@ def _tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {list(tensors[name].shape)}".encode())
         digest.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file that is there only once it is complete."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
