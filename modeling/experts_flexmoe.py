@@ -186,8 +186,7 @@ class FlexMoeBlock(nn.Module):
         hidden_size = config.get_text_config().hidden_size
         self.layer_index = layer_index
         self.hidden_size = hidden_size
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = bool(config.norm_topk_prob)
+        self.config = config  # for calls outside of the model's own forward pass
         self.experts = nn.ModuleDict()
         self.router = FlexMoeRouter()
         for record in config.expert_records:
@@ -202,7 +201,8 @@ class FlexMoeBlock(nn.Module):
         `residual` is an argument of the FFNs of BLOOM and MPT; it is added once, whatever the routing weights.
         """
         context = forward_context()
-        names = context.names or tuple(self.experts)
+        active = self.config.active_experts
+        names = context.names or tuple(name for name in self.experts if active is None or name in active)
         x_TH = hidden_states.reshape(-1, self.hidden_size)
         zeros = [x_TH.new_zeros(()) for _ in residual]
         mixed_TH = EXPERTS_FORWARDS[context.implementation](self, x_TH, names, context, zeros)
@@ -219,11 +219,11 @@ class FlexMoeBlock(nn.Module):
 
     def num_chosen(self, context: ForwardContext) -> int:
         """Experts per token; more than there are means all."""
-        return context.top_k or self.top_k
+        return context.top_k or self.config.num_experts_per_tok
 
     def renormalizes(self, context: ForwardContext) -> bool:
         """Whether the chosen experts' weights are divided by their sum."""
-        return self.norm_topk_prob if context.renormalize is None else context.renormalize
+        return bool(self.config.norm_topk_prob) if context.renormalize is None else context.renormalize
 
     def allowed(self, context: ForwardContext, x_TH: Tensor) -> Tensor | None:
         """Whether each token's sequence may use each expert, bool [T, A]; None if all may."""

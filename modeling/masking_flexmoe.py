@@ -63,9 +63,9 @@ class CacheStamp:
 class ForwardContext:
     """The settings of one forward pass, and what its blocks collect. A block called on its own sees the defaults."""
 
-    names: tuple[str, ...] | None = None  # the allowed experts; None allows all
+    names: tuple[str, ...] | None = None  # the allowed experts; None allows the active set of the config
     row_mask: Tensor | None = None  # bool [batch, len(names)] where sequences differ
-    top_k: int | None = None  # experts per token; None takes the block's default, as does `renormalize`
+    top_k: int | None = None  # experts per token; None takes the config's, as does `renormalize`
     renormalize: bool | None = None
     implementation: str = "eager"  # a key of `EXPERTS_FORWARDS`
     router_logits: list[Tensor] | None = None  # collects one [tokens, experts] per layer

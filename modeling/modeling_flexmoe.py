@@ -399,7 +399,7 @@ class FlexMoeModel(FlexMoePreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MoeModelOutputWithPast | tuple:
         """As the anchor's decoder; experts are chosen as in `FlexMoeForCausalLM.forward`."""
         inputs: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": use_cache}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -77,6 +78,13 @@ def _generation_config(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> An
     return kwargs.get("generation_config", args[0] if args else None) or model.generation_config
 
 
+def _with_config(args: tuple, kwargs: Mapping[str, Any], config: Any) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with this generation config, without its `experts`."""
+    config = copy.deepcopy(config)
+    config.experts = None
+    return ((config, *args[1:]), dict(kwargs)) if args else ((), {**kwargs, "generation_config": config})
+
+
 def _only(model: Any, experts: Sequence[str] | None) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if experts is None else model.only_experts(*experts)
 
@@ -119,6 +127,8 @@ def generate_batch(
     config = _generation_config(model, args, kwargs)
     if experts is None:
         experts = paged[0] if paged else getattr(config, "experts", None)
+    # what is chosen here is not intersected with the config's choice, which `start_manager` would read again
+    args, kwargs = _with_config(args, kwargs, config)
     if experts is None or all(isinstance(name, str) for name in experts):
         with _only(model, experts):
             return run(inputs, *args, **kwargs)

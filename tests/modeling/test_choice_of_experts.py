@@ -198,6 +198,21 @@ class TestThreads:
         thread.join()
 
 
+@pytest.mark.promise(
+    "`model.anchor(...)`, `model.get_decoder()(...)`",
+    "the active set of the config",
+    "works; scopes and `experts` belong to calls of the model",
+)
+def test_the_active_set_reaches_the_parts_of_a_model(model):
+    model.set_active_experts(ALLOWED)
+    try:
+        expected = model(IDS, output_hidden_states=True)
+        assert torch.equal(model.anchor(IDS).logits, expected.logits)
+        assert torch.equal(model.get_decoder()(IDS).last_hidden_state, expected.hidden_states[-1])
+    finally:
+        model.set_active_experts(None)
+
+
 class TestContinuousBatching:
     def tokens(self, outputs: dict[str, Any]) -> list[list[int]]:
         return [out.generated_tokens for out in outputs.values()]
@@ -227,6 +242,16 @@ class TestContinuousBatching:
             expected[1] = model.generate(IDS[1:], experts=["public"], **SETTINGS)[0, 5:].tolist()
         assert self.tokens(outputs) == expected
         assert list(outputs) == [out.request_id for out in outputs.values()] == ["req_0", "req_1"]
+
+    def test_the_argument_is_preferred_to_the_generation_config(self, model, reference):
+        config = GenerationConfig(**BATCHED.to_diff_dict(), experts=["public"])
+        outputs = model.generate_batch(IDS.tolist(), config, SMALL, experts=ALLOWED)
+        assert self.tokens(outputs) == reference[:, 5:].tolist()
+        each = model.generate_batch(
+            IDS.tolist(), generation_config=config, continuous_batching_config=SMALL, experts=[ALLOWED, None]
+        )
+        assert self.tokens(each)[0] == reference[0, 5:].tolist()
+        assert config.experts == ["public"]
 
     @pytest.mark.promise(
         "continuous batching",
