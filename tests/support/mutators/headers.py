@@ -36,7 +36,7 @@ def header_over_the_limit(folder: Path, chance: random.Random) -> str:
 
 def bad_offsets(folder: Path, chance: random.Random) -> str:
     path = chance.choice(weight_files(folder))
-    _, data = read_file(path)
+    header, data = read_file(path)
     size = len(data)
     changes: list[Callable[[int, int], Any]] = [
         lambda a, b: [b, a],
@@ -59,12 +59,10 @@ def bad_offsets(folder: Path, chance: random.Random) -> str:
         lambda a, b: None,
     ]
     number = chance.randrange(len(changes))
-
-    def change(header: dict[str, Any]) -> None:
-        entry = any_entry(header, chance)
-        entry["data_offsets"] = changes[number](*entry["data_offsets"])
-
-    change_header(folder, chance, change)
+    entry = any_entry(header, chance)
+    entry["data_offsets"] = changes[number](*entry["data_offsets"])
+    write_file(path, header, data)
+    seal(folder)
     return f"number {number}"
 
 
