@@ -328,6 +328,11 @@ class FlexMoeConfig(PreTrainedConfig):
         anchor: Any = self.anchor_config
         return anchor.get_text_config(decoder=True)
 
+    def validate_architecture(self) -> None:
+        """Nothing: the anchor's class has validated its fields, some by rules of its own."""
+
+    validate_layer_type = validate_architecture
+
     # as in transformers, of the anchor: the configuration of each layer, and plans with its names
     per_layer_config = property(lambda self: self._text_config().per_layer_config)
     base_model_tp_plan = property(lambda self: self._text_config().base_model_tp_plan)

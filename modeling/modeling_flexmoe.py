@@ -27,13 +27,7 @@ from transformers.utils.generic import ModelOutput
 
 from .adapters_flexmoe import AdapterWatch, refuse_wrapped
 from .anchors_flexmoe import ANCHOR_PREFIX, NameMap, find_ffn_sites
-from .configuration_flexmoe import (
-    EXPERTS_FORWARDS,
-    FlexMoeConfig,
-    check_top_k,
-    optional_flexmoe,
-    require_flexmoe,
-)
+from .configuration_flexmoe import EXPERTS_FORWARDS, FlexMoeConfig, check_top_k, optional_flexmoe, require_flexmoe
 from .distributed_flexmoe import class_without_fsdp, is_sharded
 from .experts_flexmoe import FlexMoeBlock
 from .fingerprint_flexmoe import align_tensors, refresh_fingerprint

@@ -44,7 +44,13 @@ NAMED = [
 ]
 """Pairs that real checkpoints have, and one in every so many of all that there are; `tests/soak` tries all."""
 SAMPLE = [case for case in itertools.islice(tokenizer_files.cases(every=False), 0, None, 23) if case not in NAMED]
-UNREADABLE = (ImportError, TypeError, AttributeError, ValueError)  # raised by transformers for files of another kind
+UNREADABLE = (
+    ImportError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    UnboundLocalError,
+)  # raised by transformers for files of another kind
 
 
 def grafted(anchor: Path, family: str) -> Path:
@@ -118,6 +124,23 @@ class TestWhatIsWritten:
         ]
         for folder in folders:
             assert first_difference(expected, AutoTokenizer.from_pretrained(folder)) is None, folder
+
+    def test_it_is_read_once_for_the_check_and_the_copy(
+        self, anchor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        graft = flexmoe.graft(anchor, tmp_path / "graft", experts={"math": anchor})
+        read = []
+        monkeypatch.setattr(
+            tokenization,
+            "read_tokenizer",
+            lambda folder, *args, **kwargs: read.append(folder) or read_tokenizer(folder, *args, **kwargs),
+        )
+        flexmoe.remove(graft, "math", tmp_path / "removed")
+        assert read == [graft, graft]  # of the model's class and of its anchor's
+        read.clear()
+        flexmoe.export(graft, tmp_path / "dense", to="dense", expert="public")
+        assert read[:2] == [graft, graft]
+        assert len(read) == 3  # and what was written, for a model of another class
 
     def test_files_keep_their_bytes_where_nothing_has_to_change(self, anchor: Path, tmp_path: Path) -> None:
         model = copy_of(anchor, tmp_path / "model", tokenizer_class="TokenizersBackend")

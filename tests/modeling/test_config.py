@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
 from flexmoe.testing import ANCHOR_CONFIGS, VOCABULARY, tiny_flexmoe
@@ -89,3 +89,9 @@ def test_generation_config_comes_from_the_anchor_and_is_saved(family, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
     assert (loaded.max_new_tokens, loaded.do_sample, loaded.eos_token_id) == (7, True, 2)
+
+
+def test_the_fields_of_an_anchor_follow_the_rules_of_its_own_class() -> None:
+    """Nemotron-H has names of layer types that configs in general may not have."""
+    anchor = CONFIG_MAPPING["nemotron_h"]()
+    assert FlexMoeConfig(anchor_config=anchor).layer_types == anchor.layer_types
