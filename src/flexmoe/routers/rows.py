@@ -22,6 +22,7 @@ prior of a composition (public's bias, `flexmoe compose --public-prior`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -33,8 +34,11 @@ Needs = Literal["states", "moments", "embeddings", "nothing"]
 
 RIDGE = 1e-3  # lambda of log_odds, on standardised inputs
 SHRINKAGE = 0.1  # of lda's covariance towards its diagonal
-CHUNK = 16_384  # tokens converted to float64 at a time
-MAX_NEWTON_STEPS = 100
+CHUNK_ELEMENTS = 1 << 19  # of the states that are converted to float64 at a time
+SAMPLE = 8  # tokens of each side per unit, on which log_odds is solved first
+CONTRACTION = 0.1  # of Newton's decrement by a step; above it, the Hessian is computed again
+CONVERGED = 1e-10  # Newton's decrement; the loss is then within half of it
+MAX_STEPS = 200
 PROJECTION_SEED = 0  # of the projection of embeddings: all owners must use the same one
 
 
@@ -56,7 +60,7 @@ class Moments:
 
     def update(self, x_TH: torch.Tensor) -> None:
         """Adds vectors [T, H] of any floating-point dtype."""
-        for chunk in x_TH.split(CHUNK):
+        for chunk in _chunks(x_TH):
             x = chunk.double()
             self.count += len(x)
             self._sum += x.sum(0)
@@ -209,11 +213,16 @@ def embed_documents(documents: Sequence[str], embedder: str, limit: int = 1000, 
 
 
 class _LogisticRegression:
-    """The optimisation problem of `log_odds`; data stays in its own dtype and is converted to float64 by chunks."""
+    """The optimisation problem of `log_odds`; data stays in its own dtype and is converted by chunks.
+
+    Values and gradients are computed in float64, as products of the states with a vector. The Hessian, the only large
+    product, is computed in float32, factorised, and kept for as long as the steps with it converge fast: an inexact
+    Hessian changes the number of steps, not the solution.
+    """
 
     def __init__(self, own: torch.Tensor, public: torch.Tensor, *, intercept: bool) -> None:
         for side, states in (("own", own), ("public", public)):
-            if not len(states) or not torch.isfinite(states).all():
+            if not len(states) or not all(torch.isfinite(chunk).all() for chunk in _chunks(states)):
                 raise ValueError(f"The anchor's states on {side} text are empty or not finite; no row can be fitted.")
         self.sides = ((own, 1.0), (public, -1.0))
         self.intercept = intercept
@@ -228,46 +237,91 @@ class _LogisticRegression:
 
     def solve(self) -> torch.Tensor:
         """The solution, float64 [H] or [H + 1], the intercept last."""
-        theta = torch.zeros_like(self.ridge)
-        for _ in range(MAX_NEWTON_STEPS):
-            value, gradient, hessian = self._derivatives(theta)
-            step = torch.linalg.solve(hessian, gradient)
-            decrement = (gradient @ step).item()
-            if decrement < 1e-10:  # convergence is quadratic: this step is the last
+        theta = self._start()
+        value, gradient = self._value_and_gradient(theta)
+        factor, before, size = None, math.inf, 1.0
+        for _ in range(MAX_STEPS):
+            if factor is not None:
+                step = torch.cholesky_solve(gradient[:, None], factor)[:, 0]
+                decrement = (gradient @ step).item()
+            if factor is None or size < 1 or decrement > CONTRACTION * before:
+                factor = self._factor(theta)
+                step = torch.cholesky_solve(gradient[:, None], factor)[:, 0]
+                decrement = (gradient @ step).item()
+            if decrement < CONVERGED:
                 return theta - step
-            size = 1.0
-            while size > 1e-6 and self._value(theta - size * step) > value - 1e-4 * size * decrement + 1e-12:
+            size, before = 1.0, decrement
+            while True:
+                next_value, next_gradient = self._value_and_gradient(theta - size * step)
+                if next_value <= value - 1e-4 * size * decrement + 1e-12 or size < 1e-6:
+                    break
                 size /= 2
-            theta = theta - size * step
-        raise ArithmeticError(f"log_odds: Newton's method did not converge in {MAX_NEWTON_STEPS} steps.")
+            theta, value, gradient = theta - size * step, next_value, next_gradient
+        raise ArithmeticError(f"log_odds: Newton's method did not converge in {MAX_STEPS} steps.")
 
-    def _rows(self) -> Iterator[tuple[torch.Tensor, float, float]]:
-        """Chunks of (standardised rows float64 [t, H or H + 1], their class +1 or -1, the weight of a row)."""
-        for states, sign in self.sides:
-            for chunk in states.split(CHUNK):
-                z = (chunk.double() - self.centre) / self.scale
-                yield F.pad(z, (0, 1), value=1.0) if self.intercept else z, sign, 0.5 / len(states)
+    def _start(self) -> torch.Tensor:
+        """The solution for a sample of the states if there are many, else zero."""
+        count = SAMPLE * len(self.ridge)
+        if all(len(states) < 4 * count for states, _ in self.sides):
+            return torch.zeros_like(self.ridge)
+        own, public = (states[:: max(1, len(states) // count)] for states, _ in self.sides)
+        sample = _LogisticRegression(own, public, intercept=self.intercept)
+        theta = sample.solve()
+        weight = theta[: len(self.scale)] / sample.scale
+        solution = theta.clone()
+        solution[: len(self.scale)] = weight * self.scale
+        if self.intercept:
+            solution[-1] += weight @ (self.centre - sample.centre)
+        return solution
 
-    def _value(self, theta: torch.Tensor) -> float:
-        data = sum(weight * F.softplus(-sign * (z @ theta)).sum() for z, sign, weight in self._rows())
-        return float(data + 0.5 * (self.ridge * theta**2).sum())
-
-    def _derivatives(self, theta: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
+    def _value_and_gradient(self, theta: torch.Tensor) -> tuple[float, torch.Tensor]:
+        weight = theta[: len(self.scale)] / self.scale
+        shift = (theta[-1] if self.intercept else 0.0) - self.centre @ weight
         value = 0.5 * (self.ridge * theta**2).sum()
-        gradient, hessian = self.ridge * theta, self.ridge.diag()
-        for z, sign, weight in self._rows():
-            score = sign * (z @ theta)
-            wrong = torch.sigmoid(-score)  # the probability of the other class
-            value = value + weight * F.softplus(-score).sum()
-            gradient = gradient - weight * sign * (z.T @ wrong)
-            hessian = hessian + z.T @ (z * (weight * wrong * (1 - wrong))[:, None])
-        return value.item(), gradient, hessian
+        slope, total = torch.zeros_like(self.scale), torch.zeros_like(value)
+        for states, sign in self.sides:
+            for chunk in _chunks(states):
+                x = chunk.double()
+                score = sign * (x @ weight + shift)
+                wrong = torch.sigmoid(-score) * (sign * 0.5 / len(states))  # the probability of the other class
+                value = value + F.softplus(-score).sum() * (0.5 / len(states))
+                slope -= x.T @ wrong
+                total -= wrong.sum()
+        gradient = self.ridge * theta
+        gradient[: len(self.scale)] += (slope - total * self.centre) / self.scale
+        if self.intercept:
+            gradient[-1] += total
+        return value.item(), gradient
+
+    def _factor(self, theta: torch.Tensor) -> torch.Tensor:
+        """The Cholesky factor of the Hessian, float64."""
+        factor, failed = torch.linalg.cholesky_ex(self._hessian(theta, torch.float32))
+        # where own states are far larger than public ones, rounding exceeds the ridge
+        return torch.linalg.cholesky(self._hessian(theta, torch.float64)) if failed else factor
+
+    def _hessian(self, theta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """float64, of products in `dtype`."""
+        hessian = self.ridge.diag()
+        theta, centre, scale = theta.to(dtype), self.centre.to(dtype), self.scale.to(dtype)
+        for states, _ in self.sides:
+            for chunk in _chunks(states):
+                z = (chunk.to(dtype) - centre) / scale
+                z = F.pad(z, (0, 1), value=1.0) if self.intercept else z
+                probability = torch.sigmoid(z @ theta)
+                z *= (probability * (1 - probability) * (0.5 / len(states))).sqrt_()[:, None]
+                hessian += z.T @ z
+        return hessian
+
+
+def _chunks(states: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Consecutive rows, few enough that a copy stays in the cache and that memory is reused."""
+    yield from states.split(max(1, CHUNK_ELEMENTS // states.shape[1]))
 
 
 def _mean_and_square(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Means float64 [H] of states and of their squares."""
-    total = square = torch.zeros(states.shape[1], dtype=torch.float64, device=states.device)
-    for chunk in states.split(CHUNK):
+    total, square = torch.zeros(2, states.shape[1], dtype=torch.float64, device=states.device).unbind()
+    for chunk in _chunks(states):
         x = chunk.double()
         total, square = total + x.sum(0), square + (x * x).sum(0)
     return total / len(states), square / len(states)
