@@ -41,3 +41,15 @@ def test_rows_do_not_depend_on_the_memory_budget(method):
     for one, other in zip(*rows, strict=True):
         assert torch.equal(one.weight, other.weight)
         assert one.bias == other.bias
+
+
+def test_progress_counts_all_tokens_and_layers(capsys):
+    own, public = (RowText([], random_tokens(40, 32, seed)) for seed in (1, 2))
+    fit = {"tokens": 600, "bias": False, "seed": 0, "max_bytes": 1}
+    fit_rows(tiny_flexmoe("llama"), row_method("log_odds"), own, public, **fit)
+    assert not capsys.readouterr().err
+    fit_rows(tiny_flexmoe("llama"), row_method("log_odds"), own, public, **fit, progress=True)
+    shown = capsys.readouterr().err
+    assert "Reading states: 100%" in shown
+    assert "2.43k/2.43k" in shown  # 19 sequences of a side, in two groups of layers
+    assert "Fitting router rows: 100%" in shown

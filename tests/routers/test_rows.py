@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flexmoe.routers import rows
 from flexmoe.routers.rows import RIDGE, ROUTER_ROWS, Moments, embed_documents, router_row, row_method
 
 H = 12
@@ -73,6 +74,26 @@ def test_log_odds_with_separable_and_constant_units(states):
         assert ((own @ row.weight + row.bias > 0).float().mean()) > 0.99
     with pytest.raises(ValueError, match="own text are empty or not finite"):
         fit("log_odds", own.fill_(float("nan")), public)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_log_odds_does_not_depend_on_the_sample_it_starts_from(states, bias, monkeypatch):
+    many = [side.repeat(3, 1) + 0.1 * torch.randn(3 * len(side), H, generator=generator(4)) for side in states]
+    calls = []
+    hessian = rows._LogisticRegression._hessian
+    monkeypatch.setattr(
+        rows._LogisticRegression,
+        "_hessian",
+        lambda self, *args: (calls.append(len(self.sides[0][0])), hessian(self, *args))[1],
+    )
+    with monkeypatch.context() as context:
+        context.setattr(rows, "SAMPLE", 10**6)  # so there is none
+        expected = fit("log_odds", *many, bias=bias)
+    assert set(calls) == {2700}
+    row = fit("log_odds", *many, bias=bias)
+    assert torch.allclose(row.weight, expected.weight, rtol=1e-4, atol=1e-6)
+    assert row.bias == pytest.approx(expected.bias, abs=1e-4)
+    assert 8 * H < min(calls) < 16 * H
 
 
 def test_moments_of_a_stream_equal_those_of_all_states(states):

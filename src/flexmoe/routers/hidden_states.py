@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from flexmoe.io.dense import DenseCheckpoint, load_causal_lm
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, find_ffn_sites
 from flexmoe.routers.rows import Moments, RouterRow, RowMethod, embed_documents
 
-STATES_BYTES = 4_000_000_000  # budget for own and public states together
+STATES_BYTES = 2_000_000_000  # budget for own and public states together
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,16 @@ def ffn_inputs(
 
 
 def collect_states(
-    model: PreTrainedModel, sequences: torch.Tensor, layers: Sequence[int], tokens: int
+    model: PreTrainedModel,
+    sequences: torch.Tensor,
+    layers: Sequence[int],
+    tokens: int,
+    advance: Callable[[int], object] = int,
 ) -> dict[int, torch.Tensor]:
-    """{layer: FFN inputs [T, H]} of the first `tokens` tokens, in the model's dtype and on its device."""
+    """{layer: FFN inputs [T, H]} of the first `tokens` tokens, in the model's dtype and on its device.
+
+    `advance` is called with the number of tokens of each batch.
+    """
     held: dict[int, torch.Tensor] = {}
     start = 0
     for batch in ffn_inputs(model, _first(sequences, tokens), layers):
@@ -98,13 +106,21 @@ def collect_states(
             part = x_TH[: tokens - start]
             held[layer][start : start + len(part)] = part
         start += len(x_TH)
+        advance(len(x_TH))
     return held
 
 
 def collect_moments(
-    model: PreTrainedModel, sequences: torch.Tensor, layers: Sequence[int], tokens: int
+    model: PreTrainedModel,
+    sequences: torch.Tensor,
+    layers: Sequence[int],
+    tokens: int,
+    advance: Callable[[int], object] = int,
 ) -> dict[int, Moments]:
-    """{layer: moments of the FFN inputs} of the first `tokens` tokens, on the model's device."""
+    """{layer: moments of the FFN inputs} of the first `tokens` tokens, on the model's device.
+
+    `advance` is called with the number of tokens of each batch.
+    """
     moments: dict[int, Moments] = {}
     start = 0
     for batch in ffn_inputs(model, _first(sequences, tokens), layers):
@@ -113,6 +129,7 @@ def collect_moments(
                 moments[layer] = Moments(x_TH.shape[1], x_TH.device)
             moments[layer].update(x_TH[: tokens - start])
         start += len(x_TH)
+        advance(len(x_TH))
     return moments
 
 
@@ -127,6 +144,7 @@ def fit_rows(
     seed: int,
     embedder: str | None = None,
     max_bytes: int = STATES_BYTES,
+    progress: bool = False,
 ) -> list[RouterRow]:
     """Fits one row per layer; they are on the CPU.
 
@@ -141,6 +159,7 @@ def fit_rows(
         seed: of random choices.
         embedder: a sentence-transformers model, for methods that need embeddings.
         max_bytes: memory for states, own and public together.
+        progress: show progress bars on stderr.
 
     Raises:
         ValueError: no public text, or no embedder, although the method needs it.
@@ -172,13 +191,21 @@ def fit_rows(
     )
     collect: Callable[..., dict[int, Any]] = collect_states if method.needs == "states" else collect_moments
     floats = {"states": tokens * hidden * model.dtype.itemsize, "moments": 8 * hidden * (hidden + 1)}
-    group = max(1, max_bytes // (2 * floats[method.needs]))
+    groups = torch.arange(depth).split(max(1, max_bytes // (2 * floats[method.needs])))
+    passes = sum(side.numel() for side in (own_NL, public_NL)) * len(groups)
     rows = []
-    for layers in torch.arange(depth).split(group):
-        own_by_layer, public_by_layer = (collect(model, text, layers.tolist(), tokens) for text in (own_NL, public_NL))
-        for layer in layers.tolist():  # popped: the states of a layer are not needed after its fit
-            row = method.fit(own_by_layer.pop(layer), public_by_layer.pop(layer), **options)
-            rows.append(RouterRow(row.weight.cpu(), row.bias))
+    with (
+        logging.tqdm(total=passes, desc="Reading states", unit="token", unit_scale=True, disable=not progress) as read,
+        logging.tqdm(total=depth, desc="Fitting router rows", unit="layer", disable=not progress) as fitted,
+    ):
+        for layers in groups:
+            own_by_layer, public_by_layer = (
+                collect(model, text, layers.tolist(), tokens, read.update) for text in (own_NL, public_NL)
+            )
+            for layer in layers.tolist():  # popped: the states of a layer are not needed after its fit
+                row = method.fit(own_by_layer.pop(layer), public_by_layer.pop(layer), **options)
+                rows.append(RouterRow(row.weight.cpu(), row.bias))
+                fitted.update()
     return rows
 
 

@@ -441,7 +441,8 @@ def _two_expert_model(
     model = load_causal_lm(folder, FlexMoeForCausalLM, dtype=dtype).to(arguments.device)
     method = row_method(settings.router)
     with arguments.main_process_first(local=False, desc="fitting router rows"):
-        rows = _rows(Path(arguments.output_dir) / ROWS_FILE, model, method, text, settings)
+        shown = not arguments.disable_tqdm and arguments.process_index == 0
+        rows = _rows(Path(arguments.output_dir) / ROWS_FILE, model, method, text, settings, shown)
     if settings.gradient_checkpointing:
         enable_activation_checkpointing(model)
     with torch.random.fork_rng():
@@ -460,7 +461,12 @@ def _two_expert_model(
 
 
 def _rows(
-    file: Path, model: FlexMoeForCausalLM, method: RowMethod, text: TrainingText, settings: TrainingSettings
+    file: Path,
+    model: FlexMoeForCausalLM,
+    method: RowMethod,
+    text: TrainingText,
+    settings: TrainingSettings,
+    progress: bool,
 ) -> dict[str, torch.Tensor]:
     """ "weight" [layers, H] and "bias" [layers]; fitted once per run and stored, so a resumed run has the same."""
     if not file.is_file():
@@ -473,6 +479,7 @@ def _rows(
             bias=settings.router_bias,
             seed=settings.seed,
             embedder=settings.embedder,
+            progress=progress,
         )
         weights, biases = torch.stack([row.weight for row in rows]), torch.tensor([row.bias for row in rows])
         save_rows(file, {"weight": weights, "bias": biases})

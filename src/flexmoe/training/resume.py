@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from flexmoe.io.folders import write_file
 from flexmoe.io.hashing import sha256_of
+from flexmoe.io.strict_json import read_json_object
 
 ROWS_FILE = "router_rows.safetensors"
 RUN_FILE = "run.json"
@@ -185,7 +186,7 @@ def _changes(known: Mapping[str, Any], identity: Mapping[str, Any], defaults: Ma
 def _known_run(record: Path) -> dict[str, Any] | None:
     """The identity of the run in a folder; None if there is none, or it was interrupted before it was recorded."""
     try:
-        known = json.loads(record.read_text(encoding="utf-8"))
+        known = read_json_object(record)
     except (FileNotFoundError, ValueError):  # of JSON and of UTF-8
         return None
     return known if isinstance(known, dict) and isinstance(known.get("settings"), dict) else None
@@ -193,7 +194,7 @@ def _known_run(record: Path) -> dict[str, Any] | None:
 
 def _fault(folder: Path) -> str | None:
     try:
-        expected = json.loads((folder / COMPLETE).read_text(encoding="utf-8"))
+        expected = read_json_object(folder / COMPLETE)
         items = sorted(expected.items())
     except (ValueError, AttributeError):
         return f"its file {COMPLETE!r} cannot be read"
