@@ -312,7 +312,7 @@ class FlexMoeConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of `@strict`: the anchor's own class has checked its configuration."""
 
-    validate_rope = validate_architecture
+    validate_rope = validate_layer_type = validate_architecture
 
     def _get_generation_parameters(self) -> dict[str, Any]:
         # `generate` settings that a family declares as fields (BART's forced_eos_token_id) belong to the anchor
@@ -327,11 +327,6 @@ class FlexMoeConfig(PreTrainedConfig):
         """The anchor's configuration of its decoder: itself, a part of it (composites), or a view of it (BART)."""
         anchor: Any = self.anchor_config
         return anchor.get_text_config(decoder=True)
-
-    def validate_architecture(self) -> None:
-        """Nothing: the anchor's class has validated its fields, some by rules of its own."""
-
-    validate_layer_type = validate_architecture
 
     # as in transformers, of the anchor: the configuration of each layer, and plans with its names
     per_layer_config = property(lambda self: self._text_config().per_layer_config)

@@ -1,8 +1,9 @@
-"""Whether a norm follows the feed-forward networks (FFNs) of a dense anchor: the default of `norm_topk_prob`.
+"""The norms around the feed-forward networks (FFNs) of a dense anchor.
 
-A norm undoes any scale of an FFN's output (OLMo-2, Gemma-2), a plain residual keeps it. Names differ between families,
-so the answer is observed in a forward pass that computes shapes only. Does not cover families whose forward pass needs
-values: there the user sets `norm_topk_prob`.
+A norm that follows an FFN undoes any scale of its output (OLMo-2, Gemma-2), a plain residual keeps it: the default of
+`norm_topk_prob`. A norm before it gives its input, which is the router's, the scale of the norm's weights. Names
+differ between families, so both are observed in a forward pass that computes shapes only. Does not cover families
+whose forward pass needs values: there the user sets `norm_topk_prob`, and the scale is unknown.
 """
 
 from __future__ import annotations
@@ -14,12 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flexmoe.meta import build_on_meta
 from flexmoe.modeling.anchors_flexmoe import FfnSite
 
 _observed: dict[str, bool] = {}
+_input_norms: dict[str, str | None] = {}
+
+
+FORWARD_ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError)
+"""Raised by forward passes that need values."""
 
 
 class _Observed(BaseException):
@@ -38,16 +44,64 @@ def norm_follows_each_ffn(anchor_config: PreTrainedConfig) -> bool:
     return _observed[key]
 
 
-def _observe(anchor_config: PreTrainedConfig) -> bool:
+def input_norm(anchor_config: PreTrainedConfig) -> str | None:
+    """The norm whose output is the input of the first layer's FFN, by its name in the layer; None if there is none.
+
+    None, too, if the forward pass of the family cannot be observed.
+    """
+    key = anchor_config.to_json_string(use_diff=False)
+    if key not in _input_norms:
+        _input_norms[key] = _observe_input(anchor_config)
+    return _input_norms[key]
+
+
+def _observe_input(anchor_config: PreTrainedConfig) -> str | None:
     dense, sites = build_on_meta(anchor_config)
+    layer = dense.get_submodule(sites[0].layer)
+    network = layer.get_submodule(sites[0].attributes[0])
+    outputs: dict[int, tuple[Tensor, str]] = {}  # by storage, which views share; tensors are kept, so ids stay theirs
+    found: list[str | None] = []
+
+    def check(_module: nn.Module, args: tuple) -> None:
+        found.append(outputs.get(args[0].untyped_storage()._cdata, (None, None))[1])
+        raise _Observed
+
+    handles = [network.register_forward_pre_hook(check)]
+    for name, module in layer.named_modules():
+        if "norm" not in type(module).__name__.lower() or module is layer:
+            continue
+
+        def remember(_module: nn.Module, _args: tuple, output: Any, name: str = name) -> None:
+            if isinstance(output, Tensor):
+                outputs[output.untyped_storage()._cdata] = output, name
+
+        handles.append(module.register_forward_hook(remember))
+    try:
+        _compute_shapes(dense)
+    except (_Observed, *FORWARD_ERRORS):
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _compute_shapes(dense: PreTrainedModel) -> None:
+    """A forward pass without values."""
     dense.eval()  # in training, OPT drops layers at random, which needs values
     # with fake tensors, masks are built without reading values, as in a trace
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _hooks_on_ffns(dense, sites) as taken_by_norm:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        dense(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+
+
+def _observe(anchor_config: PreTrainedConfig) -> bool:
+    dense, sites = build_on_meta(anchor_config)
+    with _hooks_on_ffns(dense, sites) as taken_by_norm:
         try:
-            dense(input_ids=torch.zeros(1, 2, dtype=torch.long, device="meta"), use_cache=False)
+            _compute_shapes(dense)
         except _Observed:
             return False
-        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        except FORWARD_ERRORS as error:
             raise ValueError(
                 f"Cannot determine whether a norm follows the feed-forward networks of {type(dense).__name__}: its "
                 f"forward pass without values failed: {error}. Set norm_topk_prob: False if one does, else True."
@@ -99,4 +153,4 @@ def _hooks_on_ffns(dense: nn.Module, sites: list[FfnSite]) -> Iterator[set[str]]
             handle.remove()
 
 
-__all__ = ["norm_follows_each_ffn"]
+__all__ = ["input_norm", "norm_follows_each_ffn"]

@@ -10,6 +10,7 @@ from torch import nn
 from flexmoe.admission.checks import check_expert
 from flexmoe.admission.findings import AdmissionError, Finding, refuse_unless_admitted
 from flexmoe.admission.outputs import EMPTY, OUTPUT
+from flexmoe.admission.router_inputs import RouterInput
 from flexmoe.admission.rows import (
     BIAS,
     BIAS_THRESHOLD,
@@ -113,7 +114,7 @@ class TestRows:
     )
     def test_length_against_public_without_other_experts(self, length, scale, verdict):
         matrix = torch.full((8, H), scale)
-        found = check_rows(rows(length), public=rows(0), others={}, input_matrices=[matrix])
+        found = check_rows(rows(length), public=rows(0), others={}, inputs=[RouterInput(matrix)])
         assert by_name(found)[LONE].verdict == verdict
 
     @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ class TestModels:
     def test_a_copy_of_public_is_accepted_in_any_family(self, family):
         model = tiny_flexmoe(family, ["math"])
         before = {key: value.clone() for key, value in model.state_dict().items()}
-        found = check_expert(model.flexmoe_blocks(), self.parts(model), model.config)
+        found = check_expert(model, self.parts(model))
         assert set(verdicts(found).values()) == {ACCEPT}
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
@@ -188,9 +189,8 @@ class TestModels:
         parts = self.parts(model)
         for _, row in parts:
             nn.init.constant_(row.weight, 1e3)
-        blocks = model.flexmoe_blocks()
-        assert verdicts(check_expert(blocks, parts, model.config))[OTHERS] == REFUSE
-        assert verdicts(check_expert(blocks, parts, model.config, replaced="math"))[OTHERS] == NOT_CHECKED
+        assert verdicts(check_expert(model, parts))[OTHERS] == REFUSE
+        assert verdicts(check_expert(model, parts, replaced="math"))[OTHERS] == NOT_CHECKED
 
     @pytest.mark.parametrize(
         ("a", "b", "verdict"), [(None, 0.3, ACCEPT), (None, 300.0, REFUSE), (3e38, 0.0, REFUSE), (1e37, 1e-37, REFUSE)]
@@ -206,7 +206,7 @@ class TestModels:
         for part in parts[1][0].modules():
             if isinstance(part, LowRankDelta) and b == 300.0:
                 nn.init.normal_(part.B.weight, std=b, generator=torch.Generator().manual_seed(0))
-        found = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        found = by_name(check_expert(model, parts))
         assert found[OUTPUT].verdict == verdict
         if verdict == REFUSE:
             assert "in layer 1" in found[OUTPUT].message
@@ -218,8 +218,8 @@ class TestModels:
             if isinstance(part, nn.Dropout):
                 part.p = 0.9
         parts = self.parts(model)
-        found = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
-        assert found == by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        found = by_name(check_expert(model, parts))
+        assert found == by_name(check_expert(model, parts))
         assert found[OUTPUT].value < 1  # public's output is smaller than its input
         assert found[EMPTY].value == 1
         assert all(part.training == mode for part in model.modules())
@@ -229,22 +229,22 @@ class TestModels:
         parts = self.parts(model)
         with torch.device("meta"):
             empty = FlexMoeForCausalLM(copy.deepcopy(model.config))
-        found = check_expert(empty.flexmoe_blocks(), parts, model.config)
+        found = check_expert(empty, parts)
         assert set(verdicts(found).values()) == {NOT_CHECKED}
         assert "meta" in by_name(found)[OUTPUT].message
         refuse_unless_admitted("new", found)
         on_meta = [(network.to("meta"), row.to("meta")) for network, row in parts]
-        found = check_expert(model.flexmoe_blocks(), on_meta, model.config)
+        found = check_expert(model, on_meta)
         assert set(verdicts(found).values()) == {NOT_CHECKED}
 
     def test_outputs_are_compared_with_those_of_an_offloaded_public(self):
         accelerate = pytest.importorskip("accelerate")
         model = tiny_flexmoe("llama", ["math"])
         parts = self.parts(model)
-        plain = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        plain = by_name(check_expert(model, parts))
         accelerate.cpu_offload(model)
         assert next(model.flexmoe_blocks()[0].experts[PUBLIC].parameters()).is_meta
-        found = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        found = by_name(check_expert(model, parts))
         assert (found[OUTPUT], found[EMPTY]) == (plain[OUTPUT], plain[EMPTY])
         assert found[OUTPUT].verdict == ACCEPT
 
@@ -253,11 +253,11 @@ class TestModels:
         parts = self.parts(model)
         for parameter in model.flexmoe_blocks()[0].experts[PUBLIC].parameters():
             parameter.full_tensor = None  # the attribute of a DTensor
-        found = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        found = by_name(check_expert(model, parts))
         assert found[OUTPUT].verdict == ACCEPT
         assert "not all layers are compared: layer 0: public's network is sharded" in found[OUTPUT].message
         nn.init.constant_(parts[0][0].up_proj.weight, 3e38)
-        assert by_name(check_expert(model.flexmoe_blocks(), parts, model.config))[OUTPUT].verdict == REFUSE
+        assert by_name(check_expert(model, parts))[OUTPUT].verdict == REFUSE
 
     def test_rows_are_checked_beside_a_quantised_public(self):
         model = tiny_flexmoe("llama", ["math"])
@@ -266,7 +266,7 @@ class TestModels:
             for matrix in block.experts[PUBLIC].children():
                 if isinstance(matrix, nn.Linear):
                     matrix.weight = nn.Parameter(matrix.weight.detach().to(torch.int8), requires_grad=False)
-        found = by_name(check_expert(model.flexmoe_blocks(), parts, model.config))
+        found = by_name(check_expert(model, parts))
         assert found[OTHERS].verdict == found[BIAS].verdict == ACCEPT
         assert found[LONE].verdict == found[OUTPUT].verdict == NOT_CHECKED
         assert "quantised" in found[OUTPUT].message
@@ -275,10 +275,10 @@ class TestModels:
         peft = pytest.importorskip("peft")
         model = tiny_flexmoe("llama", ["math"])
         parts = self.parts(model)
-        plain = check_expert(model.flexmoe_blocks(), parts, model.config)
+        plain = check_expert(model, parts)
         pattern = r".*\.experts\.(?:public)\.(?:down_proj|gate_proj)"
         peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=pattern))
-        assert check_expert(model.flexmoe_blocks(), parts, model.config) == plain
+        assert check_expert(model, parts) == plain
 
 
 def test_a_refusal_has_name_values_thresholds_and_what_to_do():

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import flexmoe
 from flexmoe.admission.findings import AdmissionError
 from flexmoe.admission.measures import input_matrix_name, sample_step
 from flexmoe.admission.outputs import OUTPUT
-from flexmoe.admission.stored_rows import anchor_input_matrices, public_input_matrices
+from flexmoe.admission.router_inputs import inputs_of_anchor, inputs_of_live, inputs_of_stored
 from flexmoe.admission.verification import verify
 from flexmoe.composition.edit import compose_by_reference, update_composition
 from flexmoe.conversion.compose import add, compose
@@ -28,7 +29,7 @@ from flexmoe.io.tensors import TensorFile
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
 from flexmoe.packages.package import PackageError
 from flexmoe.packages.trust import UntrustedPackageError
-from flexmoe.testing import perturb_expert, tiny_anchor
+from flexmoe.testing import perturb_expert, random_tokens, tiny_anchor
 from flexmoe_cli import main
 
 Tensors = dict[str, torch.Tensor]
@@ -398,23 +399,71 @@ class TestIncomingTogether:
             values |= {found.value for found in caught.value.findings if found.check == "row against public"}
         assert len(values) == 1
 
-    @pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox"])
-    def test_the_sampled_matrix_on_disk_is_that_of_the_live_model(self, family: str, tmp_path: Path) -> None:
-        tiny_anchor(family).save_pretrained(tmp_path / "anchor")
+    @pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox", "gemma2", "olmo2"])
+    def test_the_router_input_on_disk_is_that_of_the_live_model(self, family: str, tmp_path: Path) -> None:
+        anchor = tiny_anchor(family)
+        for module in anchor.modules():
+            if "norm" in type(module).__name__.lower():
+                nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
+        anchor.save_pretrained(tmp_path / "anchor")
         stored = StoredModel(graft(tmp_path / "anchor", tmp_path / "grafted"))
         live = FlexMoeForCausalLM.from_pretrained(stored.folder)
         hidden = live.config.get_text_config().hidden_size
-        for block, ours, dense in zip(
+        inputs: dict[int, torch.Tensor] = {}
+        for block in live.flexmoe_blocks():
+            block.register_forward_pre_hook(lambda block, args: inputs.update({block.layer_index: args[0]}))
+        live(random_tokens(8, 64))
+        for block, ours, theirs, of_live in zip(
             live.flexmoe_blocks(),
-            public_input_matrices(stored, live),
-            anchor_input_matrices(DenseCheckpoint(tmp_path / "anchor"), hidden),
+            inputs_of_stored(stored, live),
+            inputs_of_anchor(DenseCheckpoint(tmp_path / "anchor"), hidden),
+            inputs_of_live(live),
             strict=True,
         ):
             matrix = block.experts["public"].get_parameter(str(input_matrix_name(block.experts["public"], hidden)))
-            assert ours is not None
-            assert dense is not None
-            assert torch.equal(ours, matrix[:: sample_step(len(matrix))])
-            assert torch.equal(ours, dense)
+            assert torch.equal(ours.matrix, matrix[:: sample_step(len(matrix))])
+            assert torch.equal(ours.matrix, theirs.matrix)
+            assert ours.typical_length(hidden) == pytest.approx(of_live.typical_length(hidden))
+            if family == "olmo2":  # its networks read the residual stream
+                assert ours.scale is theirs.scale is of_live.scale is None
+                continue
+            assert torch.equal(ours.scale, of_live.scale)
+            assert torch.equal(ours.scale, theirs.scale)
+            measured = inputs[block.layer_index].detach().flatten(0, -2).square().mean(0).sqrt()
+            assert torch.corrcoef(torch.stack([measured.log(), ours.scale.log()]))[0, 1] > 0.9
+
+    @pytest.mark.parametrize("way", ["live", "on disk"])
+    def test_rows_are_compared_in_the_scale_of_their_input(self, way: str, tmp_path: Path) -> None:
+        """A fitted row has a huge coordinate where the norm's weight is nearly zero, as in pretrained models."""
+        anchor = tiny_anchor("llama")
+        with torch.no_grad():
+            for layer in anchor.model.layers:
+                layer.post_attention_layernorm.weight[3] = 1e-4
+        anchor.save_pretrained(tmp_path / "anchor")
+        graft(tmp_path / "anchor", tmp_path / "model")
+        model = FlexMoeForCausalLM.from_pretrained(tmp_path / "model")
+        packages = {}
+        for name, unit, value in (("plain", 0, 1.0), ("honest", 3, 1e3), ("hijacker", 5, 1e3)):
+            model.add_expert_copy(name)
+            for block in model.flexmoe_blocks():
+                row = block.router[name].weight.data.normal_(generator=torch.Generator().manual_seed(0))
+                row[0, unit] = value
+            packages[name] = model.save_expert(name, tmp_path / name)
+            model.remove_expert(name)
+
+        def put(name: str) -> None:
+            if way == "live":
+                model.add_expert(packages[name])
+            else:
+                add(tmp_path / "with-plain", packages[name], tmp_path / f"with-{name}")
+
+        if way == "live":
+            put("plain")
+        else:
+            compose(tmp_path / "model", [packages["plain"]], tmp_path / "with-plain")
+        put("honest")
+        with pytest.raises(AdmissionError, match=r"row in layer 0 is .* times as long as the longest other row"):
+            put("hijacker")
 
     @pytest.mark.parametrize("wild", [math.nan, -math.inf])
     def test_rows_that_are_not_finite_are_refused_by_name(self, stored: Path, wild: float, tmp_path: Path) -> None:

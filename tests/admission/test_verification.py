@@ -350,12 +350,20 @@ def test_the_commands_of_the_document_are_valid():
             assert context.params["model"] == "./composed"
 
 
+README = Path(__file__).parents[2] / "README.md"
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"data": ["x.txt"], "public_sample": True}, ValueError, "one of the two"),
         ({"max_tokens": 1}, ValueError, "max_tokens=1"),
         ({"data": ["missing.txt"]}, FileNotFoundError, "missing.txt"),
+        (
+            {"data": [README], "text_template": "{title}"},
+            ValueError,
+            "is for the columns of tables",
+        ),
     ],
 )
 def test_wrong_arguments(world, options, error, message):

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from flexmoe.admission.findings import Finding, not_checked
-from flexmoe.admission.measures import input_matrix, unreadable_reason
+from flexmoe.admission.measures import unreadable_reason
 from flexmoe.admission.outputs import EMPTY, NOT_FINITE, OUTPUT, OutputCheck, Probes, Reference, filled, zeros
+from flexmoe.admission.router_inputs import inputs_of_live
 from flexmoe.admission.rows import Row, check_rows
 from flexmoe.modeling.adapters_flexmoe import beneath_adapter
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
@@ -23,32 +24,25 @@ from flexmoe.packages.modules import execution_device, fresh_networks, read_tens
 
 
 def check_expert(
-    blocks: Sequence[FlexMoeBlock],
-    parts: Sequence[tuple[nn.Module, nn.Module]],
-    config: FlexMoeConfig,
-    *,
-    replaced: str | None = None,
+    model: Any, parts: Sequence[tuple[nn.Module, nn.Module]], *, replaced: str | None = None
 ) -> list[Finding]:
     """Checks an expert before it is added to a model, which does not change; the expert is put in eval mode.
 
     Args:
-        blocks: the model's, in layer order.
-        parts: the expert's network and router row in each of them.
-        config: the model's.
+        model: a FlexMoE model.
+        parts: the expert's network and router row in each of its blocks.
         replaced: the expert that it replaces, which is no reference for it.
     """
+    blocks = model.flexmoe_blocks()
     names = [name for name in blocks[0].router if name not in (PUBLIC, replaced)]
-    publics = [block.experts[PUBLIC] for block in blocks]
     return [
         *check_rows(
             [_live_row(row) for _, row in parts],
             public=[_live_row(block.router[PUBLIC]) for block in blocks],
             others={name: [_live_row(block.router[name]) for block in blocks] for name in names},
-            input_matrices=[
-                input_matrix(public, block.hidden_size) for public, block in zip(publics, blocks, strict=True)
-            ],
+            inputs=inputs_of_live(model),
         ),
-        *_check_outputs(blocks, [network for network, _ in parts], config),
+        *_check_outputs(blocks, [network for network, _ in parts], model.config),
     ]
 
 

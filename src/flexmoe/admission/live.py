@@ -141,7 +141,7 @@ def _insert_package(
         check_config_size(model.config, record)
         parts = parts_from_package(blocks, fresh_experts(model.config, record, networks), package)
     if verify:
-        refuse_unless_admitted(name, check_expert(blocks, parts, model.config, replaced=name), package.folder)
+        refuse_unless_admitted(name, check_expert(model, parts, replaced=name), package.folder)
     model.insert_expert(record, _quantize(model, name, parts), replaces)
 
 

@@ -6,8 +6,10 @@ trigger that the text does not hold.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flexmoe.admission.findings import Finding, FindingVerdict
-from flexmoe.data import LONGEST_SEQUENCE, pack, read_documents, read_public_sample
+from flexmoe.data import LONGEST_SEQUENCE, Documents, pack, read_public_sample
 from flexmoe.evaluation import token_losses
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.packages.modules import ExpertPart
@@ -67,11 +69,8 @@ def read_public_text(
     host: FlexMoeForCausalLM,
     folder: Path,
     *,
-    data: Sequence[str | Path] | None,
+    data: Documents | None,
     public_sample: bool,
-    text_column: str,
-    text_template: str | None,
-    skip_empty: bool,
     tokenizer: PreTrainedTokenizerBase | None,
     max_tokens: int,
 ) -> torch.Tensor | None:
@@ -79,6 +78,7 @@ def read_public_text(
 
     Args:
         folder: of the model, with its public sample and, by default, its tokenizer.
+        data: iterated twice, so that only the lengths of all documents are held.
         Others: as in `flexmoe.verify`.
 
     Raises:
@@ -88,17 +88,18 @@ def read_public_text(
     if data is None and not public_sample:
         return None
     record: Mapping[str, Any] | None = host.config.public_sample
-    if data is None:
-        documents = read_public_sample(folder, record)
-    else:
-        documents = read_documents(data, column=text_column, template=text_template, skip_empty=skip_empty)
-    random.Random(0).shuffle(documents)  # so that a few long ones do not dominate; seeded, so that runs agree
-    chosen, characters = [], 0
-    for document in documents:  # a token has some five characters: enough documents, without tokenising gigabytes
-        chosen.append(document)
-        characters += len(document)
-        if characters > 16 * max_tokens:
-            break
+    documents = read_public_sample(folder, record) if data is None else data
+    lengths = [len(document) for document in documents]
+    order = list(range(len(lengths)))
+    random.Random(0).shuffle(order)  # so that a few long ones do not dominate; seeded, so that runs agree
+    # a token has some five characters: enough documents, without tokenising gigabytes
+    before = itertools.accumulate((lengths[i] for i in order), initial=0)
+    wanted = [i for i, characters in zip(order, before, strict=False) if characters <= 16 * max_tokens]
+    texts = dict.fromkeys(wanted, "")
+    texts.update((i, document) for i, document in enumerate(documents) if i in texts)
+    chosen = list(texts.values())
+    if data is not None and (note := data.skipped_note()):
+        warnings.warn(note, stacklevel=3)
     config = host.config.get_text_config()
     packed = pack(chosen, tokenizer or load_tokenizer(folder), 2, vocab_size=config.vocab_size)
     stream = packed.flatten()[:max_tokens]

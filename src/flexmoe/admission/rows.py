@@ -1,8 +1,8 @@
 """Checks of router rows and biases: would the incoming expert take over the routing?
 
 A trained row is the log-odds of "mine" against "public", a function of the layer's input, whose scale differs between
-layers and families. So rows are compared with the other rows of their layer, and with public's first matrix, which has
-the same input.
+units, layers and families. So rows are compared with the other rows of their layer, and with public's first matrix,
+which has the same input, in the scale of that input where it is known (`flexmoe.admission.router_inputs`).
 
 | attack | detected by |
 |---|---|
@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from flexmoe.admission.findings import Finding, Worst, not_checked
-from flexmoe.admission.measures import PUBLIC_ROWS, norm, rms, unreadable_reason
+from flexmoe.admission.measures import norm, unreadable_reason
+from flexmoe.admission.router_inputs import RouterInput
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
 
 Row = tuple[Tensor, Tensor]
@@ -53,7 +54,7 @@ def check_row_tensors(
     public: Mapping[str, Tensor],
     others: Mapping[str, Mapping[str, Tensor]],
     incoming: Mapping[str, Mapping[str, Tensor]] | None = None,
-    input_matrices: Sequence[Tensor | None] | None = None,
+    inputs: Sequence[RouterInput] | None = None,
 ) -> list[Finding]:
     """`check_rows` for rows by their names in a package, `layers.<i>.router.weight` and `.bias`."""
     layers = sorted(int(name.split(".")[1]) for name in rows if name.endswith(".router.weight"))
@@ -66,7 +67,7 @@ def check_row_tensors(
         public=by_layer(public),
         others={name: by_layer(tensors) for name, tensors in others.items()},
         incoming={name: by_layer(tensors) for name, tensors in (incoming or {}).items()},
-        input_matrices=input_matrices,
+        inputs=inputs,
     )
 
 
@@ -76,7 +77,7 @@ def check_rows(
     public: Sequence[Row],
     others: Mapping[str, Sequence[Row]],
     incoming: Mapping[str, Sequence[Row]] | None = None,
-    input_matrices: Sequence[Tensor | None] | None = None,
+    inputs: Sequence[RouterInput] | None = None,
 ) -> list[Finding]:
     """Compares rows and biases with those of public and of the other experts, layer by layer.
 
@@ -87,20 +88,21 @@ def check_rows(
         incoming: the rows of other experts that are added at the same time. If the model has no other expert, the
             shortest is the reference for lengths. They are no reference for biases, so that two incoming experts
             cannot justify each other.
-        input_matrices: for each layer the matrix of public's network that has the router's input, or None.
+        inputs: for each layer what is known of the router's input; None if nothing is.
     """
     reason = next((why for row in rows for tensor in row if (why := unreadable_reason(tensor))), None)
     if reason is not None:
         return [not_checked(check, f"the expert's row {reason}") for check in (OTHERS, LONE, BIAS)]
-    lengths = [norm(weight) for weight, _ in rows]
+    inputs = inputs or [RouterInput()] * len(rows)
+    lengths = [norm(each.scaled(weight)) for each, (weight, _) in zip(inputs, rows, strict=True)]
     biases = [float(bias) for _, bias in rows]
     layers = range(len(rows))
     existing = {PUBLIC: public, **others}
-    present = [_readable({name: theirs[layer] for name, theirs in existing.items()}) for layer in layers]
-    arriving = [_readable({name: theirs[layer] for name, theirs in (incoming or {}).items()}) for layer in layers]
+    present = [_readable(inputs[i], {name: theirs[i] for name, theirs in existing.items()}) for i in layers]
+    arriving = [_readable(inputs[i], {name: theirs[i] for name, theirs in (incoming or {}).items()}) for i in layers]
     return [
         _check_against_others(lengths, present, arriving),
-        _check_against_public(rows, lengths, input_matrices or [None] * len(rows)),
+        _check_against_public(lengths, inputs, rows[0][0].numel()),
         _check_bias(biases, present),
     ]
 
@@ -124,17 +126,15 @@ def _check_against_others(
     return worst.finding(OTHERS, f"{worst.subject} is {{value}} times as long as {worst.reference}")
 
 
-def _check_against_public(
-    rows: Sequence[Row], lengths: Sequence[float], input_matrices: Sequence[Tensor | None]
-) -> Finding:
+def _check_against_public(lengths: Sequence[float], inputs: Sequence[RouterInput], hidden_size: int) -> Finding:
     worst, reason = Worst(LONE_ROW_THRESHOLD), "no matrix of public's network with the router's input is available"
-    for layer, (row, length, matrix) in enumerate(zip(rows, lengths, input_matrices, strict=True)):
-        if matrix is None:
+    for layer, (length, each) in enumerate(zip(lengths, inputs, strict=True)):
+        if each.matrix is None:
             continue
-        if why := unreadable_reason(matrix):
+        if why := unreadable_reason(each.matrix):
             reason = f"public's first matrix {why}"
             continue
-        typical = rms(matrix, PUBLIC_ROWS) * row[0].numel() ** 0.5
+        typical = each.typical_length(hidden_size)
         reference = "a typical row of public's first matrix" if typical >= 1 else "1 (public's rows are shorter)"
         worst.add(length / max(1.0, typical), f"the row in layer {layer}", reference)
     if not worst.subject:
@@ -154,10 +154,10 @@ def _check_bias(biases: Sequence[float], present: Sequence[Mapping[str, tuple[fl
     return worst.finding(BIAS, f"{worst.subject} is {{value}} above {worst.reference}")
 
 
-def _readable(rows: Mapping[str, Row]) -> dict[str, tuple[float, float]]:
+def _readable(router_input: RouterInput, rows: Mapping[str, Row]) -> dict[str, tuple[float, float]]:
     """(length, bias) of each readable row."""
     return {
-        name: (norm(weight), float(bias))
+        name: (norm(router_input.scaled(weight)), float(bias))
         for name, (weight, bias) in rows.items()
         if not unreadable_reason(weight) and not unreadable_reason(bias)
     }

@@ -13,15 +13,11 @@ import torch
 
 from flexmoe.admission.findings import refuse_unless_admitted
 from flexmoe.admission.incoming import IncomingExpert
-from flexmoe.admission.measures import input_matrix_name, sample_step
+from flexmoe.admission.router_inputs import RouterInput
 from flexmoe.admission.rows import check_row_tensors
-from flexmoe.hub.stored_model import StoredModel
-from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.io.finite import all_finite
-from flexmoe.io.tensors import CheckpointFolder
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
-from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.packages.checks import check_layers, errors_naming, name_in_package
 from flexmoe.packages.package import PackageError
@@ -33,7 +29,7 @@ RowsByExpert = Mapping[str, Mapping[str, torch.Tensor]]
 def check_incoming_rows(
     incoming: Sequence[IncomingExpert],
     existing: RowsByExpert,
-    input_matrices: Sequence[torch.Tensor | None] | None = None,
+    inputs: Sequence[RouterInput] | None = None,
 ) -> None:
     """Compares the rows and biases of each incoming expert with those of public and the model's other experts.
 
@@ -41,7 +37,7 @@ def check_incoming_rows(
     their biases are no reference.
 
     Args:
-        input_matrices: as in `flexmoe.admission.rows.check_rows`.
+        inputs: as in `flexmoe.admission.rows.check_rows`.
 
     Raises:
         PackageError: a row or a bias is not finite.
@@ -58,7 +54,7 @@ def check_incoming_rows(
             public=existing[PUBLIC],
             others=others,
             incoming={other.name: other.rows for other in incoming if other is not expert},
-            input_matrices=input_matrices,
+            inputs=inputs,
         )
         refuse_unless_admitted(expert.name, findings, expert.package.folder)
 
@@ -68,7 +64,7 @@ def check_composed_rows(
     changed: Mapping[str, torch.Tensor],
     incoming: Sequence[IncomingExpert],
     existing: Sequence[IncomingExpert],
-    input_matrices: Sequence[torch.Tensor | None] | None = None,
+    inputs: Sequence[RouterInput] | None = None,
 ) -> None:
     """As `check_incoming_rows`, for a composition, whose rows may differ from those of the packages.
 
@@ -93,7 +89,7 @@ def check_composed_rows(
     check_incoming_rows(
         [replace(expert, rows=effective(expert.name, expert.rows)) for expert in incoming],
         {PUBLIC: effective(PUBLIC, zeros), **{other.name: effective(other.name, other.rows) for other in existing}},
-        input_matrices,
+        inputs,
     )
 
 
@@ -109,51 +105,13 @@ def tensor_places(model: FlexMoeForCausalLM) -> dict[str, tuple[str, str]]:
     return found
 
 
-def public_input_matrices(stored: StoredModel, model: FlexMoeForCausalLM) -> list[torch.Tensor | None]:
-    """For each layer a sample of the rows of public's matrix that has the router's input, or None.
-
-    Args:
-        model: the stored model on the meta device, possibly with incoming experts.
-    """
-    return [
-        _read_sample(
-            stored.tensors, f"{path}.experts.{PUBLIC}.", input_matrix_name(block.experts[PUBLIC], block.hidden_size)
-        )
-        for path, block in _named_blocks(model)
-    ]
-
-
-def anchor_input_matrices(dense: DenseCheckpoint, hidden_size: int) -> list[torch.Tensor | None]:
-    """As `public_input_matrices`, for a dense checkpoint."""
-    matrices = []
-    for site in dense.sites:
-        name = input_matrix_name(site.ffn(dense.model), hidden_size)
-        prefix = f"{site.block}." if len(site.attributes) == 1 else f"{site.layer}."
-        matrices.append(_read_sample(dense.files, "", dense.stored.get(f"{prefix}{name}")))
-    return matrices
-
-
 def _named_blocks(model: FlexMoeForCausalLM) -> list[tuple[str, FlexMoeBlock]]:
     return [(path, module) for path, module in model.named_modules() if isinstance(module, FlexMoeBlock)]
 
 
-def _read_sample(tensors: CheckpointFolder, prefix: str, name: str | None) -> torch.Tensor | None:
-    """The sampled rows of a stored matrix; None if there is no such matrix."""
-    info = tensors.infos.get(f"{prefix}{name}")
-    if name is None or info is None or len(info.shape) != 2 or not info.nbytes:
-        return None
-    width, step, data = info.nbytes // info.shape[0], sample_step(info.shape[0]), bytearray()
-    for row in range(0, info.shape[0], step):
-        for chunk in tensors.file_of(info.name).chunks(info.name, start=row * width, stop=(row + 1) * width):
-            data += chunk
-    return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).view(-1, info.shape[1])
-
-
 __all__ = [
     "RowsByExpert",
-    "anchor_input_matrices",
     "check_composed_rows",
     "check_incoming_rows",
-    "public_input_matrices",
     "tensor_places",
 ]

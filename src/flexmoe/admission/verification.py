@@ -31,6 +31,7 @@ from flexmoe.admission.public_text import (
     measure_public_text,
     read_public_text,
 )
+from flexmoe.data import Documents, check_template_is_used
 from flexmoe.hub.client import HubAccess, resolve_folder
 from flexmoe.io.dense import load_causal_lm
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, check_expert_name, expert_record
@@ -151,6 +152,10 @@ def verify(
         check_expert_name(name)
     if max_tokens < 2 or batch_size < 1:
         raise ValueError(f"max_tokens={max_tokens}, batch_size={batch_size}: at least 2 tokens, and 1 sequence.")
+    documents = None
+    if data is not None:
+        documents = Documents(data, column=text_column, template=text_template, skip_empty=skip_empty)
+        check_template_is_used([documents])
     trust = resolve_policy(policy)
     source, opened, origin = _open(package, revision)
     folder = resolve_folder(model).path
@@ -160,11 +165,8 @@ def verify(
     text_NL = read_public_text(
         host,
         folder,
-        data=data,
+        data=documents,
         public_sample=public_sample,
-        text_column=text_column,
-        text_template=text_template,
-        skip_empty=skip_empty,
         tokenizer=tokenizer,
         max_tokens=max_tokens,
     )
@@ -228,7 +230,7 @@ class _Checks:
         if self.parts is None:
             self.skip("rows and outputs", "the package does not fit the model, or is damaged")
         else:
-            self.findings += check_expert(self.host.flexmoe_blocks(), self.parts, self.host.config, replaced=self.name)
+            self.findings += check_expert(self.host, self.parts, replaced=self.name)
 
     def check_text(self, text_NL: torch.Tensor | None, batch_size: int) -> None:
         """The effect on public text, int64 [N, L]."""
