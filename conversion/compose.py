@@ -24,11 +24,13 @@ from flexmoe.admission.incoming import (
     rename_incoming,
     with_experts,
 )
+from flexmoe.admission.router_inputs import inputs_of_stored
 from flexmoe.admission.stored_outputs import PublicNetworks
-from flexmoe.admission.stored_rows import check_incoming_rows, public_input_matrices, tensor_places
+from flexmoe.admission.stored_rows import check_incoming_rows, tensor_places
 from flexmoe.cards.facts import model_facts
 from flexmoe.cards.rendering import render
-from flexmoe.hub.contents import check_others, copy_companions, model_files
+from flexmoe.companions import copy_companions
+from flexmoe.hub.contents import check_others, model_files
 from flexmoe.hub.stored_model import CONFIG_FILE, StoredModel
 from flexmoe.io.finite import cast_finite
 from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder
@@ -237,17 +239,17 @@ def _write(
     streams = {expert.name: _PackageStream(expert) for expert in incoming}
     sources = _sources(stored, model, {expert.name: expert for expert in incoming}, streams, public_prior)
     if verify and incoming:
-        check_incoming_rows(incoming, _present_rows(stored, model, public_prior), public_input_matrices(stored, model))
+        check_incoming_rows(incoming, _present_rows(stored, model, public_prior), inputs_of_stored(stored, model))
         publics = PublicNetworks.of_model(stored)
         for expert in incoming:
             expert.expect(config, publics, verify=True)
     check_others(stored.folder, target, model_files(stored.folder, read_json_object(stored.folder / CONFIG_FILE)))
-    check_tokenizer(stored.folder)
+    tokenizer = check_tokenizer(stored.folder)
     with atomic_folder(target, overwrite) as folder:
         write_checkpoint(folder, sources, max_shard_size=max_shard_size, progress=progress)
         for stream in streams.values():
             stream.finish()
-        copy_companions(stored.folder, folder, config)
+        copy_companions(stored.folder, folder, config, public_sample=config.public_sample, tokenizer=tokenizer)
         # a function of the model's experts, instead of the card that was copied
         (folder / CARD_FILE).write_text(render("model", model_facts(config)), encoding="utf-8")
         model.save_code(folder)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from flexmoe.conversion.graft import copy_companions
+from flexmoe.companions import copy_companions
 from flexmoe.conversion.low_rank import merged_source
 from flexmoe.conversion.native_formats import ALTERNATIVES, FORMATS, NativeFormat, native_config
 from flexmoe.conversion.public_networks import PublicNetworks
@@ -123,7 +123,7 @@ def export(
         raise ValueError(f"There is no format {to!r} to export to; there are {', '.join(TARGETS)}.")
     stored = StoredModel(model, "exported")
     check_apart(target, stored.folder)
-    check_tokenizer(stored.folder)
+    tokenizer = check_tokenizer(stored.folder)
     exported = TARGETS[to](stored, Options(expert, drop_bias, densify))
     durable = overwrite  # a new folder can be written again; one that replaces another must not be lost
     with atomic_folder(target, overwrite, durable=durable) as folder:
@@ -135,7 +135,7 @@ def export(
             flush=durable,
             progress=progress,
         )
-        copy_companions(stored.folder, folder, exported.config)
+        copy_companions(stored.folder, folder, exported.config, tokenizer=tokenizer)
         values = {**json.loads(exported.config.to_json_string()), **exported.aliases}
         # last: without it, a folder does not load
         (folder / CONFIG_FILE).write_text(json_text(values), encoding="utf-8")

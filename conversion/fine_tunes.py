@@ -1,6 +1,7 @@
 """Dense fine-tunes of an anchor as its experts: in what they may differ, and how shared tensors are chosen.
 
-A fine-tune is a checkpoint of the anchor's own architecture. Its feed-forward networks become an expert; all other
+A fine-tune is a checkpoint of the anchor's own architecture, or of the text model that a multimodal anchor consists of
+in part: training libraries often save that alone. Its feed-forward networks become an expert; all other
 tensors (attention, norms, embeddings) exist once in a FlexMoE model, so they must equal the anchor's byte for byte, or
 the caller decides: keep the anchor's, or average over all checkpoints as Branch-Train-MiX does (arXiv 2403.07816).
 
@@ -9,9 +10,10 @@ Does not cover the graft itself (`graft`), adapters (`lora_adapters`) or router 
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -113,14 +115,19 @@ class FineTune:
         """Opens the fine-tune in the folder `source` and compares headers and configurations with the anchor's.
 
         If `shared` is "anchor", only the FFNs must match in shape and dtype; vocabulary and positions may differ.
+        Tensors of the anchor that a checkpoint of the text model alone does not have (an image encoder) are the
+        anchor's.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
             ValueError: it is not a fine-tune of this anchor: another architecture, or tensors of other names, shapes
                 or dtypes; lists the differences.
         """
-        dense, what = DenseCheckpoint(source.path), f"{name}={source.repo or source.path}"
-        _check_same_architecture(anchor, dense, what, networks_only=shared == "anchor")
+        what = f"{name}={source.repo or source.path}"
+        opened = DenseCheckpoint(source.path)
+        names = _names_in(anchor, opened, what)
+        dense = _renamed(opened, names)
+        _check_same_architecture(anchor, dense, what, set(names.values()), networks_only=shared == "anchor")
         return cls(name, source, dense)
 
 
@@ -130,8 +137,8 @@ def check_shared(anchor: DenseCheckpoint, fine_tunes: Sequence[FineTune], names:
     Raises:
         ValueError: some differ; lists the tensors and the options.
     """
-    shared = [name for name in anchor.infos if not names.is_ffn(name)]
     for fine_tune in fine_tunes:
+        shared = [name for name in anchor.infos if not names.is_ffn(name) and name in fine_tune.dense.infos]
         different = [name for name in shared if not same_bytes(_chunks(anchor, name), _chunks(fine_tune.dense, name))]
         if different:
             raise ValueError(
@@ -145,11 +152,13 @@ def check_shared(anchor: DenseCheckpoint, fine_tunes: Sequence[FineTune], names:
 def averaged_source(name: str, dense_name: str, checkpoints: Sequence[DenseCheckpoint]) -> TensorSource:
     """The mean of the tensor `dense_name` over `checkpoints`, computed in float32 and rounded once, under `name`.
 
+    Checkpoints of the text model alone do not have all tensors of the first one, and do not count for the others.
     Integers and booleans are not averaged: the first checkpoint's are used. Reading a mean that is not finite raises
     ValueError.
     """
     first = checkpoints[0].infos[dense_name]
-    if not TORCH_DTYPES[first.dtype].is_floating_point:
+    checkpoints = [checkpoint for checkpoint in checkpoints if dense_name in checkpoint.infos]
+    if len(checkpoints) == 1 or not TORCH_DTYPES[first.dtype].is_floating_point:
         return source_from_file(checkpoints[0].files, checkpoints[0].stored[dense_name], name)
     info = TensorInfo(name, first.dtype, first.shape, first.nbytes)
 
@@ -171,13 +180,16 @@ def averaged_source(name: str, dense_name: str, checkpoints: Sequence[DenseCheck
 
 
 def _check_same_architecture(
-    anchor: DenseCheckpoint, dense: DenseCheckpoint, what: str, *, networks_only: bool
+    anchor: DenseCheckpoint, dense: DenseCheckpoint, what: str, present: Collection[str], *, networks_only: bool
 ) -> None:
-    _check_same_class(anchor, dense, what)
+    """Compares configurations and headers; `present`: the names of the tensors that the class of `dense` has."""
     # the model's own config: a class for text alone has that part of a composite config
-    ours, theirs = (_computation_fields(each.model.config) for each in (anchor, dense))
+    config: PreTrainedConfig = anchor.model.config
+    if type(dense.model) is not type(anchor.model):
+        config = config.get_text_config()
+    ours, theirs = _computation_fields(config), _computation_fields(dense.model.config)
     fields = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    outside = [key for key in fields if _is_outside_of_ffns(key, anchor.model.config)]
+    outside = [key for key in fields if _is_outside_of_ffns(key, config)]
     only_outside = len(outside) == len(fields)
     if networks_only:
         fields = [key for key in fields if key not in outside]
@@ -192,7 +204,8 @@ def _check_same_architecture(
     different = [
         f"{name} ({_described(dense.infos.get(name))}, the anchor's is {_described(anchor.infos.get(name))})"
         for name in dict.fromkeys([*anchor.infos, *dense.infos])
-        if (is_ffn(name) or not networks_only)
+        if name in present
+        and (is_ffn(name) or not networks_only)
         and _described(dense.infos.get(name)) != _described(anchor.infos.get(name))
     ]
     if different:
@@ -204,15 +217,41 @@ def _check_same_architecture(
         )
 
 
-def _check_same_class(anchor: DenseCheckpoint, dense: DenseCheckpoint, what: str) -> None:
+def _names_in(anchor: DenseCheckpoint, dense: DenseCheckpoint, what: str) -> dict[str, str]:
+    """The names of all tensors of the class of `dense`, and what they are called in the anchor's class.
+
+    Both are of one class, or `dense` is of the class for the anchor's text model alone: "model.layers.0..." of
+    Gemma3ForCausalLM is "model.language_model.layers.0..." in Gemma3ForConditionalGeneration.
+
+    Raises:
+        ValueError: it is of another class.
+    """
+    state = list(dense.model.state_dict())
+    if type(dense.model) is type(anchor.model):
+        return {name: name for name in state}
+    text, prefix = dense.model.base_model, f"{dense.model.base_model_prefix}."
+    paths = [path for path, module in anchor.model.named_modules() if type(module) is type(text)]
+    if len(paths) == 1 and type(text) is not type(anchor.model.base_model):
+        names = {
+            name: f"{paths[0]}.{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in state
+        }
+        if anchor.model.state_dict().keys() >= set(names.values()):
+            return names
     ours, theirs = type(anchor.model).__name__, type(dense.model).__name__
-    if ours != theirs:
-        raise ValueError(
-            f"{what} is not a fine-tune of {anchor.folder}: it loads as {theirs} (model_type "
-            f"{dense.config.model_type!r}), the anchor as {ours} (model_type {anchor.config.model_type!r}). Both must "
-            f"be of one class: if the fine-tune is of a part of the anchor, save it with {ours}, or graft the model "
-            "that it is a fine-tune of."
-        )
+    raise ValueError(
+        f"{what} is not a fine-tune of {anchor.folder}: it loads as {theirs} (model_type "
+        f"{dense.config.model_type!r}), the anchor as {ours} (model_type {anchor.config.model_type!r}). Both must be "
+        f"of one class, or the fine-tune of that of the anchor's text model: save it with {ours}, or graft the model "
+        "that it is a fine-tune of."
+    )
+
+
+def _renamed(dense: DenseCheckpoint, names: Mapping[str, str]) -> DenseCheckpoint:
+    """The checkpoint with its tensors under other names."""
+    renamed = copy.copy(dense)
+    renamed.stored = {names[name]: stored for name, stored in dense.stored.items()}
+    renamed.infos = {names[name]: replace(info, name=names[name]) for name, info in dense.infos.items()}
+    return renamed
 
 
 def _computation_fields(config: PreTrainedConfig) -> dict[str, Any]:

@@ -11,38 +11,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
 
+from flexmoe.companions import copy_companions
 from flexmoe.conversion.fine_tunes import SHARED, FineTune, Shared, averaged_source, check_shared
 from flexmoe.conversion.lora_adapters import LoraAdapter, is_adapter
 from flexmoe.conversion.router_tensors import RowMaker, router_tensors
-from flexmoe.data import END_OF_DOCUMENT, data_paths, read_documents
-from flexmoe.foreign_code import copy_companion
+from flexmoe.data import END_OF_DOCUMENT, Documents, check_template_is_used, data_paths
 from flexmoe.hub.client import ResolvedFolder, resolve_folder
 from flexmoe.io.dense import DenseCheckpoint
-from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder, file_inside
+from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder
 from flexmoe.io.writer import MAX_SHARD_SIZE, TensorSource, source_from_file, source_from_tensor, write_checkpoint
 from flexmoe.modeling.anchors_flexmoe import NameMap
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_expert_name, check_top_k
 from flexmoe.modeling.fingerprint_flexmoe import fingerprint as fingerprint_of
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.tokenization import copy_tokenizer
 
 PUBLIC_SAMPLE = "public_sample.jsonl"
-
-COMPANIONS = (  # files that are copied with the weights, beside the tokenizer: chat template, settings, licence
-    "generation_config.json",
-    "chat_template*.json",
-    "chat_template*.jinja",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "USE_POLICY*",
-)
 
 
 def graft(
@@ -64,6 +54,7 @@ def graft(
     num_experts_per_tok: int | None = None,
     active_experts: Sequence[str] | None = None,
     fingerprint: bool = True,
+    converted_from: Mapping[str, Any] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -90,6 +81,8 @@ def graft(
         num_experts_per_tok: k of the top-k; None: the default of the configuration.
         active_experts: names of the active experts; None: all.
         fingerprint: hash the anchor's tensors on the way. Without it, packages cannot be checked against this anchor.
+        converted_from: the GGUF file that the anchor was converted from (see `flexmoe.io.gguf.provenance`), recorded
+            in the config as `anchor["gguf"]`.
         max_shard_size: bytes per weight file.
         overwrite: replace an existing `out`.
         progress: called with the number of bytes just written.
@@ -99,7 +92,8 @@ def graft(
         FileNotFoundError, PermissionError, ConnectionError: no such anchor (see `resolve_folder`), or no safetensors.
         ValueError: the model cannot be an anchor (see `DenseCheckpoint`); a fine-tune or adapter is not one of this
             anchor, differs where it must not (see `FineTune`, `LoraAdapter`, `check_shared`) or is not finite; rows
-            have wrong shapes (see `router_tensors`); no document of the public data fits the sample; or `out` is or
+            have wrong shapes (see `router_tensors`); no document of the public data fits the sample; a template
+            without a table among the public data; or `out` is or
             contains an input.
 
     The anchor's own values are copied unchecked: a graft computes what the anchor computes, including NaN.
@@ -113,8 +107,12 @@ def graft(
     check_apart(target, source.path, *([] if public_data is None else data_paths(public_data)))
     sample = None
     if public_data is not None:
-        documents = read_documents(public_data, column=text_column, template=text_template, skip_empty=skip_empty)
+        documents = Documents(public_data, column=text_column, template=text_template, skip_empty=skip_empty)
+        if make_rows is None:  # else a template may be for the tables that rows are made from
+            check_template_is_used([documents])
         sample = _sample(documents, public_sample_bytes, seed)
+        if note := documents.skipped_note():
+            warnings.warn(note, stacklevel=2)
     dense = DenseCheckpoint(source.path)
     names = NameMap(dense.sites)
     grafted = _open_experts(experts or {}, dense, shared, token)
@@ -156,9 +154,11 @@ def graft(
         # the average is a dense model that is stored nowhere: it has its own fingerprint and no repository
         origin = ResolvedFolder(source.path) if averaged else source
         model.config.anchor = _anchor_record(origin, dense, digests)
+        if converted_from is not None:
+            model.config.anchor = {**model.config.anchor, "gguf": dict(converted_from)}
         if sample is not None:
             model.config.public_sample = _write_sample(folder, sample)
-        copy_companions(source.path, folder, model.config, source.repo)
+        copy_companions(source.path, folder, model.config, repo=source.repo)
         # the dtype in which the anchor itself is loaded, so both compute in the same precision
         write_config(folder, model, dense.load_dtype)  # last: a folder without it does not load
     return target
@@ -236,42 +236,39 @@ def write_config(folder: Path, model: FlexMoeForCausalLM, dtype: str | torch.dty
     config.save_pretrained(folder)
 
 
-def copy_companions(source: Path, folder: Path, config: PreTrainedConfig, repo: str | None = None) -> None:
-    """Copies the files of `COMPANIONS` and the tokenizer of `source` into `folder`, which holds a model of `config`.
-
-    Code that a file names is left out, with a warning.
-
-    Raises: as `copy_tokenizer`; a link out of `source` is a ValueError, too.
-    """
-    for pattern in COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            copy = folder / path.relative_to(source)
-            if path.is_file() and not copy.exists():
-                copy.parent.mkdir(exist_ok=True)
-                copy_companion(file_inside(path.parent, path.name), copy)
-    copy_tokenizer(source, folder, config, repo)
-
-
-def _sample(documents: Sequence[str], max_bytes: int, seed: int) -> list[str]:
+def _sample(documents: Iterable[str], max_bytes: int, seed: int) -> list[str]:
     """JSON lines of distinct documents, ordered by a seeded hash of each and added while they fit.
 
     The hash is of the document alone, so the sample does not depend on the order of files and changes little with more
-    data.
+    data. `documents` is iterated twice, and of each only hash and size are held: public text may exceed the memory.
     """
-    lines: list[str] = []
+    count = 0
+    sizes: dict[bytes, int] = {}
+    for count, document in enumerate(documents, 1):  # noqa: B007
+        sizes[_sample_order(document, seed)] = len(_sample_line(document).encode("utf-8"))
+    chosen: dict[bytes, str] = {}
     room = max_bytes
-    for document in sorted(dict.fromkeys(documents), key=lambda document: _sample_order(document, seed)):
-        line = json.dumps({"text": document}, ensure_ascii=False) + "\n"
-        if (size := len(line.encode("utf-8"))) <= room:
-            lines.append(line)
-            room -= size
+    for order in sorted(sizes):
+        if sizes[order] <= room:
+            chosen[order] = ""
+            room -= sizes[order]
+    for document in documents:
+        if (order := _sample_order(document, seed)) in chosen:
+            chosen[order] = _sample_line(document)
+    lines = list(chosen.values())
+    if not all(lines):
+        raise ValueError("The public data changed while it was read. Graft again when it is complete.")
     if not lines:
         raise ValueError(
-            f"None of the {len(documents)} public documents fits into a sample of {max_bytes:,} bytes. Give a larger "
+            f"None of the {count} public documents fits into a sample of {max_bytes:,} bytes. Give a larger "
             "--public-sample-bytes (public_sample_bytes=...), or more and smaller documents: .jsonl rows, or text "
             f"separated by lines of {END_OF_DOCUMENT}."
         )
     return lines
+
+
+def _sample_line(document: str) -> str:
+    return json.dumps({"text": document}, ensure_ascii=False) + "\n"
 
 
 def _sample_order(document: str, seed: int) -> bytes:
@@ -290,4 +287,4 @@ def _write_sample(folder: Path, lines: Iterable[str]) -> dict[str, Any]:
     }
 
 
-__all__ = ["COMPANIONS", "PUBLIC_SAMPLE", "copy_companions", "graft", "write_config"]
+__all__ = ["PUBLIC_SAMPLE", "graft", "write_config"]

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING
 
-from flexmoe.conversion.graft import copy_companions, write_config
+from flexmoe.companions import copy_companions
+from flexmoe.conversion.graft import write_config
 from flexmoe.conversion.native_formats import FORMATS, carried_fields
 from flexmoe.hub.client import resolve_folder
 from flexmoe.hub.stored_model import CONFIG_FILE

@@ -73,6 +73,7 @@ PARTS = (
     "flexmoe.packages",
     "flexmoe.foreign_code",
     "flexmoe.tokenization",
+    "flexmoe.companions",
     "flexmoe.hub",
     "flexmoe.evaluation",
     "flexmoe.admission",

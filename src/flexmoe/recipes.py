@@ -136,7 +136,7 @@ def read_recipe(file: str | Path) -> Recipe:
         raise FileNotFoundError(f"{file}: no such recipe.")
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{file}: not YAML ({error}).") from error
     try:
         return parse_recipe(values)

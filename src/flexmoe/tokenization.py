@@ -10,7 +10,6 @@ Does not cover training a tokenizer, or tokenizers that are code of a repository
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 import warnings
@@ -132,9 +131,7 @@ def differs_from_anchor(folder: Path, tokenizer: PreTrainedTokenizerBase | None 
 
     Checkpoints that FlexMoE wrote before it stored the tokenizer's class may differ.
     """
-    if not has_tokenizer(folder) or not (folder / "config.json").is_file():
-        return None
-    if read_json_object(folder / "config.json").get("model_type") != FlexMoeConfig.model_type:
+    if not has_tokenizer(folder) or not _is_of_flexmoe(folder):
         return None
     anchor = read_tokenizer(folder, FlexMoeConfig.from_pretrained(folder).anchor_config)
     tokenizer = tokenizer or read_tokenizer(folder)
@@ -148,10 +145,16 @@ def differs_from_anchor(folder: Path, tokenizer: PreTrainedTokenizerBase | None 
     )
 
 
-def check_tokenizer(folder: Path) -> None:
-    """Raises TokenizerError if the tokenizer of a FlexMoE checkpoint is not its anchor's."""
-    if reason := differs_from_anchor(folder):
+def check_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a FlexMoE checkpoint, for `copy_tokenizer`; None if it has none.
+
+    Raises:
+        TokenizerError: it is not its anchor's, or as `read_tokenizer`.
+    """
+    tokenizer = read_tokenizer(folder) if has_tokenizer(folder) else None
+    if reason := differs_from_anchor(folder, tokenizer):
         raise TokenizerError(reason)
+    return tokenizer
 
 
 def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
@@ -174,11 +177,18 @@ def _around_special(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
         yield f"a {token} b{token}c"
 
 
-def copy_tokenizer(source: Path, folder: Path, config: PreTrainedConfig, repo: str | None = None) -> None:
+def copy_tokenizer(
+    source: Path,
+    folder: Path,
+    config: PreTrainedConfig,
+    repo: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
     """Copies the tokenizer of the checkpoint `source` into `folder`, a checkpoint of a model with this config.
 
     Args:
         repo: the Hub id that `source` is a snapshot of.
+        tokenizer: that of `source`, if it was read already; large ones take seconds.
 
     Raises:
         TokenizerError: it cannot be read, or would read other tokens in `folder`.
@@ -199,8 +209,12 @@ def copy_tokenizer(source: Path, folder: Path, config: PreTrainedConfig, repo: s
     if not has_tokenizer(source):
         _write_config(folder, values, values.get("tokenizer_class"))
         return
-    tokenizer = read_tokenizer(source, repo=repo)
+    tokenizer = tokenizer or read_tokenizer(source, repo=repo)
     _write_config(folder, values, type(tokenizer).__name__)
+    # of one FlexMoE model to another: the same files, class and `model_type`
+    unchanged = config.model_type == FlexMoeConfig.model_type and _is_of_flexmoe(source)
+    if unchanged and _tokenizer_config(folder) == values:
+        return warn_of_missing_embeddings(tokenizer, config)
     if _first_difference(tokenizer, folder, config) is not None:
         # the class reads a vocabulary in its own way: store what it made of it
         tokenizer.save_pretrained(folder)
@@ -234,6 +248,11 @@ def warn_of_missing_embeddings(tokenizer: PreTrainedTokenizerBase, config: PreTr
         )
 
 
+def _is_of_flexmoe(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.is_file() and read_json_object(path).get("model_type") == FlexMoeConfig.model_type
+
+
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
     path = folder / TOKENIZER_CONFIG
     return read_json_object(path) if path.is_file() else {}
@@ -247,7 +266,7 @@ def _write_config(folder: Path, values: dict[str, Any], tokenizer_class: str | N
     path = folder / TOKENIZER_CONFIG
     if values and not wanted:
         path.unlink(missing_ok=True)
-    elif wanted and (not path.is_file() or json.loads(path.read_bytes()) != wanted):
+    elif wanted and _tokenizer_config(folder) != wanted:
         path.write_text(json_text(wanted), encoding="utf-8")
 
 

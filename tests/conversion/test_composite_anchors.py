@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
+    Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     PreTrainedModel,
     Qwen3_5Config,
@@ -165,12 +166,51 @@ def test_a_fine_tune_of_the_class_for_text_and_images(model: PreTrainedModel, sh
     torch.testing.assert_close(of_expert(tmp_path / "model", "math"), wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("model", ["qwen3_5"], indirect=True)
-def test_a_fine_tune_of_the_class_for_text(model: PreTrainedModel, tmp_path: Path) -> None:
-    wanted = tuned(model, tmp_path / "math", Qwen3_5ForCausalLM, **SAYS_NOTHING)
-    assert json.loads((tmp_path / "math" / "config.json").read_text())["model_type"] == "qwen3_5_text"
-    graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "math"})
+def tuned_text_model(model: PreTrainedModel, folder: Path, **config: Any) -> torch.Tensor:
+    """Saves a fine-tune by the family's class for text alone; returns its logits."""
+    kind = {"qwen3_5": Qwen3_5ForCausalLM, "gemma3": Gemma3ForCausalLM}[model.config.model_type]
+    text = kind(model.config.text_config).eval()
+    text.model.load_state_dict(model.model.language_model.state_dict())
+    text.lm_head.load_state_dict(model.lm_head.state_dict())
+    wanted = tuned(text, folder, kind, **config)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == f"{model.config.model_type}_text"
+    return wanted
+
+
+@pytest.mark.promise(
+    "`graft` with Qwen3.5 or Gemma 3",
+    "a fine-tune of the text model, saved by the class for text",
+    "the fine-tune's logits",
+)
+@pytest.mark.parametrize("shared", [None, "anchor", "average"])
+def test_a_fine_tune_of_the_class_for_text(model: PreTrainedModel, shared: Any, tmp_path: Path) -> None:
+    wanted = tuned_text_model(model, tmp_path / "math", **SAYS_NOTHING)
+    graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "math"}, shared=shared)
     torch.testing.assert_close(of_expert(tmp_path / "model", "math"), wanted, **CLOSE)
+    assert (of_expert(tmp_path / "model", "public") - wanted).abs().max() > 1e-2
+
+
+def test_a_fine_tune_of_the_class_for_text_that_differs(model: PreTrainedModel, tmp_path: Path) -> None:
+    tuned_text_model(model, tmp_path / "math")
+    file = tmp_path / "math" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("layers.1.self_attn.q_proj.weight"))
+    save_file(tensors | {name: tensors[name] + 1}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"in 1 of [0-9]+ tensors: model\..*layers\.1\.self_attn\.q_proj\.weight"):
+        graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "math"})
+    mean = graft(tmp_path / "anchor", tmp_path / "mean", {"math": tmp_path / "math"}, shared="average")
+    stored = load_file(mean / "model.safetensors")
+    (averaged,) = (
+        t for key, t in stored.items() if key.endswith("layers.1.self_attn.q_proj.weight") and "vis" not in key
+    )
+    torch.testing.assert_close(averaged, tensors[name] + 0.5)
+
+
+@pytest.mark.parametrize("shared", [None, "anchor"])
+def test_a_field_of_the_text_model_that_counts(model: PreTrainedModel, shared: Any, tmp_path: Path) -> None:
+    tuned_text_model(model, tmp_path / "math", rms_norm_eps=0.5)
+    with pytest.raises(ValueError, match=r"differ in rms_norm_eps \(0\.5, the anchor's is 1e-06\)"):
+        graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "math"}, shared=shared)
 
 
 @pytest.mark.parametrize("shared", [None, "anchor"])

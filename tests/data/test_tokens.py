@@ -1,6 +1,7 @@
 """Tokenising documents in little memory, splitting them, packing them."""
 
 import hashlib
+import json
 import random
 import tracemalloc
 from math import ceil
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from flexmoe.admission.public_text import read_public_text
-from flexmoe.data import cut_sequences, held_out, pack, split_documents, split_tokens, tokenize
+from flexmoe.data import Documents, cut_sequences, held_out, pack, split_documents, split_tokens, tokenize
 from flexmoe.routers import prompt_gates, text_rows
 from tests.support.letters import letter_tokenizer
 
@@ -83,16 +84,14 @@ def test_every_way_in_refuses_them(tmp_path):
     config = SimpleNamespace(vocab_size=len(tokenizer) - 1, max_position_embeddings=99, public_sample=None)
     config.get_text_config = lambda: config
     message = rf"token '<note>' with the id {config.vocab_size}, .* below {config.vocab_size} only"
-    rows = {"text_column": "text", "text_template": None, "skip_empty": False}
     with pytest.raises(ValueError, match=message):
         read_public_text(
             SimpleNamespace(config=config),
             tmp_path,
-            data=[tmp_path / "public.txt"],
+            data=Documents([tmp_path / "public.txt"]),
             public_sample=False,
             tokenizer=tokenizer,
             max_tokens=100,
-            **rows,
         )
     tokenizer.save_pretrained(tmp_path / "anchor")
     (tmp_path / "anchor/config.json").write_text('{"model_type": "llama"}')
@@ -100,6 +99,27 @@ def test_every_way_in_refuses_them(tmp_path):
         text_rows._streams({"math": ["a <note>"]}, SimpleNamespace(folder=tmp_path / "anchor", config=config))
     with pytest.raises(ValueError, match=f"A prompt .*{message}"):
         prompt_gates._encoded(["a <note>"], tokenizer, config.vocab_size)
+
+
+@pytest.mark.parametrize("max_tokens", [100, 100_000])
+def test_public_text_is_the_beginning_of_all_documents_shuffled(tmp_path, max_tokens):
+    texts = [f"{'abcdefgh'[number % 8] * (number + 1)}" for number in range(120)]
+    (tmp_path / "public.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = letter_tokenizer()
+    config = SimpleNamespace(vocab_size=len(tokenizer), max_position_embeddings=10, public_sample=None)
+    config.get_text_config = lambda: config
+    found = read_public_text(
+        SimpleNamespace(config=config),
+        tmp_path,
+        data=Documents([tmp_path / "public.jsonl"]),
+        public_sample=False,
+        tokenizer=tokenizer,
+        max_tokens=max_tokens,
+    )
+    random.Random(0).shuffle(texts)
+    expected = pack(texts, tokenizer, 2, vocab_size=len(tokenizer)).flatten()[:max_tokens]
+    assert found.flatten().tolist() == expected[: found.numel()].tolist()
+    assert found.numel() > len(expected) - 10
 
 
 def test_a_tokenizer_without_an_end_of_sequence():

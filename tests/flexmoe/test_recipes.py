@@ -308,9 +308,10 @@ def test_neutral_scales_are_accepted() -> None:
 
 
 def test_invalid_files(tmp_path: Path) -> None:
-    (tmp_path / "moe.yaml").write_text("a: [b")
-    with pytest.raises(ValueError, match=r"moe\.yaml: not YAML"):
-        flexmoe.graft(None, tmp_path / "out", recipe=tmp_path / "moe.yaml")
+    for content in ("a: [b", "[" * 5_000):
+        (tmp_path / "moe.yaml").write_text(content)
+        with pytest.raises(ValueError, match=r"moe\.yaml: not YAML"):
+            flexmoe.graft(None, tmp_path / "out", recipe=tmp_path / "moe.yaml")
     (tmp_path / "moe.yaml").write_text("merge_method: slerp")
     with pytest.raises(ValueError, match=r"moe\.yaml: a recipe has unknown keys: merge_method"):
         flexmoe.graft(None, tmp_path / "out", recipe=tmp_path / "moe.yaml")

@@ -11,22 +11,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import save_file
 
-from flexmoe.hub.contents import (
-    CODE_FILES,
-    companions,
-    composition_files,
-    is_terms,
-    model_files,
-    package_files,
-)
+from flexmoe.companions import companions, is_companion, is_terms
+from flexmoe.hub.client import DOWNLOADED, NEVER_DOWNLOADED
+from flexmoe.hub.contents import CODE_FILES, composition_files, model_files, package_files
 from flexmoe.hub.publish import plan_upload
 from flexmoe.io.writer import source_from_tensor, write_checkpoint
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.packages.manifest import ExpertManifest, PackageError
 from flexmoe.packages.package import ExpertPackage, write_package
-from flexmoe.tokenization import is_tokenizer_file
+from flexmoe.tokenization import TOKENIZER_FILES, is_tokenizer_file
 
 ROWS = {f"anchor.model.layers.0.mlp.router.{name}.weight": torch.ones(1, 4) for name in ("public", "math")}
 CONFIG: dict[str, Any] = {"model_type": "flexmoe", "experts": [{"name": "public"}, {"name": "math"}]}
@@ -36,14 +32,16 @@ STRAY = (  # files that people have beside a model, and names made to look like 
     *("model.safetensors.index.json", "old.safetensors.index.json", "optimizer.pt", "x.spm", "y.gguf"),
     *("evil_flexmoe.py", "modeling.py", "train.py", "setup.cfg", "requirements.txt", "trainer_state.json"),
     *("notes.txt", "corpus.txt", "train.jsonl", "scores.json", "public_sample.jsonl.bak", "vocabulary.json"),
-    *("tokenizer-notes.txt", "tokenizer_corpus.jsonl", "vocab.notes.txt", "chat_template.bak"),
+    *("tokenizer-notes.txt", "tokenizer_corpus.jsonl", "vocab.notes.txt", "chat_template.bak", "chat_templates.json"),
     *("config.json.bak", "README-old.md", "LICENSE.pem", "LICENSE.pkl", "LICENSE.json", "preprocessor_config.json"),
     *(".env", ".config.json", ".netrc", "me.pem", "key.key", "model.sig", "expert_config.json.bak"),
 )
 COMPANIONS = (
     *("generation_config.json", "chat_template.jinja", "chat_template.json", "additional_chat_templates/rag.jinja"),
+    *("chat_template_tools.jinja", "chat_template.default.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "vocab.json", "merges.txt"),
     *("special_tokens_map.json", "qwen.tiktoken", "LICENSE", "LICENSE-APACHE-2.0.txt", "USE_POLICY.md", "NOTICE"),
+    *("TERMS_OF_USE.md", "COPYING", "licence.md", "Notice.md"),
 )
 
 
@@ -186,19 +184,19 @@ class TestPublicSample:
     def test_only_the_recorded_file(self, model: Path) -> None:
         config = self.record(model, "public_sample.jsonl", b'{"text": "Write to jane@example.org"}\n')
         write(model, ("private_sample.jsonl",))
-        assert companions(model, config).keys() == {"public_sample.jsonl"}
+        assert companions(model, config["public_sample"]).keys() == {"public_sample.jsonl"}
         assert plan_upload(model).discoveries == ()  # public text names people
 
     @pytest.mark.parametrize("name", [".secret.jsonl", "me.pem", "config.json", "notes.txt"])
     def test_other_names(self, model: Path, name: str) -> None:
         config = json.loads((model / "config.json").read_text())
         config["public_sample"] = {"file": name, "sha256": "0" * 64}
-        assert companions(model, config) == {}
+        assert companions(model, config["public_sample"]) == {}
 
     def test_another_file_than_the_recorded_one(self, model: Path) -> None:
         config = self.record(model, "public_sample.jsonl", b"other", "0" * 64)
         with pytest.raises(ValueError, match="the file was changed"):
-            companions(model, config)
+            companions(model, config["public_sample"])
 
     def test_a_secret_in_it(self, model: Path) -> None:
         self.record(model, "public_sample.jsonl", b'{"text": "-----BEGIN PRIVATE KEY-----\\nMII"}\n')
@@ -265,6 +263,14 @@ def test_the_files_of_every_tokenizer_of_transformers() -> None:
     names = {name for text in found for name in ast.literal_eval(text).values()}
     assert len(names) > 20
     assert [name for name in sorted(names) if not is_tokenizer_file(name)] == []
+
+
+def test_all_of_them_are_downloaded_and_none_of_the_others() -> None:
+    named = [*COMPANIONS, *TOKENIZER_FILES]
+    assert all(is_companion(name) for name in named)
+    assert not any(is_companion(name) for name in STRAY)
+    downloaded = filter_repo_objects(named, allow_patterns=DOWNLOADED, ignore_patterns=NEVER_DOWNLOADED)
+    assert list(downloaded) == named
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The scan for private text: what it finds, in which encodings and files, and what ordinary text it leaves alone."""
 
+import base64
 import json
 import string
 from pathlib import Path
@@ -119,6 +120,16 @@ def test_secrets_are_found_and_not_repeated(secret: str) -> None:
     assert (found.kind, found.line) == (SECRETS[secret], 2)
     assert len(found.excerpt) <= 11
     assert secret[12:] not in str(found)
+
+
+def test_in_base64_only_secrets_are_found() -> None:
+    """The limit that docs/hub.md and SECURITY.md state."""
+    for text, found in (
+        ("github " + next(s for s in SECRETS if s.startswith("ghp_")), [TOKEN]),
+        ("jane@müller.de", []),
+    ):
+        encoded = base64.b64encode(f"Text: {text}, and more.".encode()).decode()
+        assert [one.kind for one in scan(f"image: {encoded}", "README.md")] == found
 
 
 def test_the_rule_is_named() -> None:

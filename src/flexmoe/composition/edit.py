@@ -29,11 +29,12 @@ from flexmoe.admission.incoming import (
     rename_incoming,
     with_experts,
 )
+from flexmoe.admission.router_inputs import RouterInput, inputs_of_anchor, inputs_of_stored
 from flexmoe.admission.stored_outputs import PublicNetworks
-from flexmoe.admission.stored_rows import anchor_input_matrices, check_composed_rows, public_input_matrices
+from flexmoe.admission.stored_rows import check_composed_rows
+from flexmoe.companions import GENERATION_FILE, copy_companions
 from flexmoe.composition.format import (
     CONFIG_FILE,
-    GENERATION_FILE,
     Composition,
     Pin,
     Reference,
@@ -47,7 +48,7 @@ from flexmoe.composition.format import (
 from flexmoe.composition.load import Sources, check_pin
 from flexmoe.foreign_code import copy_companion
 from flexmoe.hub.client import HubAccess, ResolvedFolder, resolve_folder
-from flexmoe.hub.contents import check_others, composition_files, copy_companions
+from flexmoe.hub.contents import check_others, composition_files
 from flexmoe.hub.stored_model import StoredModel
 from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.io.folders import atomic_folder, check_apart, check_new_folder, file_inside
@@ -339,17 +340,17 @@ class Draft:
             ValueError: an expert has other layers than the model.
         """
         model = _meta_model(self.config)
-        check_composed_rows(model, self.rows, incoming, present, self._public_matrices(model))
+        check_composed_rows(model, self.rows, incoming, present, self._router_inputs(model))
 
-    def _public_matrices(self, model: FlexMoeForCausalLM) -> list[torch.Tensor | None] | None:
-        """The matrices of public's networks that read what the router reads; None if they are not available."""
+    def _router_inputs(self, model: FlexMoeForCausalLM) -> list[RouterInput] | None:
+        """What is known of the router's input in each layer; None if the anchor is not available."""
         if self.graft is not None:
-            return public_input_matrices(self.graft, model)
+            return inputs_of_stored(self.graft, model)
         if (dense := self._dense) is None:
             return None
-        matrices = anchor_input_matrices(dense, self.config.get_text_config().hidden_size)
+        inputs = inputs_of_anchor(dense, self.config.get_text_config().hidden_size)
         # of another depth: another anchor, which `write` reports
-        return matrices if len(matrices) == len(model.flexmoe_blocks()) else None
+        return inputs if len(inputs) == len(model.flexmoe_blocks()) else None
 
     @cached_property
     def _publics(self) -> PublicNetworks:
@@ -384,13 +385,19 @@ class Draft:
         raw = read_json_object(file_inside(self.folder, CONFIG_FILE))
         if self.graft is None:
             check_others(self.folder, self.target, composition_files(self.folder, raw))
-        check_tokenizer(self.folder)
+        tokenizer = check_tokenizer(self.folder)
         parts = composition.references.values()
         check_apart(self.target, *(part.path_from(self.target) for part in parts if part.folder))
         self.config.architectures = self.config.architectures or [FlexMoeForCausalLM.__name__]
         with atomic_folder(self.target, overwrite) as temporary:
             if self.graft is None:
-                copy_companions(self.folder, temporary, self.config)
+                copy_companions(
+                    self.folder,
+                    temporary,
+                    self.config,
+                    public_sample=self.config.public_sample,
+                    tokenizer=tokenizer,
+                )
             elif (self.folder / GENERATION_FILE).is_file():
                 copy_companion(file_inside(self.folder, GENERATION_FILE), temporary / GENERATION_FILE)
             FlexMoeForCausalLM.save_code(temporary)

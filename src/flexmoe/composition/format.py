@@ -39,7 +39,6 @@ from flexmoe.packages.package import CARD_FILE, CONFIG_FILE
 
 FORMAT_VERSION = 1
 ROUTER_FILE = "router.safetensors"
-GENERATION_FILE = "generation_config.json"
 
 Rows = dict[str, Tensor]
 """Router rows [1, H] and biases [1], float32, by their names in the model."""
@@ -318,7 +317,6 @@ def _write_router(folder: Path, rows: Mapping[str, Tensor]) -> str | None:
 
 __all__ = [
     "CONFIG_FILE",
-    "GENERATION_FILE",
     "ROUTER_FILE",
     "Composition",
     "Pin",

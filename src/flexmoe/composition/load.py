@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
+from flexmoe.companions import GENERATION_FILE
 from flexmoe.composition.format import (
     CONFIG_FILE,
-    GENERATION_FILE,
     ROUTER_FILE,
     Composition,
     Pin,

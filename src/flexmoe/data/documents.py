@@ -9,6 +9,7 @@ Only the standard library is imported at the top; see `files`. Does not cover sp
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 import re
@@ -200,6 +201,20 @@ def read_documents(
     return texts
 
 
+def texts_of_json_lines(file: DataFile, content: bytes) -> list[str]:
+    """The texts in column "text" of a .jsonl file whose bytes were read already.
+
+    Raises:
+        TypeError: a value of the column is not a text, or missing.
+        ValueError: it is not UTF-8, a line is not a JSON object, or a text is cut inside a character.
+    """
+    with _format_errors(file):
+        rows = list(_rows_of_lines(io.StringIO(content.decode("utf-8"), newline="\n")))
+    for number, row in enumerate(rows, 1):
+        _check_text(file, number, COLUMN, row.get(COLUMN))
+    return [row[COLUMN] for row in rows]
+
+
 def check_template_is_used(documents: Iterable[Documents]) -> None:
     """Raises ValueError if there is a template for the columns of tables, but no table."""
     documents = list(documents)
@@ -256,7 +271,7 @@ class _format_errors:
                 f"{self.source}: not {error.encoding.upper()} text ({error.reason}: "
                 f"{error.object[error.start : error.end]!r}). Convert it to UTF-8."
             ) from error
-        if isinstance(error, _Malformed | csv.Error | OSError | EOFError | RecursionError) or (
+        if isinstance(error, _Malformed | csv.Error | OSError | EOFError) or (
             isinstance(error, Exception) and type(error).__module__ in ("zlib", "_lzma", "lzma", "pyarrow.lib")
         ):
             name = self.source.format[1:] + self.source.compression
@@ -316,9 +331,8 @@ def _rows_of_lines(stream: TextIO, start: str = "") -> Iterator[Row]:
         if line.strip():
             try:
                 row = json.loads(line)
-            except ValueError as error:
-                where = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
-                raise _Malformed(f"line {number} is not a JSON object: {where}") from error
+            except (ValueError, RecursionError) as error:
+                raise _Malformed(f"line {number} is not a JSON object: {_fault(error)}") from error
             yield _object(row, f"line {number}")
 
 
@@ -351,6 +365,8 @@ def _next_value(stream: TextIO, buffer: str, where: str) -> tuple[object, str]:
     while True:
         try:
             value, end = json.JSONDecoder().raw_decode(buffer)
+        except RecursionError as error:
+            raise _Malformed(f"{where} is not a JSON object: {_fault(error)}") from error
         except ValueError as error:
             more = stream.read(max(_CHUNK, len(buffer)))
             if not more:
@@ -358,6 +374,12 @@ def _next_value(stream: TextIO, buffer: str, where: str) -> tuple[object, str]:
             buffer += more
         else:
             return value, buffer[end:]
+
+
+def _fault(error: ValueError | RecursionError) -> str:
+    if isinstance(error, RecursionError):
+        return "objects and lists are nested too deep"
+    return f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def _object(row: object, where: str) -> Row:

@@ -6,10 +6,12 @@ Does not cover choosing it (`flexmoe.conversion.graft`).
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from .documents import texts_of_json_lines
+from .files import DataFile
 
 
 def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> list[str]:
@@ -21,7 +23,9 @@ def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> 
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: the model has no sample, the record names a file elsewhere, or the file has changed.
+        ValueError: the model has no sample, the record names a file elsewhere, the file has changed, or a line of it
+            is not a JSON object.
+        TypeError: a line has no text.
     """
     if not record:
         raise ValueError(
@@ -41,4 +45,4 @@ def read_public_sample(folder: str | Path, record: Mapping[str, Any] | None) -> 
             f"{path} has sha256 {found}, but the model was grafted with {record['sha256']}: the file was changed. "
             "Restore it, or choose other public text with --public-data (public_data=...)."
         )
-    return [json.loads(line)["text"] for line in content.split(b"\n") if line]
+    return texts_of_json_lines(DataFile(path, ".jsonl"), content)

@@ -30,8 +30,9 @@ from transformers.utils import logging
 
 from flexmoe.io.hub_ids import HUB_ID
 
-# Weights as safetensors under the names that transformers and FlexMoE write, and all files of a tokenizer. Excluded:
-# pickles, code, second copies of the weights (`consolidated.safetensors`, `original/`, ONNX, GGUF).
+# Weights as safetensors under the names that transformers and FlexMoE write, and all files of `flexmoe.companions`:
+# tokenizer, chat templates, licence and terms, in the spellings that repositories have. Excluded: pickles, code,
+# second copies of the weights (`consolidated.safetensors`, `original/`, ONNX, GGUF).
 DOWNLOADED = (
     "model*.safetensors",
     "expert*.safetensors",
@@ -44,9 +45,12 @@ DOWNLOADED = (
     "*.tiktoken",
     "*.jinja",
     "*.spm",
+    "*.bpe",
+    "*.codes",
+    "*.tokenizer",
+    "tokenizer.model.*",
     "README.md",
-    "LICENSE*",
-    "USE_POLICY*",
+    *("LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "[Nn]otice*", "COPYING*", "TERMS*", "[Tt]erms*", "USE_POLICY*"),
     "model.sig",
 )
 NEVER_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py", "original/*", "onnx/*", "openvino/*")

@@ -1,7 +1,8 @@
 """The files of an expert package, a composition and a merged model: these are pushed, pulled and copied, no others.
 
-A manifest, an index or a config names the weights; the tables here name the rest. What else lies in a folder (older
-weights, notes, the text that an expert was trained on) stays where it is. No file is a link out of the folder.
+A manifest, an index or a config names the weights; `flexmoe.companions` lists the files beside them. What else lies in
+a folder (older weights, notes, the text that an expert was trained on) stays where it is. No file is a link out of the
+folder.
 
 Does not cover what is in the files (`flexmoe.packages.package`, `flexmoe.io.tensors`, `flexmoe.hub.privacy`).
 """
@@ -17,40 +18,23 @@ from pathlib import Path
 from typing import Any
 
 import flexmoe.modeling
-from flexmoe.foreign_code import copy_companion
+from flexmoe.companions import check_digest, companions, is_terms
 from flexmoe.io.folders import file_inside
-from flexmoe.io.hashing import sha256_of
 from flexmoe.io.strict_json import read_json_object
 from flexmoe.io.tensors import CheckpointFolder, listed
-from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
+from flexmoe.modeling.configuration_flexmoe import PUBLIC
 from flexmoe.packages.manifest import MANIFEST_FILE
 from flexmoe.packages.package import CARD_FILE, CONFIG_FILE, PACKAGE_FILES, ExpertPackage, PackageError
 from flexmoe.packages.trust import SIGNATURE_FILE
-from flexmoe.tokenization import copy_tokenizer, is_tokenizer_file
 
-GENERATION_FILE = "generation_config.json"
 ROUTER_FILE = "router.safetensors"
-TEMPLATES = "additional_chat_templates"
 INDEX = ".safetensors.index.json"
 
-_OTHERS = (GENERATION_FILE, "chat_template.jinja", "chat_template.json")
-_TEMPLATE = re.compile(r"\w[\w.-]*\.jinja", re.ASCII)
-# LICENSE, LICENSE-APACHE-2.0.txt, USE_POLICY.md
-_TERMS = re.compile(
-    r"(LICEN[SC]E|NOTICE|COPYING|USE_POLICY|TERMS(_OF_USE)?)([-_][\w-]+(\.\d+)*)?(\.(txt|md|rst))?",
-    re.ASCII | re.IGNORECASE,
-)
-_SAMPLE = re.compile(r"\w[\w.-]*\.jsonl", re.ASCII)
 _OWNER = re.compile(r"\.(?:experts|router)\.([a-z][a-z0-9_-]*)\.")
 
 CODE = "_flexmoe.py"  # suffix of files with code, also of those that an earlier version wrote
 CODE_FILES = {path.name: path for path in sorted(Path(flexmoe.modeling.__file__).parent.glob(f"*{CODE}"))}
 """FlexMoE's own code, which travels with a model, by name, as the installed version has it."""
-
-
-def is_terms(name: str) -> bool:
-    """Whether a file is a licence, a notice or terms of use, as text."""
-    return _TERMS.fullmatch(name) is not None
 
 
 def package_files(package: ExpertPackage) -> dict[str, Path]:
@@ -80,31 +64,6 @@ def package_files(package: ExpertPackage) -> dict[str, Path]:
     return files
 
 
-def companions(folder: Path, config: Mapping[str, Any]) -> dict[str, Path]:
-    """The files beside the weights of a model or composition, by their paths in the folder.
-
-    Generation settings, tokenizer, chat templates, licence and terms, and the public sample that `config` names. Not
-    the card, the config and code, which are written anew with each model.
-
-    Args:
-        config: the values of config.json.
-
-    Raises:
-        ValueError: a link leads out of the folder, or the public sample is not the recorded one.
-    """
-    found = {
-        name: file_inside(folder, name)
-        for name in _names(folder)
-        if (name in _OTHERS or is_tokenizer_file(name) or is_terms(name)) and not (folder / name).is_dir()
-    }
-    templates = folder / TEMPLATES
-    if templates.is_dir() and not templates.is_symlink():
-        for name in _names(templates):
-            if _TEMPLATE.fullmatch(name):
-                found[f"{TEMPLATES}/{name}"] = file_inside(templates, name)
-    return found | _public_sample(folder, config)
-
-
 def model_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Path]:
     """The files of a merged model, without its code: the weights that transformers loads, config, card, companions.
 
@@ -117,7 +76,7 @@ def model_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Path]:
         names = list(weights.files)
     if names != ["model.safetensors"]:
         names.append(f"model{INDEX}")
-    return _complete(folder, names) | companions(folder, config)
+    return _complete(folder, names) | companions(folder, config.get("public_sample"))
 
 
 def composition_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Path]:
@@ -130,25 +89,8 @@ def composition_files(folder: Path, config: Mapping[str, Any]) -> dict[str, Path
     digest = composition.get("router_sha256") if isinstance(composition, dict) else None
     names = [ROUTER_FILE] if digest is not None else []
     for name in names:
-        _check_digest(file_inside(folder, name), digest, "the router file")
-    return _complete(folder, names) | companions(folder, config)
-
-
-def copy_companions(source: Path, folder: Path, config: FlexMoeConfig) -> None:
-    """Copies the files beside the weights of the model in `source` into `folder`, for a model with this config.
-
-    Raises:
-        TokenizerError: the tokenizer cannot be read, or would read other tokens in `folder`.
-        ValueError: as `companions`.
-
-    Warns:
-        UserWarning: a file names code of others, which is left out; or tokens have no embedding.
-    """
-    for name, path in companions(source, read_json_object(source / CONFIG_FILE)).items():
-        if not is_tokenizer_file(name):
-            (folder / name).parent.mkdir(exist_ok=True)
-            copy_companion(path, folder / name)
-    copy_tokenizer(source, folder, config)
+        check_digest(file_inside(folder, name), digest, "the router file")
+    return _complete(folder, names) | companions(folder, config.get("public_sample"))
 
 
 def check_others(source: Path, target: Path, files: Mapping[str, Path]) -> None:
@@ -184,25 +126,6 @@ def _complete(folder: Path, weights: list[str]) -> dict[str, Path]:
     return {name: file_inside(folder, name) for name in names}
 
 
-def _public_sample(folder: Path, config: Mapping[str, Any]) -> dict[str, Path]:
-    record: Any = config.get("public_sample")
-    name = record.get("file") if isinstance(record, dict) else None
-    if not isinstance(name, str) or not _SAMPLE.fullmatch(name) or not (folder / name).is_file():
-        return {}
-    path = file_inside(folder, name)
-    _check_digest(path, record.get("sha256"), "the public sample")
-    return {name: path}
-
-
-def _check_digest(path: Path, recorded: Any, what: str) -> None:
-    """Compares a file with the hash in the config: an untrusted config could name any file."""
-    if (found := sha256_of(path)[1]) != recorded:
-        raise ValueError(
-            f"{path} has SHA-256 {found}, but {what} recorded in {CONFIG_FILE} has {recorded}: the file was changed. "
-            "Restore it, or save the model again."
-        )
-
-
 def _check_owners(folder: Path, config: Mapping[str, Any], tensors: list[str]) -> None:
     records = config.get("experts") or [PUBLIC]
     known = {record.get("name") if isinstance(record, dict) else record for record in records} | {PUBLIC}
@@ -226,12 +149,8 @@ def _names(folder: Path) -> list[str]:
 
 __all__ = [
     "CODE_FILES",
-    "GENERATION_FILE",
     "check_others",
-    "companions",
     "composition_files",
-    "copy_companions",
-    "is_terms",
     "left_out",
     "model_files",
     "package_files",

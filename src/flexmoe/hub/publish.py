@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexmoe.companions import is_companion, is_terms
 from flexmoe.foreign_code import MAY_NAME_CODE, foreign_code
 from flexmoe.hub.client import Pushed, push_files
 from flexmoe.hub.contents import (
@@ -33,14 +34,13 @@ from flexmoe.tokenization import is_tokenizer_file
 
 MAX_LISTED = 20  # discoveries in an error message
 
-# What pushes have uploaded, in this version and earlier ones: deleted from a repository with its next push.
+# What pushes have uploaded, in this version and earlier ones, beside `companions`: deleted from a repository with its
+# next push.
 _ONCE_UPLOADED = (
     *("expert*.safetensors", "expert.safetensors.index.json", MANIFEST_FILE, "model.sig"),
     *("model*.safetensors", "model.safetensors.index.json", "router.safetensors", "public_sample.jsonl"),
-    *(CONFIG_FILE, "generation_config.json", "*_flexmoe.py"),
-    *("tokenizer*.json", "tokenizer*.model", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
-    *("vocab.json", "vocab.txt", "vocab.bpe", "merges.txt", "chat_template*.json", "chat_template*.jinja"),
-    *("spiece.model", "sentencepiece*.model", "*.spm", "*.tiktoken"),
+    *(CONFIG_FILE, "*_flexmoe.py", "tokenizer*.json", "tokenizer*.model", "sentencepiece*.model", "*.spm"),
+    *("chat_template*.json", "chat_template*.jinja"),
 )
 _MARKERS = (MANIFEST_FILE, "*_flexmoe.py")  # a repository with one of these was uploaded by FlexMoE
 
@@ -203,10 +203,14 @@ def _check_private(upload: Upload, allowed: bool | Collection[str]) -> None:
 
 
 def _outdated(present: Sequence[str]) -> list[str]:
-    """The files in a repository that an earlier push uploaded; none if that was not by FlexMoE."""
+    """The files in a repository that an earlier push uploaded; none if that was not by FlexMoE.
+
+    A licence and terms stay: a person may have put them there.
+    """
     if not any(_matches(name, _MARKERS) for name in present):
         return []
-    return [name for name in present if _matches(name, _ONCE_UPLOADED)]
+    beside = {name for name in present if is_companion(name) and not is_terms(name)}
+    return [name for name in present if name in beside or _matches(name, _ONCE_UPLOADED)]
 
 
 def _contents(folder: Path) -> tuple[str, dict[str, Path], Mapping[str, str], str | None]:
