@@ -3,23 +3,28 @@
 Rows are fitted on text (`flexmoe.routers.text_rows`) or made from the prompts of a mergekit-moe recipe
 (`flexmoe.recipes`), after all other checks and before anything is written. Without either, no model is loaded.
 
-Does not cover the streaming of the weights (`flexmoe.conversion.graft`) or the methods for rows
-(`flexmoe.routers.rows`).
+A GGUF file is first converted to a dense checkpoint, in a temporary folder beside the output.
+
+Does not cover the streaming of the weights (`flexmoe.conversion.graft`), what a GGUF file becomes (`flexmoe.io.gguf`)
+or the methods for rows (`flexmoe.routers.rows`).
 """
 
 from __future__ import annotations
 
+import glob
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from flexmoe.conversion.fine_tunes import Shared
 from flexmoe.conversion.graft import graft as graft_files
 from flexmoe.conversion.router_tensors import RowMaker
-from flexmoe.data import data_paths, read_documents
+from flexmoe.data import Documents, check_template_is_used, data_paths, read_documents
 from flexmoe.hub.client import ResolvedFolder, resolve_folder
 from flexmoe.io.folders import check_apart, check_new_folder
+from flexmoe.io.gguf import dense_from_gguf, is_gguf, open_gguf, provenance
 from flexmoe.io.writer import MAX_SHARD_SIZE
 from flexmoe.recipes import Recipe, RecipeRows, check_base, read_recipe
 from flexmoe.routers.rows import row_method
@@ -33,6 +38,7 @@ def graft(
     out: str | Path,
     experts: Mapping[str, str | Path] | None = None,
     *,
+    gguf_file: str | None = None,
     recipe: str | Path | None = None,
     router_data: Mapping[str, Sequence[str | Path]] | None = None,
     router: str = ROUTER,
@@ -61,10 +67,12 @@ def graft(
     complete. Returns it.
 
     Args:
-        anchor: a folder with a safetensors checkpoint, or a Hub id; None with a recipe, which names it as base_model.
+        anchor: a folder with a safetensors checkpoint, a Hub id, or a GGUF file; None with a recipe, which names it as
+            base_model.
         out: the folder to write.
         experts: {name: folder or Hub id} of dense fine-tunes or LoRA adapters of the anchor that become experts.
             Experts without router data have rows of zero, so their weight equals public's.
+        gguf_file: the GGUF file in the folder or repository `anchor`, as in `from_pretrained`.
         recipe: a YAML file of mergekit-moe (see `flexmoe.recipes`), which defines the anchor, the experts, their rows
             and k. Weights are normalised, and shared tensors are the anchor's. Entries without effect are warned of.
         router_data: {expert: files} of prompts or documents (see `read_documents`) that should be routed to it. Its
@@ -92,9 +100,11 @@ def graft(
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError, PermissionError, ConnectionError: no such model (see `resolve_folder`) or file.
-        TypeError, ValueError: the recipe is invalid (see `read_recipe`) or given together with arguments that it
-            defines; router data for an expert that is not grafted, or without public text; options for rows without
-            router data; or as `flexmoe.conversion.graft.graft`.
+        ImportError: a GGUF file, and the extra `gguf` is not installed.
+        TypeError, ValueError: the GGUF file cannot be converted (see `open_gguf`); the recipe is invalid (see
+            `read_recipe`) or given together with arguments that it defines; router data for an expert that is not
+            grafted, or without public text; options for rows without router data; or as
+            `flexmoe.conversion.graft.graft`.
 
     Example:
         ```pycon
@@ -113,8 +123,11 @@ def graft(
         "num_experts_per_tok": num_experts_per_tok,
     }
     if recipe is not None:
-        _check_no_conflict(anchor=anchor, experts=experts, router_data=router_data, **options)
+        _check_no_conflict(anchor=anchor, gguf_file=gguf_file, experts=experts, router_data=router_data, **options)
         check_apart(target, recipe)
+    if text_template is not None:
+        texts = [*(router_data or {}).values(), *([] if public_data is None else [public_data])]
+        check_template_is_used([Documents(files, column=text_column, template=text_template) for files in texts])
     given: Mapping[str, str | Path | ResolvedFolder] = experts or {}
     make_rows: RowMaker | None = _text_rows(
         router_data or {},
@@ -137,24 +150,58 @@ def graft(
         options = _recipe_options(read)
     if anchor is None:
         raise ValueError("Neither an anchor nor a recipe is given: give a dense model, or --recipe FILE (recipe=...).")
-    return graft_files(
-        anchor,
-        target,
-        given,
-        make_rows=make_rows,
-        token=token,
-        public_data=public_data,
-        public_sample_bytes=public_sample_bytes,
-        text_column=text_column,
-        text_template=text_template,
-        skip_empty=skip_empty,
-        seed=seed,
-        fingerprint=fingerprint,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        progress=progress,
-        **options,
-    )
+    with _dense_anchor(anchor, gguf_file, target, options, token) as (source, converted_from):
+        return graft_files(
+            source,
+            target,
+            given,
+            make_rows=make_rows,
+            token=token,
+            public_data=public_data,
+            public_sample_bytes=public_sample_bytes,
+            text_column=text_column,
+            text_template=text_template,
+            skip_empty=skip_empty,
+            seed=seed,
+            fingerprint=fingerprint,
+            converted_from=converted_from,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+            **options,
+        )
+
+
+@contextmanager
+def _dense_anchor(
+    anchor: str | Path,
+    gguf_file: str | None,
+    target: Path,
+    options: dict[str, Any],
+    token: str | bool | None,
+) -> Iterator[tuple[str | Path, dict[str, Any] | None]]:
+    """The anchor, or the folder that its GGUF file is converted to, and what identifies that file."""
+    if gguf_file is None and not is_gguf(anchor):
+        yield anchor, None
+        return
+    place = {}
+    if gguf_file is None:
+        file = Path(anchor).expanduser()
+        if options["revision"] is not None:
+            raise ValueError(f"{file} is a file, and only Hub repositories have revisions: leave out the revision.")
+    else:
+        folder = resolve_folder(
+            anchor, revision=options["revision"], token=token, allow_patterns=(glob.escape(gguf_file),)
+        )
+        file = folder.path / gguf_file
+        if not file.is_file():
+            raise FileNotFoundError(f"{anchor} has no file {gguf_file}")
+        options["revision"] = None  # of the repository, not of the folder that is written
+        place = {"repo": folder.repo, "revision": folder.revision} if folder.repo else {}
+    check_apart(target, file)
+    opened = open_gguf(file)
+    with dense_from_gguf(opened, target) as dense:
+        yield dense, {**place, **provenance(opened)}
 
 
 def _check_no_conflict(**given: Any) -> None:

@@ -40,7 +40,11 @@ def graft(
     out: Out,
     anchor: Annotated[
         str | None,
-        typer.Argument(help="Dense model: a folder or a Hub id. Not with --recipe.", show_default=False),
+        typer.Argument(help="Dense model: a folder, a Hub id or a GGUF file. Not with --recipe.", show_default=False),
+    ] = None,
+    gguf_file: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The GGUF file to take of the folder or Hub repository."),
     ] = None,
     expert: Annotated[
         list[str] | None,
@@ -113,6 +117,7 @@ def graft(
             experts,
             shared=shared,  # type: ignore[arg-type] # the library checks it
             **given(
+                gguf_file=gguf_file,
                 recipe=recipe,
                 router_data=texts or None,
                 router=router,

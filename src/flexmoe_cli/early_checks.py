@@ -67,7 +67,7 @@ def _expert_names(config: Path) -> list[str]:
     try:
         experts = json.loads(config.read_bytes()).get("experts") or []
         return [expert if isinstance(expert, str) else expert["name"] for expert in experts]
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         return []
 
 

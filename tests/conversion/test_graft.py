@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import flexmoe  # noqa: F401 - registers FlexMoE with the Auto classes
-from flexmoe.conversion.graft import graft
-from flexmoe.data import read_public_sample
+from flexmoe.conversion.graft import _sample, graft
+from flexmoe.data import Documents, read_public_sample
 from flexmoe.io.folders import TEMPORARY_MARK
 from flexmoe.io.tensors import CheckpointFolder
 from flexmoe.modeling.anchors_flexmoe import UnsupportedAnchorError
@@ -256,6 +257,43 @@ class TestPublicSample:
             return (graft(llama, tmp_path / name, seed=seed, **options) / "public_sample.jsonl").read_bytes()
 
         assert sample("a", data, 0) == sample("b", other, 0) != sample("c", data, 1)
+
+    def test_is_that_of_all_documents_sorted_by_their_hash(self, data: Path) -> None:
+        def order(document: str) -> bytes:
+            return hashlib.sha256(f"public sample 7\n{document}".encode()).digest()
+
+        expected, room = [], 3000
+        for document in sorted(self.DOCUMENTS, key=order):
+            line = json.dumps({"text": document}, ensure_ascii=False) + "\n"
+            if len(line.encode()) <= room:
+                expected.append(line)
+                room -= len(line.encode())
+        assert 5 < len(expected) < len(self.DOCUMENTS)
+        assert _sample(Documents([data], column="body"), 3000, seed=7) == expected
+
+    def test_does_not_hold_all_text(self, tmp_path: Path) -> None:
+        with (tmp_path / "large.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": f"{number} " * 2000}) + "\n" for number in range(1000, 2000))
+        documents = Documents([tmp_path / "large.jsonl"])
+        tracemalloc.start()
+        try:
+            sample = _sample(documents, 50_000, seed=0)
+            assert len(sample) == 4
+            assert tracemalloc.get_traced_memory()[1] < 2_000_000  # of 10 MB
+        finally:
+            tracemalloc.stop()
+
+    def test_a_template_without_a_table(self, llama: Path, tmp_path: Path) -> None:
+        (tmp_path / "public.txt").write_text("text")
+        with pytest.raises(ValueError, match=r"text_template\) is for .* no table among the data: .*public\.txt"):
+            graft(llama, tmp_path / "out", public_data=[tmp_path / "public.txt"], text_template="{title}")
+        assert not (tmp_path / "out").exists()
+
+    def test_rows_without_text_are_counted_once(self, llama: Path, tmp_path: Path) -> None:
+        (tmp_path / "public.jsonl").write_text('{"text": "a"}\n{"text": null}\n')
+        with pytest.warns(UserWarning, match=r"public\.jsonl: 1 row\(s\) without text were skipped") as caught:
+            graft(llama, tmp_path / "out", public_data=[tmp_path / "public.jsonl"], skip_empty=True)
+        assert len(caught) == 1
 
     def test_a_document_that_does_not_fit_is_an_error_before_anything_is_written(
         self, llama: Path, tmp_path: Path

@@ -131,6 +131,7 @@ def test_experts_without_router_data_keep_rows_of_zero(place: Path) -> None:
         ({"router": "guess"}, "router='guess': no such router row method. Available: log_odds"),
         ({"router_data": {"math": ["nowhere.txt"]}}, "nowhere.txt: no such file"),
         ({"router_data": {"math": []}}, "No data files"),
+        ({"text_template": "{title}"}, r"text_template\) is for the columns of tables, and there is no table"),
         ({"router_tokens": 0}, "router_tokens=0: must be above 0"),
         ({"router_data": None}, "--router, --router-bias, --router-tokens .* there is none"),
         ({"router_data": {}, "router_tokens": 40_000, "router": "lda"}, "apply to router data"),

@@ -84,7 +84,7 @@ def messages() -> Iterator[tuple[str, str]]:
                     pending += ast.iter_child_nodes(node)
 
 
-COMMAND = re.compile(r"(flexmoe|hf|git|pip|model_signing) [a-z{].*?(?=[`.;:)]|$)")
+COMMAND = re.compile(r"(flexmoe|hf|git|pip|model_signing|llama-gguf-split) [a-z{-].*?(?=[`.;:)]|$)")
 FORMS = {"allow_private_text_in": "allow_private_text"}  # two options for one argument
 
 

@@ -303,7 +303,9 @@ def read_dense_config(folder: Path) -> PreTrainedConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, so it is not a transformers checkpoint.")
+        files = sorted(file.name for file in folder.glob("*.gguf"))
+        graft = f" To graft {listed(files)}, give --gguf-file NAME (gguf_file=...)." if files else ""
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not a transformers checkpoint.{graft}")
     refuse_pointers([path])
     raw, _ = PreTrainedConfig.get_config_dict(folder)
     try:

@@ -89,6 +89,30 @@ def atomic_folder(out: str | Path, overwrite: bool = False, *, durable: bool = T
         raise
 
 
+@contextmanager
+def scratch_folder(beside: Path) -> Iterator[Path]:
+    """Yields an empty folder next to `beside`, on the same disk, that is deleted at the end.
+
+    A kill leaves it; the next run for `beside` names it in a warning.
+
+    Raises:
+        OSError: the disk is full or a quota is exceeded; names the folder.
+    """
+    place = beside.with_name(f"{beside.name}.scratch")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _warn_about_leftovers(place)
+    folder = _temporary_path(place)
+    folder.mkdir()
+    try:
+        yield folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            raise _disk_is_full(beside, error.errno) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def file_inside(folder: str | Path, name: str) -> Path:
     """The path of the regular file `name` in `folder`.
 
@@ -282,5 +306,6 @@ __all__ = [
     "file_inside",
     "open_regular_file",
     "read_regular_file",
+    "scratch_folder",
     "write_file",
 ]
