@@ -48,6 +48,9 @@ TARGETS = {
             "tests/modeling/test_lifecycle.py",
             "tests/modeling/test_refusals.py",
             "tests/modeling/test_generation.py",
+            "tests/modeling/test_low_rank.py",
+            "tests/flexmoe/test_usage.py",
+            "tests/admission/test_entry_points.py",
         ),
     ),
     "packages": Target(
@@ -59,11 +62,11 @@ TARGETS = {
             "packages/export.py",
             "packages/names.py",
         ),
-        tests=("tests/packages",),
+        tests=("tests/packages", "tests/modeling/test_low_rank.py", "tests/admission/test_entry_points.py"),
     ),
     "compose": Target(
         files=("conversion/compose.py", "admission/incoming.py"),
-        tests=("tests/conversion/test_compose.py",),
+        tests=("tests/conversion/test_compose.py", "tests/admission/test_entry_points.py"),
     ),
 }
 
