@@ -340,9 +340,9 @@ def _check_stored(
         if key.startswith(removed):
             continue
         if key not in state or infos[key].shape != tuple(state[key].shape):
-            expected = _shape(tuple(state[key].shape)) if key in state else "none"
+            expected = list(state[key].shape) if key in state else "none"
             raise ValueError(
-                f"{stored.folder}: tensor {key!r} has shape {_shape(infos[key].shape)}; its config implies {expected}."
+                f"{stored.folder}: tensor {key!r} has shape {list(infos[key].shape)}; its config implies {expected}."
             )
     missing = [key for key, (owner, _) in owned.items() if owner not in incoming and key not in infos]
     if missing:
@@ -357,10 +357,6 @@ def _prefixes_of_removed(stored: StoredModel, owned: Mapping[str, tuple[str, str
     public = {key.rpartition(f".{PUBLIC}.")[0] for key in owned if f".router.{PUBLIC}." in key}
     blocks = {path.removesuffix(".router") for path in public}
     return tuple(f"{block}.{part}.{name}." for block in blocks for part in ("experts", "router") for name in leaving)
-
-
-def _shape(shape: Sequence[int] | None) -> str:
-    return "none" if shape is None else str(list(shape))
 
 
 __all__ = ["PRIOR_WITH_BIASES", "add", "compose", "remove"]

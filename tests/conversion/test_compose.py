@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flexmoe.admission.findings import AdmissionError
 from flexmoe.conversion.compose import add, compose, remove
 from flexmoe.conversion.graft import graft
 from flexmoe.io.folders import TEMPORARY_MARK
@@ -243,6 +244,21 @@ class TestPrior:
         with pytest.raises(ValueError, match="finite"):
             compose(llama / "grafted", packages(llama, "math"), tmp_path / "out", public_prior=float("nan"))
 
+    @pytest.mark.parametrize("prior", [True, "1"])
+    def test_must_be_a_number(self, prior: object, llama: Path, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match="must be a number"):
+            compose(llama / "grafted", packages(llama, "math"), tmp_path / "out", public_prior=prior)
+
+    def test_biases_are_compared_with_it(self, llama: Path, tmp_path: Path) -> None:
+        model = FlexMoeForCausalLM.from_pretrained(llama / "grafted")
+        model.add_expert_copy("biased")
+        for block in model.flexmoe_blocks():
+            torch.nn.init.constant_(block.router["biased"].bias, 5.0)
+        package = model.save_expert("biased", tmp_path / "biased")
+        with pytest.raises(AdmissionError, match="the bias in layer 0"):
+            compose(llama / "grafted", [package], tmp_path / "out", public_prior=0.0)
+        assert self.priors(compose(llama / "grafted", [package], tmp_path / "out", public_prior=1.0)) == {1.0}
+
 
 class TestErrors:
     def test_another_anchor(self, llama: Path, tmp_path: Path) -> None:
@@ -314,6 +330,9 @@ class TestErrors:
             with pytest.raises(ValueError, match="which is read"):
                 compose(llama / "grafted", [copy], out, overwrite=True)
         assert ExpertPackage.open(copy)
+        model = composed(llama, tmp_path / "model", "math")
+        with pytest.raises(ValueError, match="which is read"):
+            add(model, llama / "code", tmp_path, overwrite=True)
 
     def test_a_checkpoint_that_does_not_match_its_config(self, llama: Path, tmp_path: Path) -> None:
         model = composed(llama, tmp_path / "model", "math", "code")
@@ -415,3 +434,6 @@ def test_progress_counts_every_byte_of_the_tensors(llama: Path, tmp_path: Path) 
     folder = compose(llama / "grafted", packages(llama, "math"), tmp_path / "out", progress=counted.append)
     with CheckpointFolder(folder) as tensors:
         assert sum(counted) == sum(info.nbytes for info in tensors.infos.values())
+    added: list[int] = []
+    add(folder, llama / "law", tmp_path / "added", progress=added.append)
+    assert sum(added) > sum(counted)
