@@ -40,7 +40,7 @@ from flexmoe.io.writer import MAX_SHARD_SIZE, TensorSource, source_from_file, so
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig, check_top_k, drop_experts
 from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.packages.checks import check_shapes, errors_naming
+from flexmoe.packages.checks import check_position, check_shapes, errors_naming
 from flexmoe.packages.package import CARD_FILE, ExpertPackage, PackageError
 from flexmoe.tokenization import check_tokenizer
 
@@ -125,6 +125,7 @@ def add(
     name: str | None = None,
     verify: bool = True,
     policy: PolicyLike = None,
+    position: int | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
@@ -133,7 +134,9 @@ def add(
 
     The public prior is kept, and so is a choice of active experts: if the config has one (`active_experts`), the new
     expert is inactive until `set_active_experts` includes it; the command line prints a note. `out` may be the model's
-    own folder, with `overwrite`. Other arguments and errors: as `compose`.
+    own folder, with `overwrite`. `position` is the expert's index among the names, 0 being public's (None: the last):
+    an expert that was removed and is added at its old position gives the files that there were. Other arguments and
+    errors: as `compose`.
 
     Example:
         ```pycon
@@ -146,7 +149,8 @@ def add(
     stored = StoredModel(model)
     expert = IncomingExpert.open(package, stored.config, policy)
     expert.name = name or expert.name
-    config = with_experts(stored.config, [expert])
+    check_position(position, stored.config.expert_names)
+    config = with_experts(stored.config, [expert], position)
     return _write(stored, config, [expert], out, overwrite, max_shard_size, progress, verify=verify)
 
 

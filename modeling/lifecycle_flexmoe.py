@@ -295,11 +295,11 @@ class ExpertLifecycle(_Model):
             self._plan_for_experts()
 
     def insert_expert(
-        self, record: Mapping[str, Any], parts: Sequence[tuple[nn.Module, nn.Linear]], replaces: bool = False
+        self, record: Mapping[str, Any], parts: Sequence[Any], replaces: bool = False, position: int | None = None
     ) -> None:
-        """Makes an expert part of the model, at the end or in place of the one of that name that it `replaces`.
+        """Makes an expert part of the model, at `position` (None: last) or in place of the one that it `replaces`.
 
-        `parts` are its FFN and router row per layer, complete and equal on every rank; sharded here if the model is.
+        `parts`: its (FFN, router row) per layer, complete and equal on every rank; sharded here if the model is.
 
         Raises:
             ValueError: the name was taken, or the expert to replace removed, while this one was prepared.
@@ -311,11 +311,12 @@ class ExpertLifecycle(_Model):
                 self._check_owned(record["name"], "replaced", "graft the other anchor instead")
             else:
                 self.free_name(record["name"])
-            self._insert(record, parts)
+            self._insert(record, parts, later=[] if position is None else self.expert_names[position:])
 
-    def _insert(self, record: dict[str, Any], parts: Sequence[tuple[nn.Module, nn.Linear]]) -> None:
+    def _insert(self, record: dict[str, Any], parts: Sequence[Any], later: Sequence[str]) -> None:
         name = record["name"]
         records = {known["name"]: known for known in self.config.expert_records} | {name: record}
+        records |= {other: records.pop(other) for other in later}
         if (getattr(self, "_tp_size", None) or 1) > 1:
             parallel = require_flexmoe("parallel", "a change of a model that is sharded by tensor parallelism")
             parallel.shard_expert(self, records, name, [network for network, _ in parts])
@@ -324,6 +325,8 @@ class ExpertLifecycle(_Model):
             trains = all(parameter.requires_grad for parameter in block.experts[PUBLIC].parameters())
             block.experts[name] = network.train(self.training).requires_grad_(trains)
             block.router[name] = row.requires_grad_(trains)
+            for other in later:
+                block.experts[other], block.router[other] = block.experts.pop(other), block.router.pop(other)
         self._serials[name] = _new_serial()
         self._plan_for_experts()
         self._notify_observers()

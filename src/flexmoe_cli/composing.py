@@ -171,6 +171,9 @@ def add(
     package: Annotated[str, typer.Argument(help="Expert package: a folder or a Hub id.", show_default=False)],
     out: Out,
     name: Annotated[str | None, typer.Option(help="The expert's name in the model. Default: the package's.")] = None,
+    position: Annotated[
+        int | None, typer.Option(help="Its index among the experts; public's is 0. Default: last.")
+    ] = None,
     no_verify: NoVerify = False,
     policy: Policy = None,
     overwrite: Overwrite = False,
@@ -184,5 +187,6 @@ def add(
     from flexmoe.conversion.compose import add as library_add
 
     with library_call(as_json):
-        folder = library_add(model, package, out, name=name, verify=not no_verify, policy=policy, overwrite=overwrite)
+        options = {"name": name, "position": position, "verify": not no_verify, "policy": policy}
+        folder = library_add(model, package, out, overwrite=overwrite, **options)
     show_composed(folder, as_json)

@@ -191,6 +191,20 @@ class TestRemovalIsExact:
         assert content(both) == content(composed(llama, tmp_path / "all", "math", "code"))
         assert content(remove(both, "code", tmp_path / "after")) == content(before)
 
+    def test_removed_and_added_at_its_position_restores_the_bytes(self, llama: Path, tmp_path: Path) -> None:
+        before = composed(llama, tmp_path / "before", "math", "code", "law")
+        less = remove(before, "code", tmp_path / "less")
+        for way in ("library", "command"):
+            if way == "library":
+                add(less, llama / "code", tmp_path / way, position=2)
+            else:
+                arguments = [str(less), str(llama / "code"), "--position", "2", "--out", str(tmp_path / way)]
+                assert main(["add", *arguments]) == 0
+            assert content(tmp_path / way) == content(before)
+        for position in (0, 4, -1):
+            with pytest.raises(ValueError, match=r"position=.*1 to 3"):
+                add(less, llama / "code", tmp_path / "out", position=position)
+
     def test_in_place_and_in_shards(self, llama: Path, tmp_path: Path) -> None:
         def sharded(out: str, *names: str) -> Path:
             return compose(llama / "grafted", packages(llama, *names), tmp_path / out, max_shard_size=60_000)

@@ -92,6 +92,22 @@ def test_replace_keeps_position_and_name(model, tmp_path):
     assert torch.equal(block.router["math"].weight, theirs.router["code"].weight)
 
 
+@pytest.mark.parametrize("name", OWNERS)
+def test_removed_and_added_at_its_position_is_the_same_model(name, tmp_path):
+    model = tiny_flexmoe("llama", OWNERS)
+    before = snapshot(model)
+    package = model.save_expert(name, tmp_path / "package")
+    position = model.expert_names.index(name)
+    model.remove_expert(name)
+    for wrong in (0, 4, -1, True, 1.0):
+        with pytest.raises(ValueError, match="1 to 3; None adds it last"):
+            model.add_expert(package, position=wrong)
+    model.add_expert(package, position=position)
+    assert model.expert_names == ["public", *OWNERS]
+    assert list(model.state_dict()) == before[1]
+    assert torch.equal(logits(model), before[3])
+
+
 def test_rename_keeps_logits_and_position(model):
     model.set_active_experts(["public", "code"])
     before = logits(model)

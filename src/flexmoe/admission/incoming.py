@@ -204,8 +204,10 @@ def has_fitted_public_row(model: StoredModel) -> bool:
     return any(bool(row.any()) for name, row in read_public_rows(model).items() if name.endswith(".weight"))
 
 
-def with_experts(config: FlexMoeConfig, incoming: Sequence[IncomingExpert]) -> FlexMoeConfig:
-    """A copy of the config with the incoming experts appended.
+def with_experts(
+    config: FlexMoeConfig, incoming: Sequence[IncomingExpert], position: int | None = None
+) -> FlexMoeConfig:
+    """A copy of the config with the incoming experts, one after another at `position`, or at the end.
 
     Raises:
         ValueError: a name is taken or invalid, or an expert was made for another anchor; names the package.
@@ -221,7 +223,9 @@ def with_experts(config: FlexMoeConfig, incoming: Sequence[IncomingExpert]) -> F
                 )
             check_anchor(config, expert.package.manifest)
             check_layers(range(len(widths)), expert.package.manifest)
-            config.experts = [*(config.experts or []), expert.record(widths)]
+            known = config.expert_records
+            at = len(known) if position is None else position
+            config.experts = [*known[:at], expert.record(widths), *known[at:]]
             check_config_size(config)
     return config
 

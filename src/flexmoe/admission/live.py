@@ -24,6 +24,7 @@ from flexmoe.packages.checks import (
     check_anchor,
     check_config_size,
     check_layers,
+    check_position,
     errors_naming,
     package_record,
     public_widths,
@@ -43,6 +44,7 @@ def add_expert(
     revision: str | None = None,
     verify: bool = True,
     policy: str | Path | TrustPolicy | None = None,
+    position: int | None = None,
     **hub: Any,
 ) -> str:
     """Adds the expert of a package to a model; returns its name there.
@@ -57,18 +59,21 @@ def add_expert(
         verify: check the expert's router rows, biases and the outputs of its networks, and refuse it if it would take
             over the routing or dominate the outputs. `flexmoe.verify` also measures the effect on text.
         policy: the trust policy: an opened policy or a file, by default the file in FLEXMOE_POLICY.
+        position: the expert's index in `expert_names`; 0 is public's. None: the last. An expert that was removed and
+            is added at its old position gives the model that there was.
         hub: `token`, `cache_dir`, `local_files_only` and `force_download`, as in `from_pretrained`.
 
     Raises:
-        ValueError: the name is taken, the expert was made for another anchor, its kind is unknown, its files are
-            invalid or damaged (`PackageError`); it is refused (`UntrustedPackageError`, `AdmissionError`); or the
-            model's quantiser needs calibration data.
+        ValueError: the name is taken, there is no such position, the expert was made for another anchor, its kind is
+            unknown, its files are invalid or damaged (`PackageError`); it is refused (`UntrustedPackageError`,
+            `AdmissionError`); or the model's quantiser needs calibration data.
         FileNotFoundError, PermissionError, ConnectionError: there is no such package, or no access to it.
     """
     package, origin = open_package(source, revision, hub=HubAccess(**hub), policy=policy)
     with errors_naming(package):
         name = model.free_name(name or package.manifest.name)
-    _insert_package(model, package, name, origin, verify)
+    check_position(position, model.expert_names)
+    _insert_package(model, package, name, origin, verify, position=position)
     return name
 
 
@@ -130,6 +135,7 @@ def _insert_package(
     origin: dict[str, str | None] | None,
     verify: bool,
     replaces: bool = False,
+    position: int | None = None,
 ) -> None:
     blocks = model.flexmoe_blocks()
     with errors_naming(package):
@@ -142,7 +148,7 @@ def _insert_package(
         parts = parts_from_package(blocks, fresh_experts(model.config, record, networks), package)
     if verify:
         refuse_unless_admitted(name, check_expert(model, parts, replaced=name), package.folder)
-    model.insert_expert(record, _quantize(model, name, parts), replaces)
+    model.insert_expert(record, _quantize(model, name, parts), replaces, position)
 
 
 def _quantize(model: Any, name: str, parts: list[ExpertPart]) -> list[ExpertPart]:

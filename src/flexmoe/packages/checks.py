@@ -147,6 +147,15 @@ def package_record(manifest: ExpertManifest, widths: Sequence[int]) -> dict[str,
     return record if manifest.kind != "full" or own == list(widths) else {**record, "intermediate": own}
 
 
+def check_position(position: int | None, names: Sequence[str]) -> None:
+    """Checks where an expert is to be added. ValueError: before public, or beyond the end."""
+    if position is not None and (type(position) is not int or not 1 <= position <= len(names)):
+        raise ValueError(
+            f"position={position!r}: it is the new expert's index among {[*names]}, 1 to {len(names)}; None adds it "
+            "last."
+        )
+
+
 def check_config_size(config: FlexMoeConfig, *records: Mapping[str, Any]) -> None:
     """Checks that a model's config.json with additional `records` is small enough to be read again.
 
@@ -179,6 +188,7 @@ __all__ = [
     "check_fingerprint",
     "check_hidden_size",
     "check_layers",
+    "check_position",
     "check_row_shape",
     "check_shapes",
     "errors_naming",
