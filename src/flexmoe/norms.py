@@ -9,6 +9,8 @@ whose forward pass needs values: there the user sets `norm_topk_prob`, and the s
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +23,7 @@ from flexmoe.meta import build_on_meta
 from flexmoe.modeling.anchors_flexmoe import FfnSite
 
 _observed: dict[str, bool] = {}
-_input_norms: dict[str, str | None] = {}
+_input_norms: dict[str, tuple[str | None, ...]] = {}
 
 
 FORWARD_ERRORS = (RuntimeError, NotImplementedError, TypeError, ValueError)
@@ -44,46 +46,52 @@ def norm_follows_each_ffn(anchor_config: PreTrainedConfig) -> bool:
     return _observed[key]
 
 
-def input_norm(anchor_config: PreTrainedConfig) -> str | None:
-    """The norm whose output is the input of the first layer's FFN, by its name in the layer; None if there is none.
+def input_norms(anchor_config: PreTrainedConfig) -> tuple[str | None, ...]:
+    """For each layer the norm whose output is the FFN's input, by its name in the dense model; None if there is none.
 
-    None, too, if the forward pass of the family cannot be observed.
+    Layers of one model may differ, as those of OLMo-hybrid do. All are None if the forward pass cannot be observed.
     """
     key = anchor_config.to_json_string(use_diff=False)
-    if key not in _input_norms:
-        _input_norms[key] = _observe_input(anchor_config)
-    return _input_norms[key]
-
-
-def _observe_input(anchor_config: PreTrainedConfig) -> str | None:
-    dense, sites = build_on_meta(anchor_config)
-    layer = dense.get_submodule(sites[0].layer)
-    network = layer.get_submodule(sites[0].attributes[0])
-    outputs: dict[int, tuple[Tensor, str]] = {}  # by storage, which views share; tensors are kept, so ids stay theirs
-    found: list[str | None] = []
-
-    def check(_module: nn.Module, args: tuple) -> None:
-        found.append(outputs.get(args[0].untyped_storage()._cdata, (None, None))[1])
-        raise _Observed
-
-    handles = [network.register_forward_pre_hook(check)]
-    for name, module in layer.named_modules():
-        if "norm" not in type(module).__name__.lower() or module is layer:
-            continue
-
-        def remember(_module: nn.Module, _args: tuple, output: Any, name: str = name) -> None:
-            if isinstance(output, Tensor):
-                outputs[output.untyped_storage()._cdata] = output, name
-
-        handles.append(module.register_forward_hook(remember))
+    if key in _input_norms:
+        return _input_norms[key]
+    dense, sites = build_on_meta(_eager(anchor_config))
+    found: dict[int, str] = {}
+    handles = [handle for site in sites for handle in _hooks_on_input(dense, site, found)]
     try:
         _compute_shapes(dense)
-    except (_Observed, *FORWARD_ERRORS):
-        pass
+    except FORWARD_ERRORS:
+        return (None,) * len(sites)
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    _input_norms[key] = tuple(found.get(site.index) for site in sites)
+    return _input_norms[key]
+
+
+def _hooks_on_input(dense: nn.Module, site: FfnSite, found: dict[int, str]) -> Iterator[Any]:
+    """Hooks on a layer that put the name of the norm before its FFN into `found`."""
+    outputs: dict[int, tuple[Tensor, str]] = {}  # by storage, which views share; tensors are kept, so ids stay theirs
+    layer = dense.get_submodule(site.layer)
+
+    def check(_module: nn.Module, args: tuple) -> None:
+        if (norm := outputs.get(args[0].untyped_storage()._cdata)) is not None:
+            found[site.index] = norm[1]
+
+    def remember(_module: nn.Module, _args: tuple, output: Any, name: str) -> None:
+        if isinstance(output, Tensor):
+            outputs[output.untyped_storage()._cdata] = output, f"{site.layer}.{name}"
+
+    yield layer.get_submodule(site.attributes[0]).register_forward_pre_hook(check)
+    for name, module in layer.named_modules():
+        if module is not layer and "norm" in type(module).__name__.lower():
+            yield module.register_forward_hook(functools.partial(remember, name=name))
+
+
+def _eager(anchor_config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy whose attention runs without values; some implementations need a device, or compile."""
+    copied = copy.deepcopy(anchor_config)
+    copied._attn_implementation = "eager"
+    return copied
 
 
 def _compute_shapes(dense: PreTrainedModel) -> None:
@@ -95,7 +103,7 @@ def _compute_shapes(dense: PreTrainedModel) -> None:
 
 
 def _observe(anchor_config: PreTrainedConfig) -> bool:
-    dense, sites = build_on_meta(anchor_config)
+    dense, sites = build_on_meta(_eager(anchor_config))
     with _hooks_on_ffns(dense, sites) as taken_by_norm:
         try:
             _compute_shapes(dense)
@@ -153,4 +161,4 @@ def _hooks_on_ffns(dense: nn.Module, sites: list[FfnSite]) -> Iterator[set[str]]
             handle.remove()
 
 
-__all__ = ["input_norm", "norm_follows_each_ffn"]
+__all__ = ["input_norms", "norm_follows_each_ffn"]

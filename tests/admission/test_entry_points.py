@@ -26,11 +26,14 @@ from flexmoe.conversion.graft import graft
 from flexmoe.hub.stored_model import StoredModel
 from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.io.tensors import TensorFile
+from flexmoe.meta import build_on_meta
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
+from flexmoe.norms import input_norms
 from flexmoe.packages.package import PackageError
 from flexmoe.packages.trust import UntrustedPackageError
-from flexmoe.testing import perturb_expert, random_tokens, tiny_anchor
+from flexmoe.testing import ANCHOR_CONFIGS, perturb_expert, random_tokens, tiny_anchor
 from flexmoe_cli import main
+from tests.support.families import tiny_config
 
 Tensors = dict[str, torch.Tensor]
 
@@ -431,6 +434,32 @@ class TestIncomingTogether:
             assert torch.equal(ours.scale, theirs.scale)
             measured = inputs[block.layer_index].detach().flatten(0, -2).square().mean(0).sqrt()
             assert torch.corrcoef(torch.stack([measured.log(), ours.scale.log()]))[0, 1] > 0.9
+
+    def test_norms_are_found_layer_by_layer(self) -> None:
+        """In layers of one kind, OLMo-hybrid's post_attention_layernorm is before the network, in others it is not."""
+        config = tiny_config("olmo_hybrid")
+        _, sites = build_on_meta(config)
+        names = input_norms(config)
+        assert len(names) == len(sites)
+        assert {name is None for name in names} == {True, False}
+
+    def test_the_attention_of_a_model_does_not_matter(self) -> None:
+        config = ANCHOR_CONFIGS["llama"]()
+        config._attn_implementation = "flex_attention"
+        assert input_norms(config) == tuple(f"model.layers.{i}.post_attention_layernorm" for i in range(2))
+
+    def test_offloaded_norms_are_read(self, tmp_path: Path) -> None:
+        anchor = tiny_anchor("llama")
+        for layer in anchor.model.layers:
+            nn.init.normal_(layer.post_attention_layernorm.weight, generator=torch.Generator().manual_seed(0))
+        anchor.save_pretrained(tmp_path / "anchor")
+        folder = graft(tmp_path / "anchor", tmp_path / "model")
+        model = FlexMoeForCausalLM.from_pretrained(folder)
+        places = {name: "cpu" for name, _ in model.named_parameters() if ".layers.1." not in name}
+        places["anchor.model.layers.1"] = "disk"
+        offloaded = FlexMoeForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "offload")
+        for one, other in zip(inputs_of_live(model), inputs_of_live(offloaded), strict=True):
+            assert torch.equal(one.scale, other.scale)
 
     @pytest.mark.parametrize("way", ["live", "on disk"])
     def test_rows_are_compared_in_the_scale_of_their_input(self, way: str, tmp_path: Path) -> None:

@@ -76,6 +76,13 @@ def test_log_odds_with_separable_and_constant_units(states):
         fit("log_odds", own.fill_(float("nan")), public)
 
 
+@pytest.mark.parametrize("public", [torch.randn(1, H, generator=generator(5)), torch.ones(500, H), torch.zeros(9, H)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_log_odds_with_public_states_that_do_not_vary(states, public, bias):
+    row = fit("log_odds", states[0], public, bias=bias)
+    assert torch.isfinite(row.weight).all()
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_log_odds_does_not_depend_on_the_sample_it_starts_from(states, bias, monkeypatch):
     many = [side.repeat(3, 1) + 0.1 * torch.randn(3 * len(side), H, generator=generator(4)) for side in states]

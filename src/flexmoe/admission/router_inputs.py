@@ -11,6 +11,7 @@ Shapes: H hidden size. Does not cover the comparison (`flexmoe.admission.rows`).
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexmoe.admission.measures import input_matrix, input_matrix_name, rms, sample_step, unreadable_reason
+from flexmoe.admission.measures import input_matrix, input_matrix_name, rms, sample_step
 from flexmoe.admission.outputs import filled
 from flexmoe.hub.stored_model import StoredModel
 from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.io.tensors import CheckpointFolder
+from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
 from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
-from flexmoe.norms import input_norm
+from flexmoe.norms import input_norms
+from flexmoe.packages.modules import read_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +39,15 @@ class RouterInput:
 
     Attributes:
         matrix: public's matrix with the same input, or a sample of its rows; None if there is none.
-        scale: the size of each unit, float32 [H]; None if it is not known.
+        scale: the size of each unit for a normalised input of size 1, float64 [H]; None if it is not known.
     """
 
     matrix: Tensor | None = None
     scale: Tensor | None = None
 
     def scaled(self, row: Tensor) -> Tensor:
-        """A row [1, H] as it acts on an input whose units are all of size 1."""
-        return row if self.scale is None else row.float() * self.scale.to(row.device)
+        """A row [1, H] as it acts on the normalised input, before the norm's weights."""
+        return row if self.scale is None else row.double().cpu() * self.scale
 
     def typical_length(self, hidden_size: int) -> float:
         """The length of a typical row of the matrix, scaled as router rows are."""
@@ -53,19 +56,17 @@ class RouterInput:
         if self.scale is not None:
             is_transposed = matrix.shape[-1] != hidden_size  # in GPT-2; then it is a sample of units
             scale = self.scale[:: sample_step(hidden_size), None] if is_transposed else self.scale
-            matrix = matrix.float() * scale.to(matrix.device)
+            matrix = matrix.double().cpu() * scale
         return rms(matrix) * hidden_size**0.5
 
 
 def inputs_of_live(model: Any) -> list[RouterInput]:
     """Those of a live model, in layer order."""
-    name = input_norm(model.config.anchor_config)
     inputs = []
-    for path, block in model.named_blocks().items():
-        norm = _submodule(model, f"{path.rpartition('.')[0]}.{name}")
-        inputs.append(
-            RouterInput(input_matrix(block.experts[PUBLIC], block.hidden_size), scale_of(norm, block.hidden_size))
-        )
+    for path, block in zip(input_norms(model.config.anchor_config), model.flexmoe_blocks(), strict=True):
+        norm = None if path is None else model.get_submodule(f"{ANCHOR_PREFIX}{path}")
+        scale = None if norm is None else _scale(norm, block.hidden_size, functools.partial(read_tensor, norm))
+        inputs.append(RouterInput(input_matrix(block.experts[PUBLIC], block.hidden_size), scale))
     return inputs
 
 
@@ -75,13 +76,16 @@ def inputs_of_stored(stored: StoredModel, model: FlexMoeForCausalLM) -> list[Rou
     Args:
         model: the stored model on the meta device, possibly with incoming experts.
     """
-    norm_name = input_norm(stored.config.anchor_config)
     inputs = []
-    for path, block in [(path, module) for path, module in model.named_modules() if isinstance(module, FlexMoeBlock)]:
+    blocks = [(path, module) for path, module in model.named_modules() if isinstance(module, FlexMoeBlock)]
+    for norm, (path, block) in zip(input_norms(stored.config.anchor_config), blocks, strict=True):
         name = input_matrix_name(block.experts[PUBLIC], block.hidden_size)
         matrix = _read_sample(stored.tensors, f"{path}.experts.{PUBLIC}.", name)
-        norm = f"{path.rpartition('.')[0]}.{norm_name}"
-        inputs.append(RouterInput(matrix, _stored_scale(model, norm, block.hidden_size, stored.tensors.read)))
+        inputs.append(
+            RouterInput(
+                matrix, _stored_scale(model, norm and f"{ANCHOR_PREFIX}{norm}", block.hidden_size, stored.tensors.read)
+            )
+        )
     return inputs
 
 
@@ -91,51 +95,45 @@ def inputs_of_anchor(dense: DenseCheckpoint, hidden_size: int) -> list[RouterInp
     def read(name: str) -> Tensor:
         return dense.files.read(dense.stored[name])
 
-    norm_name = input_norm(dense.config)
     inputs = []
-    for site in dense.sites:
+    for norm, site in zip(input_norms(dense.config), dense.sites, strict=True):
         name = input_matrix_name(site.ffn(dense.model), hidden_size)
         prefix = f"{site.block}." if len(site.attributes) == 1 else f"{site.layer}."
         matrix = _read_sample(dense.files, "", dense.stored.get(f"{prefix}{name}"))
-        scale = _stored_scale(dense.model, f"{site.layer}.{norm_name}", hidden_size, read)
-        inputs.append(RouterInput(matrix, scale))
+        inputs.append(RouterInput(matrix, _stored_scale(dense.model, norm, hidden_size, read)))
     return inputs
 
 
-def scale_of(norm: nn.Module | None, hidden_size: int) -> Tensor | None:
-    """The size of each unit of a norm's output, float32 [H] on the CPU, for input whose units are of size 1.
+def _stored_scale(
+    model: nn.Module, path: str | None, hidden_size: int, read: Callable[[str], Tensor]
+) -> Tensor | None:
+    """`_scale` of the norm at this path in a model on the meta device, whose tensors are read by their names there."""
+    if path is None:
+        return None
+    return _scale(model.get_submodule(path), hidden_size, lambda key: read(f"{path}.{key}"))
 
-    None if there is no norm, or if it cannot be called here.
+
+def _scale(norm: nn.Module, hidden_size: int, read: Callable[[str], Tensor]) -> Tensor | None:
+    """The size of each unit of a norm's output for a normalised input of which each unit is of size 1, float64 [H].
+
+    Real units may be larger: near-constant ones of SmolLM2-135M are up to 24 times as large. None if the norm cannot
+    be called on its own.
+
+    Args:
+        read: reads a tensor of it by its name.
     """
-    if norm is None or any(unreadable_reason(tensor) for tensor in norm.parameters()):
-        return None
-    like = next(norm.parameters(), torch.empty(0))
-    signs_H = 1.0 - 2.0 * (torch.arange(hidden_size, device=like.device) % 2)
     try:
+        tensors = {key: read(key).detach().double().cpu() for key in norm.state_dict()}
+        fresh = filled(copy.deepcopy(norm).to("meta"), tensors)  # without users' hooks
+        fresh._forward_hooks.clear()
+        fresh._forward_pre_hooks.clear()
+        fresh.__dict__.pop("forward", None)  # accelerate's
+        signs_H = 1.0 - 2.0 * (torch.arange(hidden_size, dtype=torch.float64) % 2)
         with torch.no_grad():
-            y_2H = norm(torch.stack([signs_H, -signs_H]).to(like.dtype))  # of both signs: so a bias counts, too
-    except (TypeError, RuntimeError, ValueError):  # a norm with further inputs
+            y_2H = fresh(torch.stack([signs_H, -signs_H]))  # of both signs: so a bias counts, too
+    except (KeyError, TypeError, RuntimeError, ValueError):  # unreadable, or a norm with further inputs
         return None
-    return y_2H.float().square().mean(0).sqrt().cpu() if isinstance(y_2H, Tensor) else None
-
-
-def _stored_scale(model: nn.Module, path: str, hidden_size: int, read: Callable[[str], Tensor]) -> Tensor | None:
-    """`scale_of` the norm at this path in a model on the meta device, whose tensors are read by their names there."""
-    if (norm := _submodule(model, path)) is None:
-        return None
-    try:
-        tensors = {key: read(f"{path}.{key}") for key in norm.state_dict()}
-    except KeyError:
-        return None
-    return scale_of(filled(copy.deepcopy(norm), tensors), hidden_size)
-
-
-def _submodule(model: nn.Module, path: str) -> nn.Module | None:
-    """The module at this path; None if there is none, as in layers of other kinds."""
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
+    return y_2H.double().square().mean(0).sqrt() if isinstance(y_2H, Tensor) else None
 
 
 def _read_sample(tensors: CheckpointFolder, prefix: str, name: str | None) -> torch.Tensor | None:
@@ -150,4 +148,4 @@ def _read_sample(tensors: CheckpointFolder, prefix: str, name: str | None) -> to
     return torch.frombuffer(data, dtype=TORCH_DTYPES[info.dtype]).view(-1, info.shape[1])
 
 
-__all__ = ["RouterInput", "inputs_of_anchor", "inputs_of_live", "inputs_of_stored", "scale_of"]
+__all__ = ["RouterInput", "inputs_of_anchor", "inputs_of_live", "inputs_of_stored"]

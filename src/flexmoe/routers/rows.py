@@ -229,8 +229,11 @@ class _LogisticRegression:
         mean, square = _mean_and_square(public)
         self.centre = mean if intercept else torch.zeros_like(mean)
         deviation = (square - self.centre**2).clamp_min(0).sqrt()
-        # a unit that is constant on public text has no scale of its own
-        self.scale = torch.where(deviation > 1e-9 * deviation.max(), deviation, deviation.mean().clamp_min(1e-30))
+        # a unit that is constant on public text has no scale of its own: that of the others, or of the values
+        common = next(
+            (size for size in (deviation.mean(), square.mean().sqrt()) if size > 0), torch.ones_like(mean[0])
+        )
+        self.scale = torch.where(deviation > 1e-9 * deviation.max(), deviation, common)
         self.ridge = torch.full((len(mean) + intercept,), RIDGE, dtype=torch.float64, device=own.device)
         if intercept:
             self.ridge[-1] = 0.0
