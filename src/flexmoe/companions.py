@@ -28,9 +28,10 @@ TEMPLATES = "additional_chat_templates"
 _TEMPLATE = re.compile(r"\w[\w.-]*\.jinja", re.ASCII)
 # chat_template.jinja and .json, and those that publishers add, such as chat_template_tools.jinja
 _CHAT_TEMPLATE = re.compile(r"chat_template([_.-][\w.-]*)?\.(jinja|json)", re.ASCII)
-# LICENSE, LICENSE-APACHE-2.0.txt, USE_POLICY.md
+# LICENSE, LICENSE-APACHE-2.0.txt, COPYING.LESSER, MODEL_LICENSE, USE_POLICY.md
 _TERMS = re.compile(
-    r"(LICEN[SC]E|NOTICE|COPYING|USE_POLICY|TERMS(_OF_USE)?)([-_][\w-]+(\.\d+)*)?(\.(txt|md|rst))?",
+    r"([A-Z0-9]+[-_])*(LICEN[SC]ES?|NOTICE|COPYING|(ACCEPTABLE_)?USE_POLICY|TERMS(_OF_USE)?)"
+    r"([-_][\w-]+(\.\d+)*|\.LESSER|\.LLAMA\d*)?(\.(txt|md|rst))?",
     re.ASCII | re.IGNORECASE,
 )
 _SAMPLE = re.compile(r"\w[\w.-]*\.jsonl", re.ASCII)

@@ -277,7 +277,9 @@ def test_all_of_them_are_downloaded_and_none_of_the_others() -> None:
     ("name", "is_one"),
     [("LICENSE", True), ("LICENCE.md", True), ("license.txt", True), ("LICENSE-MIT", True), ("NOTICE.txt", True),
      ("USE_POLICY.md", True), ("TERMS_OF_USE.md", True), ("COPYING", True), ("LICENSE_llama-3.1.txt", True),
-     ("LICENSES.zip", False), ("LICENSE.key", False), ("LICENSE.py", False), ("terms.json", False),
+     ("MODEL_LICENSE", True), ("Acceptable_Use_Policy.txt", True), ("LICENSE.LLAMA3", True), ("COPYING.LESSER", True),
+     ("LICENSES.md", True), ("LICENSES.zip", False), ("LICENSE.safetensors", False), ("terms.key", False),
+     ("LICENSE.key", False), ("LICENSE.py", False), ("terms.json", False),
      ("MYLICENSE", False), ("LICENSE.txt.bak", False), ("LICENSE notes", False)],
 )  # fmt: skip
 def test_names_of_terms(name: str, is_one: bool) -> None:

@@ -284,6 +284,26 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
         UnsupportedAnchorError,
         "llama.attention.value_length is 48, and transformers' LlamaConfig has 32",
     ),
+    "layers": (
+        lambda file: write_gguf(file, entries={"llama.block_count": 100_000}),
+        GgufError,
+        "block_count is 100000, and the file has tensors of 2 layers",
+    ),
+    "not a number": (
+        lambda file: write_gguf(file, entries={"llama.rope.scaling.factor": float("nan")}),
+        GgufError,
+        "'llama.rope.scaling.factor' is nan",
+    ),
+    "no heads": (
+        lambda file: write_gguf(file, entries={"llama.attention.head_count": 0}),
+        GgufError,
+        "do not fit together .ZeroDivisionError",
+    ),
+    "no such token": (
+        lambda file: write_gguf(file, entries={"tokenizer.ggml.eos_token_id": 100_000}),
+        GgufError,
+        "do not fit together .IndexError",
+    ),
     "unknown tensor": (
         lambda file: write_gguf(file, tensors={"blk.0.attn_q.bias": ONES}),
         CheckpointNamesError,

@@ -80,6 +80,17 @@ def test_experts_are_in_the_order_of_adding(model, tmp_path):
     assert other.expert_names == ["public", "legal", "math", "code"]
 
 
+def test_options_reach_the_admission_of_a_replacement(model, tmp_path):
+    other = tiny_flexmoe("llama", ["code"], anchor=FINGERPRINT)
+    for block in other.flexmoe_blocks():
+        torch.nn.init.constant_(block.router["code"].bias, 50.0)
+    package = other.save_expert("code", tmp_path / "biased")
+    with pytest.raises(ValueError, match=r"the bias in layer \d is 50 above"):
+        model.replace_expert("math", package)
+    model.replace_expert("math", package, verify=False)
+    assert model.flexmoe_blocks()[0].router["math"].bias.item() == 50.0
+
+
 def test_replace_keeps_position_and_name(model, tmp_path):
     other = tiny_flexmoe("llama", ["code"], anchor=FINGERPRINT)
     perturb_expert(other, "code", seed=5)

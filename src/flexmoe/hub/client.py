@@ -51,6 +51,7 @@ DOWNLOADED = (
     "tokenizer.model.*",
     "README.md",
     *("LICEN[CS]E*", "[Ll]icen[cs]e*", "NOTICE*", "[Nn]otice*", "COPYING*", "TERMS*", "[Tt]erms*", "USE_POLICY*"),
+    *("*_LICEN[CS]E*", "*[Uu]se_[Pp]olicy*", "*[Tt]erms_of_[Uu]se*"),
     "model.sig",
 )
 NEVER_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.py", "original/*", "onnx/*", "openvino/*")

@@ -182,8 +182,10 @@ def open_gguf(path: str | Path) -> GgufFile:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     refuse_pointers([path])
-    metadata, tensors = read_header(path)
-    if metadata.get("split.count", 0) > 1 or _SPLIT_NAME.search(path.name):
+    with _errors_naming(path):
+        metadata, tensors = read_header(path)
+        is_part = metadata.get("split.count", 0) > 1
+    if is_part or _SPLIT_NAME.search(path.name):
         raise GgufError(
             f"{path} is one part of a model that is split into several files. Merge them first: "
             f"`llama-gguf-split --merge {path.name} merged.gguf`, with the first part."
@@ -201,7 +203,37 @@ def open_gguf(path: str | Path) -> GgufFile:
             f"{path} holds a model of the architecture {architecture!r}, which transformers does not read from GGUF. "
             f"It reads {', '.join(supported_architectures())}. Graft the original checkpoint instead."
         )
+    _check_entries(opened)
     return opened
+
+
+@contextmanager
+def _errors_naming(path: Path) -> Iterator[None]:
+    """Raises a GgufError instead of what damaged entries and tensors cause in other libraries."""
+    try:
+        yield
+    except (GgufError, UnsupportedAnchorError, CheckpointNamesError, OSError, ImportError):
+        raise
+    except Exception as error:  # arithmetic, lookups, validation of configs, tokenizers' own kinds
+        raise GgufError(
+            f"{path}: its entries or tensors do not fit together ({type(error).__name__}: {str(error)[:300]}). "
+            "Download it again, or graft the original checkpoint."
+        ) from error
+
+
+def _check_entries(file: GgufFile) -> None:
+    """Numbers are finite, and the layers are there: a model of as many as an entry claims may take hours to set up."""
+    if wrong := [
+        name for name, value in file.metadata.items() if isinstance(value, float) and not math.isfinite(value)
+    ]:
+        raise GgufError(f"{file.path}: the entry {wrong[0]!r} is {file.metadata[wrong[0]]}. Download it again.")
+    layers = {match[1] for tensor in file.tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))}
+    count = file.setting("block_count")
+    if not isinstance(count, int) or count > len(layers):
+        raise GgufError(
+            f"{file.path}: block_count is {count!r}, and the file has tensors of {len(layers)} layers. Download it "
+            "again."
+        )
 
 
 def supported_architectures() -> list[str]:
@@ -238,7 +270,7 @@ def convert_gguf(
         folder = convert_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2")
     """
     opened = open_gguf(file)
-    with atomic_folder(out, overwrite, durable=overwrite) as folder:
+    with atomic_folder(out, overwrite, durable=overwrite) as folder, _errors_naming(opened.path):
         _write_dense(opened, folder, dtype or opened.dtype, max_shard_size)
     return Path(out)
 
@@ -250,7 +282,8 @@ def dense_from_gguf(file: GgufFile, beside: Path) -> Iterator[Path]:
     It is deleted at the end. Raises as `convert_gguf`.
     """
     with scratch_folder(beside) as folder:
-        _write_dense(file, folder, file.dtype, MAX_SHARD_SIZE)
+        with _errors_naming(file.path):
+            _write_dense(file, folder, file.dtype, MAX_SHARD_SIZE)
         yield folder
 
 
