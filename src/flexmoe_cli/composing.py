@@ -187,6 +187,14 @@ def add(
     from flexmoe.conversion.compose import add as library_add
 
     with library_call(as_json):
-        options = {"name": name, "position": position, "verify": not no_verify, "policy": policy}
-        folder = library_add(model, package, out, overwrite=overwrite, **options)
+        folder = library_add(
+            model,
+            package,
+            out,
+            name=name,
+            position=position,
+            verify=not no_verify,
+            policy=policy,
+            overwrite=overwrite,
+        )
     show_composed(folder, as_json)
