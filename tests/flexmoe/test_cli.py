@@ -278,6 +278,7 @@ class TestCalls:
             "package": "p",
             "out": Path("o"),
             "name": "math-2",
+            "position": None,
             "verify": True,
             "policy": None,
             "overwrite": True,

@@ -202,7 +202,8 @@ def test_the_library_loads_models_by_it_alone() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and re.search(r"\w+ForCausalLM\.from_pretrained$", ast.unparse(node.func))
     ]
-    assert calls == []
+    other = {"src/flexmoe/io/gguf.py"}  # a GGUF file, which `load_causal_lm` does not read
+    assert {call.partition(":")[0] for call in calls} == other
 
 
 def test_a_checkpoint_that_is_computed_at_load_is_refused_and_the_conversion_works(tmp_path: Path) -> None:
