@@ -26,7 +26,6 @@ from flexmoe.io.dense import DenseCheckpoint
 from flexmoe.io.tensors import CheckpointFolder
 from flexmoe.modeling.anchors_flexmoe import ANCHOR_PREFIX
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
-from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
 from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.norms import input_norms
@@ -77,15 +76,12 @@ def inputs_of_stored(stored: StoredModel, model: FlexMoeForCausalLM) -> list[Rou
         model: the stored model on the meta device, possibly with incoming experts.
     """
     inputs = []
-    blocks = [(path, module) for path, module in model.named_modules() if isinstance(module, FlexMoeBlock)]
-    for norm, (path, block) in zip(input_norms(stored.config.anchor_config), blocks, strict=True):
+    norms = input_norms(stored.config.anchor_config)
+    for norm, (path, block) in zip(norms, model.named_blocks().items(), strict=True):
         name = input_matrix_name(block.experts[PUBLIC], block.hidden_size)
         matrix = _read_sample(stored.tensors, f"{path}.experts.{PUBLIC}.", name)
-        inputs.append(
-            RouterInput(
-                matrix, _stored_scale(model, norm and f"{ANCHOR_PREFIX}{norm}", block.hidden_size, stored.tensors.read)
-            )
-        )
+        at = None if norm is None else f"{ANCHOR_PREFIX}{norm}"
+        inputs.append(RouterInput(matrix, _stored_scale(model, at, block.hidden_size, stored.tensors.read)))
     return inputs
 
 

@@ -17,7 +17,6 @@ from flexmoe.admission.router_inputs import RouterInput
 from flexmoe.admission.rows import check_row_tensors
 from flexmoe.io.finite import all_finite
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
-from flexmoe.modeling.experts_flexmoe import FlexMoeBlock
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.packages.checks import check_layers, errors_naming, name_in_package
 from flexmoe.packages.package import PackageError
@@ -96,17 +95,13 @@ def check_composed_rows(
 def tensor_places(model: FlexMoeForCausalLM) -> dict[str, tuple[str, str]]:
     """For each tensor of an expert, by its name in the model: the expert, and the tensor's name in a package."""
     found: dict[str, tuple[str, str]] = {}
-    for path, block in _named_blocks(model):
+    for path, block in model.named_blocks().items():
         for part, modules in (("experts", block.experts), ("router", block.router)):
             inside = f"layers.{block.layer_index}.{'ffn' if part == 'experts' else part}"
             for name, module in modules.items():
                 for key in module.state_dict():
                     found[f"{path}.{part}.{name}.{key}"] = (name, f"{inside}.{name_in_package(module, key)}")
     return found
-
-
-def _named_blocks(model: FlexMoeForCausalLM) -> list[tuple[str, FlexMoeBlock]]:
-    return [(path, module) for path, module in model.named_modules() if isinstance(module, FlexMoeBlock)]
 
 
 __all__ = [

@@ -71,10 +71,7 @@ def atomic_folder(out: str | Path, overwrite: bool = False, *, durable: bool = T
         OSError: the disk is full or a quota is exceeded; names the folder.
     """
     target = check_new_folder(out, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _warn_about_leftovers(target)
-    temporary = _temporary_path(target)
-    temporary.mkdir()
+    temporary = _new_temporary_folder(target)
     try:
         yield temporary
         if durable:
@@ -98,11 +95,7 @@ def scratch_folder(beside: Path) -> Iterator[Path]:
     Raises:
         OSError: the disk is full or a quota is exceeded; names the folder.
     """
-    place = beside.with_name(f"{beside.name}.scratch")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _warn_about_leftovers(place)
-    folder = _temporary_path(place)
-    folder.mkdir()
+    folder = _new_temporary_folder(beside.with_name(f"{beside.name}.scratch"))
     try:
         yield folder
     except OSError as error:
@@ -237,13 +230,22 @@ def _temporary_path(target: Path) -> Path:
     return target.with_name(f".{target.name}{TEMPORARY_MARK}{secrets.token_hex(4)}")
 
 
+def _new_temporary_folder(target: Path) -> Path:
+    """Makes an empty folder next to `target`; warns of those that killed runs have left there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _warn_about_leftovers(target)
+    folder = _temporary_path(target)
+    folder.mkdir()
+    return folder
+
+
 def _warn_about_leftovers(target: Path) -> None:
     start = f".{target.name}{TEMPORARY_MARK}"
     leftovers = sorted(entry.name for entry in os.scandir(target.parent) if entry.name.startswith(start))
     if leftovers:
         paths = ", ".join(str(target.parent / name) for name in leftovers)
         warnings.warn(
-            f"Left by a run that was interrupted or is still running: {paths}. Delete if not needed.", stacklevel=4
+            f"Left by a run that was interrupted or is still running: {paths}. Delete if not needed.", stacklevel=5
         )
 
 

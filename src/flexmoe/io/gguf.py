@@ -223,10 +223,9 @@ def _errors_naming(path: Path) -> Iterator[None]:
 
 def _check_entries(file: GgufFile) -> None:
     """Numbers are finite, and the layers are there: a model of as many as an entry claims may take hours to set up."""
-    if wrong := [
-        name for name, value in file.metadata.items() if isinstance(value, float) and not math.isfinite(value)
-    ]:
-        raise GgufError(f"{file.path}: the entry {wrong[0]!r} is {file.metadata[wrong[0]]}. Download it again.")
+    for name, value in file.metadata.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise GgufError(f"{file.path}: the entry {name!r} is {value}. Download it again.")
     layers = {match[1] for tensor in file.tensors if (match := re.match(r"blk\.(\d+)\.", tensor.name))}
     count = file.setting("block_count")
     if not isinstance(count, int) or count > len(layers):
@@ -270,7 +269,7 @@ def convert_gguf(
         folder = convert_gguf("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2")
     """
     opened = open_gguf(file)
-    with atomic_folder(out, overwrite, durable=overwrite) as folder, _errors_naming(opened.path):
+    with atomic_folder(out, overwrite, durable=overwrite) as folder:
         _write_dense(opened, folder, dtype or opened.dtype, max_shard_size)
     return Path(out)
 
@@ -282,8 +281,7 @@ def dense_from_gguf(file: GgufFile, beside: Path) -> Iterator[Path]:
     It is deleted at the end. Raises as `convert_gguf`.
     """
     with scratch_folder(beside) as folder:
-        with _errors_naming(file.path):
-            _write_dense(file, folder, file.dtype, MAX_SHARD_SIZE)
+        _write_dense(file, folder, file.dtype, MAX_SHARD_SIZE)
         yield folder
 
 
@@ -298,21 +296,22 @@ def provenance(file: GgufFile) -> dict[str, Any]:
 
 
 def _write_dense(file: GgufFile, folder: Path, dtype: torch.dtype, max_shard_size: int) -> None:
-    config, settings = _read_config(file)
-    model, _ = build_on_meta(config)
-    rounding = _Rounding()
-    if file.architecture in _new_mappings():
-        sources = _loaded_sources(file, config, dtype)
-    else:
-        sources = _streamed_sources(file, model, settings, dtype, rounding)
-    write_checkpoint(folder, sources, max_shard_size=max_shard_size, flush=False)
-    config.architectures, config.dtype = [type(model).__name__], dtype
-    convert_tokenizer(file.path, file.metadata, folder)
-    ids = special_ids(file.metadata)
-    GenerationConfig(**{key: value for key, value in ids.items() if key != "unk_token_id"}).save_pretrained(folder)
-    config.save_pretrained(folder)
-    DenseCheckpoint(folder)  # all tensors of the model are there, with the shapes of the config
-    _report(file, dtype, rounding)
+    with _errors_naming(file.path):
+        config, settings = _read_config(file)
+        model, _ = build_on_meta(config)
+        rounding = _Rounding()
+        if file.architecture in _new_mappings():
+            sources = _loaded_sources(file, config, dtype)
+        else:
+            sources = _streamed_sources(file, model, settings, dtype, rounding)
+        write_checkpoint(folder, sources, max_shard_size=max_shard_size, flush=False)
+        config.architectures, config.dtype = [type(model).__name__], dtype
+        convert_tokenizer(file.path, file.metadata, folder)
+        ids = special_ids(file.metadata)
+        GenerationConfig(**{key: value for key, value in ids.items() if key != "unk_token_id"}).save_pretrained(folder)
+        config.save_pretrained(folder)
+        DenseCheckpoint(folder)  # all tensors of the model are there, with the shapes of the config
+        _report(file, dtype, rounding)
 
 
 def _report(file: GgufFile, dtype: torch.dtype, rounding: _Rounding) -> None:

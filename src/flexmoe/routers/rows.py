@@ -245,12 +245,10 @@ class _LogisticRegression:
         factor, before, size = None, math.inf, 1.0
         for _ in range(MAX_STEPS):
             if factor is not None:
-                step = torch.cholesky_solve(gradient[:, None], factor)[:, 0]
-                decrement = (gradient @ step).item()
+                step, decrement = _newton_step(gradient, factor)
             if factor is None or size < 1 or decrement > CONTRACTION * before:
                 factor = self._factor(theta)
-                step = torch.cholesky_solve(gradient[:, None], factor)[:, 0]
-                decrement = (gradient @ step).item()
+                step, decrement = _newton_step(gradient, factor)
             if decrement < CONVERGED:
                 return theta - step
             size, before = 1.0, decrement
@@ -271,11 +269,10 @@ class _LogisticRegression:
         sample = _LogisticRegression(own, public, intercept=self.intercept)
         theta = sample.solve()
         weight = theta[: len(self.scale)] / sample.scale
-        solution = theta.clone()
-        solution[: len(self.scale)] = weight * self.scale
+        theta[: len(self.scale)] = weight * self.scale
         if self.intercept:
-            solution[-1] += weight @ (self.centre - sample.centre)
-        return solution
+            theta[-1] += weight @ (self.centre - sample.centre)
+        return theta
 
     def _value_and_gradient(self, theta: torch.Tensor) -> tuple[float, torch.Tensor]:
         weight = theta[: len(self.scale)] / self.scale
@@ -314,6 +311,12 @@ class _LogisticRegression:
                 z *= (probability * (1 - probability) * (0.5 / len(states))).sqrt_()[:, None]
                 hessian += z.T @ z
         return hessian
+
+
+def _newton_step(gradient: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Newton's step for a Hessian with this Cholesky factor, and its decrement."""
+    step = torch.cholesky_solve(gradient[:, None], factor)[:, 0]
+    return step, (gradient @ step).item()
 
 
 def _chunks(states: torch.Tensor) -> Iterator[torch.Tensor]:
