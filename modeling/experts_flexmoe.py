@@ -13,6 +13,7 @@ Does not cover loading or changing experts (`lifecycle_flexmoe`), or which exper
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -248,6 +249,9 @@ class FlexMoeBlock(nn.Module):
             usage.record(self.layer_index, names, weights_TA.detach(), context.token_mask)
 
 
+CallExpert = Callable[[str, Tensor], Tensor]  # from a name and x_NH to y_NH
+
+
 def eager_experts_forward(
     block: FlexMoeBlock, x_TH: Tensor, names: Sequence[str], context: ForwardContext, zeros: Sequence[Tensor] = ()
 ) -> Tensor:
@@ -270,19 +274,21 @@ def mix_modules(
     weights_TA: Tensor,
     context: ForwardContext,
     zeros: Sequence[Tensor] = (),
+    call: CallExpert | None = None,
 ) -> Tensor:
-    """The weighted sum [T, H] of the experts' outputs, called as modules."""
+    """The weighted sum [T, H] of the experts' outputs, called as modules, or as `call(name, x_NH)` calls them."""
+    call = call or functools.partial(block.call_expert, zeros=zeros)
     if len(names) == 1 and not torch.compiler.is_compiling():  # no gathering: the bits of the dense anchor
-        return block.call_expert(names[0], x_TH, zeros) * weights_TA
+        return call(names[0], x_TH) * weights_TA
     dispatch = _choose_dispatch(block, names, context)
     sharing = () if zeros else names_sharing_public(block.experts, names)
     if not sharing:
-        return _mix_each(block, x_TH, names, weights_TA, dispatch, zeros)
+        return _mix_each(block, x_TH, names, weights_TA, dispatch, call)
     weights = dict(zip(names, weights_TA.split(1, -1), strict=True))
     mixed_TH = mix_low_rank(block, x_TH, sharing, torch.cat([weights[name] for name in sharing], -1), dispatch)
     if others := [name for name in names if name not in sharing]:
         weights_TO = torch.cat([weights[name] for name in others], -1)
-        mixed_TH = mixed_TH + _mix_each(block, x_TH, others, weights_TO, dispatch, zeros)
+        mixed_TH = mixed_TH + _mix_each(block, x_TH, others, weights_TO, dispatch, call)
     return mixed_TH
 
 
@@ -321,19 +327,14 @@ def mix_low_rank(
 
 
 def _mix_each(
-    block: FlexMoeBlock,
-    x_TH: Tensor,
-    names: Sequence[str],
-    weights_TA: Tensor,
-    dispatch: Dispatch,
-    zeros: Sequence[Tensor],
+    block: FlexMoeBlock, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, dispatch: Dispatch, call: CallExpert
 ) -> Tensor:
     """Each expert on its own; their outputs are added in the order of `names`."""
     if dispatch == "chosen":
-        return _mix_chosen(block, x_TH, names, weights_TA, zeros)
+        return _mix_chosen(block, x_TH, names, weights_TA, call)
     mixed_TH: Tensor | None = None
     for name, weight_T1 in zip(names, weights_TA.split(1, -1), strict=True):
-        y_TH = block.call_expert(name, x_TH, zeros)
+        y_TH = call(name, x_TH)
         if dispatch == "masked":  # a product with 0 alone would keep the NaN of a masked expert
             y_TH = torch.where(weight_T1 != 0, y_TH, 0.0)
         y_TH = y_TH * weight_T1
@@ -343,7 +344,7 @@ def _mix_each(
 
 
 def _mix_chosen(
-    block: FlexMoeBlock, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, zeros: Sequence[Tensor]
+    block: FlexMoeBlock, x_TH: Tensor, names: Sequence[str], weights_TA: Tensor, call: CallExpert
 ) -> Tensor:
     """Each expert computes the tokens that are routed to it, which are gathered once for all experts."""
     experts_S, tokens_S = weights_TA.t().nonzero(as_tuple=True)
@@ -354,7 +355,7 @@ def _mix_chosen(
     for name, x_NH, weights_N1, tokens_N in parts:
         if len(tokens_N) or must_run_on_all_ranks(block.experts[name]):
             # one expert at a time, so that the bits of a sum do not depend on the dispatch
-            mixed_TH.index_add_(0, tokens_N, block.call_expert(name, x_NH, zeros) * weights_N1)
+            mixed_TH.index_add_(0, tokens_N, call(name, x_NH) * weights_N1)
     return mixed_TH
 
 

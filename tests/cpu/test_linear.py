@@ -59,6 +59,20 @@ def test_widened_linear_rounds_the_float32_product_once(monkeypatch, dtype, bias
     )
 
 
+@torch.no_grad()
+def test_widened_linear_reuses_its_memory_in_and_outside_of_inference_mode():
+    layer = nn.Linear(24, 12, dtype=torch.bfloat16)
+    x = torch.randn(9, 24, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        inside = linear.widened_linear(x, layer.weight)
+    used = linear._of_thread.scratch.data_ptr()
+    assert torch.equal(linear.widened_linear(x, layer.weight), inside)
+    assert linear._of_thread.scratch.data_ptr() == used
+    larger = nn.Linear(24, 1 << 15, dtype=torch.bfloat16)  # grows
+    expected = F.linear(x.float(), larger.weight.float())
+    torch.testing.assert_close(linear.widened_linear(x, larger.weight).float(), expected, rtol=0.01, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("shape", [(8, 24), (1, 8, 24), (2, 4, 24)])
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """`experts_implementation="flexmoe_cpu"`: the block on a CPU, with faster products and a short path for one token.
 
-Several tokens run through the reference with its linear layers replaced (`flexmoe.cpu.linear`). A single token, as
-when decoding, is limited by reading weights and by the start of each operation: there, routing is done on Python
-floats, and FFNs of a known structure run on their weights without calling their modules.
+FFNs of a known structure run on their weights without calling their modules, others as modules with their linear
+layers replaced (`flexmoe.cpu.linear`). A single token, as when decoding, is limited by reading weights and by the
+start of each operation: there, routing is done on Python floats.
 
 Training, compiled code, autocast, a mask that differs per sequence, and other devices use the reference.
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from flexmoe.cpu.linear import HALVES, faster_linears, has_instructions, linear, may_be_faster
 from flexmoe.cpu.prepack import Prepacked, prepacked_of
 from flexmoe.modeling.distributed_flexmoe import must_run_on_all_ranks
-from flexmoe.modeling.experts_flexmoe import FlexMoeBlock, eager_experts_forward, names_sharing_public
+from flexmoe.modeling.experts_flexmoe import FlexMoeBlock, eager_experts_forward, mix_modules, names_sharing_public
 from flexmoe.modeling.low_rank_flexmoe import FfnStructure, is_plain_linear
 from flexmoe.modeling.masking_flexmoe import ForwardContext
 from flexmoe.structures import structure_of
@@ -37,11 +37,14 @@ def cpu_experts_forward(
     if zeros or len(names) == 1 or not may_be_faster(x_TH):  # one expert has the bits of the dense anchor
         return eager_experts_forward(block, x_TH, names, context, zeros)
     packs = prepacked_of(block)
-    is_one_token = x_TH.shape[0] == 1 and context.row_mask is None
-    if is_one_token and not names_sharing_public(block.experts, names):
+    if names_sharing_public(block.experts, names):
+        with faster_linears(x_TH, packs):
+            return eager_experts_forward(block, x_TH, names, context)
+    if x_TH.shape[0] == 1 and context.row_mask is None:
         return _one_token(block, x_TH, names, context, packs)
-    with faster_linears(x_TH, packs):
-        return eager_experts_forward(block, x_TH, names, context)
+    weights_TA = block.route(x_TH, names, context).to(x_TH.dtype)
+    call = functools.partial(_call_expert, block, packs)
+    return mix_modules(block, x_TH, names, weights_TA, context, call=call)
 
 
 def _one_token(
@@ -64,6 +67,15 @@ def _one_token(
     for run, weight in others:
         mixed.add_(run(x), alpha=weight)
     return mixed.to(x_1H.dtype).view(x_1H.shape)
+
+
+def _call_expert(block: FlexMoeBlock, packs: Prepacked | None, name: str, x_NH: Tensor) -> Tensor:
+    network: Any = block.experts._modules[name]
+    structure = structure_of(network) if len(x_NH) else None
+    if structure is None:
+        with faster_linears(x_NH, packs):
+            return block.call_expert(name, x_NH)
+    return bind_structure(network, structure, x_NH, packs)(x_NH)
 
 
 def _as_row(x_1H: Tensor) -> Tensor:
@@ -91,11 +103,7 @@ def _bind(block: FlexMoeBlock, name: str, like: Tensor, packs: Prepacked | None)
     if (structure := structure_of(network)) is not None:
         return bind_structure(network, structure, like, packs)
 
-    def call(x: Tensor) -> Tensor:
-        with faster_linears(x, packs):
-            return block.call_expert(name, x.view(1, -1)).view(x.shape)
-
-    return call
+    return lambda x: _call_expert(block, packs, name, x.view(1, -1)).view(x.shape)
 
 
 def bind_structure(network: nn.Module, structure: FfnStructure, like: Tensor, packs: Prepacked | None = None) -> Run:

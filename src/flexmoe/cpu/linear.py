@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,8 @@ SMALLEST_WEIGHT = 1 << 18  # elements; below, splitting costs more than it saves
 MOST_ROWS = 512  # of a float32 input; above, torch distributes the work well
 FEWEST_HALF_ROWS = 4  # of a half-precision input; below, widening the weight costs more than it saves
 WIDENED = 1 << 22  # elements of a weight that are widened at a time: 16 MB, which the last-level cache holds
+
+_of_thread = threading.local()
 
 
 class Packs(Protocol):
@@ -129,13 +132,26 @@ def widened_linear(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None
     product = split_linear if _splits(x_NI) else F.linear
     rows = max(WIDENED // weight_OI.shape[1], 1)
     wide_x_NI = x_NI.float()
-    wide_OI = torch.empty(min(rows, len(weight_OI)), weight_OI.shape[1])
+    wide_OI = _scratch(min(rows, len(weight_OI)), weight_OI.shape[1])
     y_NO = x_NI.new_empty(len(x_NI), len(weight_OI))
     for start in range(0, len(weight_OI), rows):
         part = slice(start, start + rows)
         wide_part = wide_OI[: len(weight_OI[part])].copy_(weight_OI[part])
         y_NO[:, part] = product(wide_x_NI, wide_part, None if bias_O is None else bias_O[part].float())
     return y_NO
+
+
+def _scratch(rows: int, columns: int) -> Tensor:
+    """A float32 tensor [rows, columns] of any content, which this thread uses again.
+
+    Allocating it for each product cost up to 40 % of a decoding step: malloc returns so large a block to the system,
+    whose pages are then mapped and cleared once more, or keeps it, depending on what was allocated before.
+    """
+    scratch: Tensor | None = getattr(_of_thread, "scratch", None)
+    if scratch is None or scratch.numel() < rows * columns:
+        with torch.inference_mode(False):  # else it could not be written to outside of inference mode
+            scratch = _of_thread.scratch = torch.empty(rows * columns, dtype=torch.float32, device="cpu")
+    return scratch[: rows * columns].view(rows, columns)
 
 
 __all__ = [
