@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -46,6 +47,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     from tests.support.old_versions import expect_known_failures
 
     expect_known_failures(items)
+
+
+def pytest_collection_finish() -> None:
+    """Exempts what was imported from garbage collection, as libraries that collect often would search all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # some libraries report what is never freed
 
 
 @pytest.fixture(scope="module")

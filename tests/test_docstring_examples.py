@@ -7,7 +7,9 @@ and `inputs`, a tokenized prompt, and the exported names; a doctest imports what
 
 from __future__ import annotations
 
+import copy
 import doctest
+import functools
 import inspect
 import os
 import re
@@ -102,9 +104,15 @@ def run_doctest(name: str) -> None:
     assert failed == 0, "".join(report)
 
 
+@functools.cache
+def model_of_world() -> flexmoe.FlexMoeForCausalLM:
+    """The model in a copy of the world, which is the working directory; not to be changed."""
+    return flexmoe.FlexMoeForCausalLM.from_pretrained("model")
+
+
 def namespace() -> dict[str, Any]:
     """What the statement of an example finds."""
-    model = flexmoe.FlexMoeForCausalLM.from_pretrained("model")
+    model = copy.deepcopy(model_of_world())
     inputs = transformers.AutoTokenizer.from_pretrained("anchor")("find the sum", return_tensors="pt")
     exported = {name: getattr(flexmoe, name) for name in flexmoe.__all__}
     classes = {"LlamaConfig": transformers.LlamaConfig, "AutoModelForCausalLM": transformers.AutoModelForCausalLM}

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.support.soak import soak
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -207,6 +209,8 @@ import flexmoe, flexmoe.modeling, flexmoe.testing, flexmoe.kernels.graphs
 from flexmoe.modeling import FlexMoeForCausalLM
 import tests.kernels.experts.inputs, tests.kernels.route.inputs, bench_kernels, every_kernel
 print(flexmoe.__file__)
+"""
+WITHOUT_RICH = """
 try:
     import rich
 except ImportError:
@@ -214,13 +218,14 @@ except ImportError:
 """
 
 
-def test_the_layout_needs_no_install_and_little_else(tmp_path):
+@pytest.mark.parametrize("imports", ["import flexmoe; print(flexmoe.__file__)", soak(IMPORTS)], ids=["one", "all"])
+def test_the_layout_needs_no_install_and_little_else(imports, tmp_path):
     import on_gpu
 
     environment = {**on_gpu.layout(tmp_path / "package"), "TRITON_INTERPRET": "1"}
     (tmp_path / "package" / "sitecustomize.py").write_text(WITHOUT)
     environment["PYTHONPATH"] += f":{ROOT / 'benchmarks'}"
-    command = [sys.executable, "-c", IMPORTS]
+    command = [sys.executable, "-c", imports + WITHOUT_RICH]
     ran = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.splitlines() == [str(tmp_path / "package" / "flexmoe" / "__init__.py"), "0.1.0"]

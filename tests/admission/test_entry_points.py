@@ -34,6 +34,7 @@ from flexmoe.packages.trust import UntrustedPackageError
 from flexmoe.testing import ANCHOR_CONFIGS, perturb_expert, random_tokens, tiny_anchor
 from flexmoe_cli import main
 from tests.support.families import tiny_config
+from tests.support.soak import soak, thinned
 
 Tensors = dict[str, torch.Tensor]
 
@@ -71,6 +72,10 @@ MALICIOUS: dict[str, tuple[Callable[[Tensors], object], str, bool]] = {
     "weights lost": (lambda t: t["layers.0.ffn.up_proj.weight"].zero_(), "empty output: in layer 0", False),
 }
 
+# One attack of each check and of each way to escape it; `make soak` runs the others too.
+DISTINCT = ("row x 50 in one layer", "bias + 10", "neurons x 300", "matrices x 7", "weights lost")
+attacks = pytest.mark.parametrize("attack", thinned(MALICIOUS, DISTINCT))
+
 # Factors of the first matrix of a low-rank expert, in its second layer.
 FACTORS = {"A of 3e38": (3e38, 0.0), "1e37 against 1e-37": (1e37, 1e-37), "both 300": (300.0, 300.0)}
 
@@ -92,7 +97,7 @@ def change_package(package: Path, out: Path, change: Callable[[Tensors], object]
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graft, honest packages without biases, and each malicious one, made from `code`."""
+    """A graft, honest packages without biases, each malicious one, made from `code`, and compositions by reference."""
     folder = tmp_path_factory.mktemp("stored")
     tiny_anchor("llama").save_pretrained(folder / "anchor")
     graft(folder / "anchor", folder / "grafted")
@@ -113,10 +118,14 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         change_package(folder / "thin", folder / name, fill)
     compose(folder / "grafted", [folder / "math"], folder / "model")
+    referring(folder, folder / "of math", "math")
+    referring(folder, folder / "of code", "code")
+    referring(folder, folder / "of math and law", "math", "law")
+    referring(folder, folder / "of math and code", "math", "code")
     return folder
 
 
-@pytest.mark.parametrize("attack", MALICIOUS)
+@attacks
 def test_a_live_model_refuses_them_and_is_unchanged(stored: Path, attack: str) -> None:
     _, words, _ = MALICIOUS[attack]
     model = FlexMoeForCausalLM.from_pretrained(stored / "model")
@@ -160,7 +169,7 @@ def ways_on_disk(stored: Path, attack: str, out: Path) -> list[Callable[..., obj
     "an expert whose neurons are repeated, or whose matrices are all a little too large",
     "refused by what its networks compute, in any layer, before the next layer is read",
 )
-@pytest.mark.parametrize("attack", MALICIOUS)
+@attacks
 def test_they_are_refused_on_disk(stored: Path, attack: str, tmp_path: Path) -> None:
     _, words, _ = MALICIOUS[attack]
     ways = ways_on_disk(stored, attack, tmp_path)
@@ -177,7 +186,7 @@ def test_they_are_refused_on_disk(stored: Path, attack: str, tmp_path: Path) -> 
     "low-rank factors of 3e38 and 0, or of 1e37 and 1e-37",
     "refused: the output is not finite",
 )
-@pytest.mark.parametrize("factors", FACTORS)
+@pytest.mark.parametrize("factors", thinned(FACTORS, ["A of 3e38", "1e37 against 1e-37"]))
 def test_factors_are_judged_by_what_they_compute(stored: Path, factors: str, tmp_path: Path) -> None:
     model = FlexMoeForCausalLM.from_pretrained(stored / "model")
     for way in (lambda: model.add_expert(stored / factors), *ways_on_disk(stored, factors, tmp_path)):
@@ -189,6 +198,9 @@ def test_factors_are_judged_by_what_they_compute(stored: Path, factors: str, tmp
     assert model.expert_names == ["public", "math"]
     refused = verify(stored / factors, stored / "model").refusals
     assert [finding.check for finding in refused] == [OUTPUT]
+
+
+def test_an_honest_low_rank_expert_is_accepted_on_disk(stored: Path, tmp_path: Path) -> None:
     for way in ways_on_disk(stored, "thin", tmp_path):
         way()
 
@@ -196,7 +208,7 @@ def test_factors_are_judged_by_what_they_compute(stored: Path, factors: str, tmp
 def test_without_the_anchor_outputs_have_to_be_finite(stored: Path, tmp_path: Path) -> None:
     """A composition whose anchor is not available: experts cannot be compared with public."""
     world = shutil.copytree(stored, tmp_path / "world")
-    base = referring(world, world / "base", "math")
+    base = world / "of math"
     shutil.rmtree(world / "anchor")
     for factors in ("A of 3e38", "1e37 against 1e-37"):
         with pytest.raises(AdmissionError, match="output is NaN or infinite"):
@@ -233,11 +245,10 @@ def test_a_layer_is_checked_before_the_next_is_read(stored: Path, tmp_path: Path
                          (math.inf, ValueError), ("1", TypeError), (True, TypeError)]
 )  # fmt: skip
 def test_a_prior_has_to_be_a_float32(stored: Path, prior: object, error: type[Exception], tmp_path: Path) -> None:
-    composition = referring(stored, tmp_path / "composition", "math")
     for way, base, options in (
         (compose, stored / "grafted", {}),
         (compose_by_reference, stored / "grafted", {"anchor": stored / "anchor"}),
-        (compose_by_reference, composition, {}),
+        (compose_by_reference, stored / "of math", {}),
     ):
         with pytest.raises(error, match="public_prior must be a"):
             way(base, [stored / "code"], tmp_path / "out", public_prior=prior, **options)
@@ -308,13 +319,12 @@ def wide_package(package: Path, out: Path, width: int) -> Path:
     "router rows of any width, in a sparse file",
     "refused by manifest and header, before a byte of them is read",
 )
-@pytest.mark.parametrize("width", [33, 1 << 20, 10**9])
+@pytest.mark.parametrize("width", [soak(33), 1 << 20, 10**9])
 def test_rows_of_another_width_are_refused_before_they_are_read(
     stored: Path, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = wide_package(stored / "code", tmp_path / "wide", width)
     model = FlexMoeForCausalLM.from_pretrained(stored / "model")
-    composition = referring(stored, tmp_path / "composition", "math")
     fill = TensorFile.fill
 
     def refusing(self: TensorFile, *args: object) -> object:
@@ -327,7 +337,7 @@ def test_rows_of_another_width_are_refused_before_they_are_read(
         lambda: compose(stored / "grafted", [package], tmp_path / "out"),
         lambda: add(stored / "model", package, tmp_path / "out"),
         lambda: compose_by_reference(stored / "grafted", [package], tmp_path / "out", anchor=stored / "anchor"),
-        lambda: compose_by_reference(composition, [package], tmp_path / "out"),
+        lambda: compose_by_reference(stored / "of math", [package], tmp_path / "out"),
         lambda: model.add_expert(package),
     ):
         with pytest.raises(ValueError, match=expected):
@@ -402,7 +412,7 @@ class TestIncomingTogether:
             values |= {found.value for found in caught.value.findings if found.check == "row against public"}
         assert len(values) == 1
 
-    @pytest.mark.parametrize("family", ["gpt2", "phi3", "gpt_neox", "gemma2", "olmo2"])
+    @pytest.mark.parametrize("family", ["gpt2", "phi3", soak("gpt_neox"), "gemma2", "olmo2"])
     def test_the_router_input_on_disk_is_that_of_the_live_model(self, family: str, tmp_path: Path) -> None:
         anchor = tiny_anchor(family)
         for module in anchor.modules():
@@ -521,60 +531,58 @@ class TestCompositions:
 
     @pytest.fixture
     def world(self, stored: Path, tmp_path: Path) -> Path:
-        """A composition of two experts whose packages may be replaced."""
-        world = shutil.copytree(stored, tmp_path / "world")
-        referring(world, world / "composition", "math", "law")
-        return world
+        """Compositions whose packages may be replaced."""
+        return shutil.copytree(stored, tmp_path / "world")
 
     @pytest.mark.parametrize("attack", [name for name in MALICIOUS if MALICIOUS[name][2]])
     def test_experts_of_the_base_are_the_reference(self, world: Path, attack: str, tmp_path: Path) -> None:
         with pytest.raises(AdmissionError, match=r"longest other row, of '(math|law|public)'|is 1.* above"):
-            compose_by_reference(world / "composition", [world / attack], tmp_path / "out")
-        compose_by_reference(world / "composition", [world / attack], tmp_path / "out", verify=False)
-        compose_by_reference(world / "composition", [world / "code"], tmp_path / "fine")
+            compose_by_reference(world / "of math and law", [world / attack], tmp_path / "out")
+        compose_by_reference(world / "of math and law", [world / attack], tmp_path / "out", verify=False)
+        compose_by_reference(world / "of math and law", [world / "code"], tmp_path / "fine")
 
     def test_rows_are_compared_as_they_are_in_the_composition(self, world: Path, tmp_path: Path) -> None:
-        model = FlexMoeForCausalLM.from_pretrained(world / "composition")
+        model = FlexMoeForCausalLM.from_pretrained(world / "of math and law")
         for block in model.flexmoe_blocks():
             block.router["law"].weight.data *= 50
         sources = {"public": world / "anchor", "math": world / "math", "law": world / "law"}
         tuned = model.save_composition(world / "tuned", sources=sources)
         compose_by_reference(tuned, [world / "row x 50"], tmp_path / "a")  # accepted beside an equally long one
-        code = referring(world, world / "code-alone", "code")
+        code = world / "of code"
         with pytest.raises(AdmissionError, match=r"Expert 'law' is refused.*the longest other row, of 'code'"):
             compose_by_reference(code, [tuned], tmp_path / "b")
         merged = compose_by_reference(code, [tuned], tmp_path / "b", verify=False)
         assert FlexMoeForCausalLM.from_pretrained(merged).expert_names == ["public", "code", "math", "law"]
 
     def test_the_policy_applies_to_all_packages(self, world: Path, tmp_path: Path) -> None:
-        code = referring(world, world / "code-alone", "code")
+        code = world / "of code"
         for allowed, is_accepted in (("*", True), ("*/code", False), ("*/[!c]*", False)):
             rules = [{"pattern": f"{world}/{allowed}", "allowed_signers": "anyone"}]
             policy = tmp_path / "policy.json"
             policy.write_text(json.dumps({"format_version": 1, "rules": rules}))
-            for base, part in ((code, world / "composition"), (world / "composition", code)):
+            for base, part in ((code, world / "of math and law"), (world / "of math and law", code)):
                 with nullcontext() if is_accepted else pytest.raises(UntrustedPackageError):
                     compose_by_reference(base, [part], tmp_path / "out", policy=policy, overwrite=True)
 
     def test_a_replaced_package_is_refused(self, world: Path, tmp_path: Path) -> None:
-        code = referring(world, world / "code-alone", "code")
+        code = world / "of code"
         change_package(world / "math", world / "other", lambda t: t["layers.0.ffn.up_proj.weight"].mul_(1.01))
         shutil.rmtree(world / "math")
         shutil.move(world / "other", world / "math")
-        for base, part in ((code, world / "composition"), (world / "composition", world / "code")):
+        for base, part in ((code, world / "of math and law"), (world / "of math and law", world / "code")):
             with pytest.raises(ValueError, match=r"composition was saved with as 'math'.*--update"):
                 compose_by_reference(base, [part], tmp_path / "out")
 
     def test_a_damaged_package_of_a_composition_is_refused(self, world: Path, tmp_path: Path) -> None:
-        code = referring(world, world / "code-alone", "code")
+        code = world / "of code"
         file = world / "math" / "expert.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"\1")
         with pytest.raises(ValueError, match="SHA-256"):
-            compose_by_reference(code, [world / "composition"], tmp_path / "out")
+            compose_by_reference(code, [world / "of math and law"], tmp_path / "out")
 
-    @pytest.mark.parametrize("attack", MALICIOUS)
+    @attacks
     def test_a_newer_version_is_checked_as_a_replacement(self, world: Path, attack: str, tmp_path: Path) -> None:
-        both = referring(world, world / "both", "math", "code")
+        both = world / "of math and code"
         shutil.rmtree(world / "code")
         shutil.copytree(world / attack, world / "code")
         for experts in ({"code": None}, None):
@@ -599,9 +607,8 @@ class TestCompositions:
             update_composition(base, tmp_path / "out")
 
     def test_a_single_expert_is_compared_with_the_anchor(self, world: Path, tmp_path: Path) -> None:
-        alone = referring(world, world / "alone", "math")
         change_package(world / "math", world / "newer", lambda t: t["layers.0.router.weight"].mul_(1e6))
         shutil.rmtree(world / "math")
         shutil.move(world / "newer", world / "math")
         with pytest.raises(AdmissionError, match="row against public"):
-            update_composition(alone, tmp_path / "out")
+            update_composition(world / "of math", tmp_path / "out")

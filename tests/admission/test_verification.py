@@ -1,4 +1,4 @@
-"""`flexmoe.verify`: five honest experts are accepted one after another; malicious ones are refused by their check."""
+"""`flexmoe.verify`: honest experts are accepted one after another; malicious ones are refused by their check."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from flexmoe.testing import VOCABULARY, tiny_anchor
 from flexmoe_cli import app, main
 from tests.support.hub import HubServer, point_client_at
 from tests.support.letters import letter_tokenizer
+from tests.support.soak import soak
 
 KINDS = ("math", "code", "law", "news", "poems")
 Change = Callable[[str, torch.Tensor], torch.Tensor]
@@ -67,12 +68,23 @@ def train(model: torch.nn.Module, sequences: torch.Tensor, steps: int, rate: flo
         optimizer.step()
 
 
+class Packages(dict[str, Path]):
+    """The package of each owner, which is trained when it is first read."""
+
+    def __init__(self, make: Callable[[str], Path]) -> None:
+        self.make = make
+
+    def __missing__(self, kind: str) -> Path:
+        self[kind] = self.make(kind)
+        return self[kind]
+
+
 @dataclass(frozen=True)
 class World:
     """A grafted anchor with a public sample, the packages of five owners, and unpublished public text."""
 
     grafted: Path
-    packages: dict[str, Path]
+    packages: Packages
     public: Path
     composed: Path
     towards_public: list[torch.Tensor]  # mean router input of public text, by layer
@@ -93,8 +105,8 @@ def world(tmp_path_factory) -> World:
     for name, seed in (("public.txt", 1), ("sample.txt", 2)):
         (folder / name).write_text("\n<|endofdocument|>\n".join(documents("public", 60, seed)))
     graft(folder / "anchor", folder / "grafted", public_data=[folder / "sample.txt"])
-    packages = {}
-    for kind in KINDS:
+
+    def make(kind: str) -> Path:
         model = FlexMoeForCausalLM.from_pretrained(folder / "grafted")
         rows = fit_rows(
             model, row_method("log_odds"), texts[kind], texts["public"], tokens=4000, bias=kind == "law", seed=0
@@ -104,9 +116,13 @@ def world(tmp_path_factory) -> World:
             block.router[kind].load_state_dict({"weight": row.weight[None], "bias": torch.tensor([row.bias])})
         model.freeze_except(kind, rows=False)
         train(model, torch.cat([texts[kind].sequences, texts["public"].sequences]), steps=25, rate=3e-3)
-        packages[kind] = model.save_expert(kind, folder / kind)
-    compose(folder / "grafted", list(packages.values())[:3], folder / "composed", public_prior=0.0)
-    moments = collect_moments(model, texts["public"].sequences, [0, 1], 2000)
+        return model.save_expert(kind, folder / kind)
+
+    packages = Packages(make)
+    compose(folder / "grafted", [packages[kind] for kind in KINDS[:3]], folder / "composed", public_prior=0.0)
+    moments = collect_moments(
+        FlexMoeForCausalLM.from_pretrained(folder / "grafted"), texts["public"].sequences, [0, 1], 2000
+    )
     means = [moments[layer].mean.float() for layer in (0, 1)]
     return World(folder / "grafted", packages, folder / "public.txt", folder / "composed", means)
 
@@ -136,9 +152,10 @@ def refused_by(verdict) -> set[str]:
     return {finding.check for finding in verdict.refusals}
 
 
-def test_five_honest_experts_are_accepted_one_after_another(world, tmp_path):
+@pytest.mark.parametrize("number", [3, soak(5)])
+def test_honest_experts_are_accepted_one_after_another(world, tmp_path, number):
     model = world.grafted
-    packages = list(world.packages.values())
+    packages = [world.packages[kind] for kind in KINDS[:number]]
     for count, package in enumerate(packages):
         if count:
             model = compose(world.grafted, packages[:count], tmp_path / str(count), public_prior=0.0)
@@ -178,10 +195,11 @@ def test_malicious_experts_are_refused_without_text(world, tmp_path, case):
 
 
 def test_a_dominating_low_rank_expert_is_refused(world, tmp_path):
+    torch.manual_seed(0)  # with factors of 30, some seeds stay below the threshold
     model = FlexMoeForCausalLM.from_pretrained(world.composed)
     model.add_expert_copy("evil", rank=2)
     for block in model.flexmoe_blocks():
-        torch.nn.init.normal_(block.experts["evil"].down_proj.B.weight, std=30.0)
+        torch.nn.init.normal_(block.experts["evil"].down_proj.B.weight, std=300.0)
     verdict = verify(model.save_expert("evil", tmp_path / "evil"), world.composed)
     assert refused_by(verdict) == {OUTPUT}
 

@@ -17,6 +17,7 @@ from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.testing import perturb_expert, random_tokens, realigned, tiny_anchor
 from flexmoe.tokenization import TokenizerError
 from tests.support.hub import HubServer, point_client_at
+from tests.support.soak import soak
 
 OWNERS = ("math", "code", "law")
 _numbers = itertools.count()
@@ -72,7 +73,8 @@ def by_reference(world: Path, out: str, *names: str, **options: object) -> Path:
 
 class TestComposing:
     @pytest.mark.parametrize(
-        "options", [{}, {"public_prior": 0.75}, {"num_experts_per_tok": 2}, {"names": {"math": "algebra"}}]
+        "options",
+        [soak({}), {"public_prior": 0.75}, soak({"num_experts_per_tok": 2}), {"names": {"math": "algebra"}}],
     )
     def test_equals_the_merged_model(self, world: Path, options: dict[str, object]) -> None:
         composition = by_reference(world, "composition", "math", "code", **options)

@@ -1,9 +1,12 @@
 """Saving and loading compositions: they load bit for bit as the model that was saved, or not at all."""
 
+import copy
+import functools
 import hashlib
 import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +22,7 @@ from flexmoe.io.folders import TEMPORARY_MARK
 from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel
 from flexmoe.testing import perturb_expert, random_tokens, realigned, tiny_anchor
 from tests.support.hub import Fault, HubServer, point_client_at
+from tests.support.soak import soak, thinned
 
 _numbers = itertools.count()  # transformers caches the commit of a repository per process
 FAMILIES = ("llama", "gpt2", "gemma2")  # ordinary; stored under other names, tied, with buffers; tied and post-norm
@@ -44,14 +48,20 @@ def save_package(grafted: Path, out: Path, name: str, seed: int = 0) -> Path:
     return model.save_expert(name, out)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def world(request, tmp_path_factory) -> SimpleNamespace:
-    return make_world(tmp_path_factory.mktemp(request.param), request.param)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """Makes the world of a family, once."""
+    return functools.cache(lambda family: make_world(tmp_path_factory.mktemp(family), family))
+
+
+@pytest.fixture(scope="module", params=thinned(FAMILIES, ["llama", "gpt2"]))
+def world(request, built) -> SimpleNamespace:
+    return built(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> SimpleNamespace:
-    return make_world(tmp_path_factory.mktemp("one"), "llama")
+def llama(built) -> SimpleNamespace:
+    return built("llama")
 
 
 @pytest.fixture
@@ -99,7 +109,7 @@ class TestEqualsTheMergedModel:
 
     @pytest.mark.parametrize(
         "options",
-        [{"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": "auto"}, {"num_experts_per_tok": 1}],
+        [{"dtype": torch.bfloat16}, soak({"device_map": "cpu"}), {"device_map": "auto"}, {"num_experts_per_tok": 1}],
     )
     def test_with_options_of_from_pretrained(self, llama, options):
         models = [
@@ -374,27 +384,36 @@ class TestLoadingErrors:
 
 
 class TestOnTheHub:
-    @pytest.fixture
-    def hub(self, llama, monkeypatch):
-        with HubServer().running() as server:
-            point_client_at(server.url, monkeypatch)
+    @pytest.fixture(scope="class")
+    def published(self, llama, tmp_path_factory) -> Iterator[SimpleNamespace]:
+        """A model whose parts all came from the Hub, its composition, and the cache after that; not to be changed."""
+        folder = tmp_path_factory.mktemp("published")
+        with pytest.MonkeyPatch.context() as patch, HubServer().running() as server:
+            point_client_at(server.url, patch)
+            patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder / "cache"))
             for name in ("anchor", "math", "code"):
                 server.push_folder(f"lab/{name}", llama.folder / name)
-            yield server
+            model = FlexMoeForCausalLM.from_pretrained(graft("lab/anchor", folder / "grafted"))
+            for name in OWNERS:
+                model.add_expert(f"lab/{name}")
+            composition = model.save_composition(folder / "composition")
+            yield SimpleNamespace(model=model, folder=composition, hub=server, cache=folder / "cache")
 
     @pytest.fixture
-    def pushed(self, hub, tmp_path, monkeypatch) -> SimpleNamespace:
-        """A model whose parts all came from the Hub, and its composition, pushed as `repo`."""
-        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
-        cache = tmp_path / "cache"
+    def pushed(self, published, tmp_path, monkeypatch) -> Iterator[SimpleNamespace]:
+        """A copy of `published` that may be changed, pushed as `repo`, and its Hub, which is restored afterwards."""
+        hub, cache = published.hub, tmp_path / "cache"
+        point_client_at(hub.url, monkeypatch)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-        model = FlexMoeForCausalLM.from_pretrained(graft("lab/anchor", tmp_path / "grafted"))
-        for name in OWNERS:
-            model.add_expert(f"lab/{name}")
-        folder = model.save_composition(tmp_path / "composition")
+        shutil.copytree(published.cache, cache, symlinks=True)
+        folder = shutil.copytree(published.folder, tmp_path / "composition")
+        repositories = copy.deepcopy(hub.repositories)
         repo = f"lab/composition-{next(_numbers)}"
         hub.push_folder(repo, folder)
-        return SimpleNamespace(model=model, folder=folder, hub=hub, repo=repo)
+        yield SimpleNamespace(model=copy.deepcopy(published.model), folder=folder, hub=hub, repo=repo)
+        hub.repositories = repositories
+        hub.faults.clear()
+        hub.requests.clear()
 
     def test_sources_are_recorded_by_the_model(self, pushed):
         composition = json.loads((pushed.folder / "config.json").read_text())["composition"]
@@ -473,7 +492,7 @@ class TestOnTheHub:
         with pytest.warns(UserWarning, match="Could not check whether the owner of 'lab/math' has withdrawn it"):
             assert_same_model(AutoModelForCausalLM.from_pretrained(pushed.repo), pushed.model)
 
-    @pytest.mark.parametrize("status", [500, 503])
+    @pytest.mark.parametrize("status", [500, soak(503)])
     def test_server_errors_are_not_withdrawals(self, pushed, tmp_path, status):
         pushed.hub.faults.append(Fault("/api/models/lab/code/*", "status", status=status, times=None))
         pushed.hub.faults.append(Fault("/lab/code/*", "status", status=status, times=None))

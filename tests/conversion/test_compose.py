@@ -1,10 +1,11 @@
 """Composing, adding and removing on disk: equal to the live model, and byte for byte exact removal."""
 
+import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from flexmoe.packages.package import ExpertPackage, PackageError
 from flexmoe.testing import perturb_expert, random_tokens, tiny_anchor
 from flexmoe.tokenization import TokenizerError
 from flexmoe_cli import main
+from tests.support.soak import thinned
 
 WEIGHTS = "model.safetensors"
 FAMILIES = ("llama", "gpt2", "gemma2", "phi3")  # Linear; Conv1D with biases; tied and post-norm; fused gate_up
@@ -49,14 +51,20 @@ def save_expert(grafted: Path, out: Path, name: str, *, biased: bool, rank: int 
     return Path(model.save_expert(name, out, license="mit"))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp(request.param), request.param)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes the world of a family, once."""
+    return functools.cache(lambda family: make_world(tmp_path_factory.mktemp(family), family))
+
+
+@pytest.fixture(scope="module", params=thinned(FAMILIES, ["llama", "gpt2"]))
+def world(request: pytest.FixtureRequest, built: Callable[[str], Path]) -> Path:
+    return built(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("one"), "llama")
+def llama(built: Callable[[str], Path]) -> Path:
+    return built("llama")
 
 
 def content(folder: Path) -> dict[str, bytes]:

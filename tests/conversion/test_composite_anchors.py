@@ -22,6 +22,7 @@ from flexmoe.conversion.graft import graft
 from flexmoe.conversion.lora_adapters import TEXT_MODELS
 from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.testing import random_tokens
+from tests.support.soak import soak
 
 TEXT = {
     "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -159,7 +160,7 @@ SAYS_NOTHING = {
     "a fine-tune saved by the class for text and images, or with fields without effect",
     "the fine-tune's logits",
 )
-@pytest.mark.parametrize("shared", [None, "anchor"])
+@pytest.mark.parametrize("shared", [None, soak("anchor")])
 def test_a_fine_tune_of_the_class_for_text_and_images(model: PreTrainedModel, shared: Any, tmp_path: Path) -> None:
     wanted = tuned(model, tmp_path / "math", type(model), **SAYS_NOTHING)
     graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "math"}, shared=shared)
@@ -182,7 +183,7 @@ def tuned_text_model(model: PreTrainedModel, folder: Path, **config: Any) -> tor
     "a fine-tune of the text model, saved by the class for text",
     "the fine-tune's logits",
 )
-@pytest.mark.parametrize("shared", [None, "anchor", "average"])
+@pytest.mark.parametrize("shared", [None, soak("anchor"), "average"])
 def test_a_fine_tune_of_the_class_for_text(model: PreTrainedModel, shared: Any, tmp_path: Path) -> None:
     wanted = tuned_text_model(model, tmp_path / "math", **SAYS_NOTHING)
     graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "math"}, shared=shared)
@@ -206,14 +207,14 @@ def test_a_fine_tune_of_the_class_for_text_that_differs(model: PreTrainedModel, 
     torch.testing.assert_close(averaged, tensors[name] + 0.5)
 
 
-@pytest.mark.parametrize("shared", [None, "anchor"])
+@pytest.mark.parametrize("shared", [None, soak("anchor")])
 def test_a_field_of_the_text_model_that_counts(model: PreTrainedModel, shared: Any, tmp_path: Path) -> None:
     tuned_text_model(model, tmp_path / "math", rms_norm_eps=0.5)
     with pytest.raises(ValueError, match=r"differ in rms_norm_eps \(0\.5, the anchor's is 1e-06\)"):
         graft(tmp_path / "anchor", tmp_path / "model", {"math": tmp_path / "math"}, shared=shared)
 
 
-@pytest.mark.parametrize("shared", [None, "anchor"])
+@pytest.mark.parametrize("shared", [None, soak("anchor")])
 def test_a_field_that_counts_is_named_alone(model: PreTrainedModel, shared: Any, tmp_path: Path) -> None:
     tuned(model, tmp_path / "math", type(model), rms_norm_eps=0.5)
     with pytest.raises(ValueError, match=r"differ in (text_config\.)?rms_norm_eps \(0\.5, the anchor's is 1e-06\)"):

@@ -27,6 +27,7 @@ from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.testing import ANCHOR_CONFIGS, flexmoe_from_anchor, random_tokens, tiny_anchor, tiny_flexmoe
 from flexmoe_cli import main
 from tests.support.letters import letter_tokenizer
+from tests.support.soak import soak, thinned
 
 SIZES: dict[str, Any] = {
     "vocab_size": 99,
@@ -140,12 +141,12 @@ class TestNative:
     @pytest.mark.parametrize(
         ("case", "k", "divided"),
         [
-            ("olmo2", 1, True),
+            soak("olmo2", 1, True),
             ("olmo2", 2, True),
             ("olmo2", 9, False),
             ("qwen3", 1, False),
-            ("qwen3", 2, False),
-            ("llama", 1, True),
+            soak("qwen3", 2, False),
+            soak("llama", 1, True),
             ("llama", 3, False),  # mixtral always divides, by 1 if all experts are chosen
             ("llama", 9, True),
         ],
@@ -239,7 +240,7 @@ class TestHalfPrecision:
 
 
 class TestDense:
-    @pytest.mark.parametrize("family", ANCHOR_CONFIGS)
+    @pytest.mark.parametrize("family", thinned(ANCHOR_CONFIGS, ["gpt2", "phi3", "gemma2"]))
     def test_public_is_the_anchor_byte_for_byte(self, family: str, tmp_path: Path) -> None:
         anchor = tiny_anchor(family)
         anchor.save_pretrained(tmp_path / "anchor", save_original_format=False)

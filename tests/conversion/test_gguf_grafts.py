@@ -4,6 +4,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from flexmoe.testing import random_tokens
 from flexmoe_cli import main
 from tests.support.gguf_files import VOCABULARY, write_gguf
 from tests.support.hub import HubServer, point_client_at
+from tests.support.soak import thinned
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* is quantised:UserWarning")
 
@@ -83,11 +85,17 @@ def test_a_file_of_a_repository(hub: HubServer, tmp_path: Path) -> None:
     assert recorded["repo"] is None
 
 
-def test_the_command_shows_what_quantisation_costs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_fresh", thinned([False, True], [False]))
+def test_the_command_shows_what_quantisation_costs(is_fresh: bool, tmp_path: Path, capfd) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", "Q4_1")
-    command = [sys.executable, "-m", "flexmoe", "graft", str(file), "--out", str(tmp_path / "graft")]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
-    shown = " ".join(run.stderr.split())
+    line = ["graft", str(file), "--out", str(tmp_path / "graft")]
+    if is_fresh:
+        subprocess.run([sys.executable, "-m", "flexmoe", *line], check=True)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            assert main(line) == 0
+    shown = " ".join(capfd.readouterr().err.split())
     assert "Warning: tiny.gguf is quantised (Q4_1: 100 % of the weights, 5 bits each" in shown
     assert "the original ones, which the file no longer holds" in shown
 

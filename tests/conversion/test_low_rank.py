@@ -1,7 +1,9 @@
 """Compress and densify: the kept singular values, the reported error, and the round trip."""
 
+import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from flexmoe.modeling.modeling_flexmoe import FlexMoeForCausalLM
 from flexmoe.packages.package import ExpertPackage
 from flexmoe.testing import perturb_expert, random_tokens, tiny_anchor
 from flexmoe_cli import main
+from tests.support.soak import thinned
 
 FAMILIES = ("llama", "gpt2", "phi3", "gpt_neox")  # Linear; Conv1D with biases; fused gate_up; Linear with biases
 CLOSE = {"rtol": 0.0, "atol": 1e-4}  # rounding at full rank
@@ -36,14 +39,20 @@ def make_world(folder: Path, family: str, dtype: torch.dtype = torch.float32) ->
     return folder
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp(request.param), request.param)
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes the world of a family, once."""
+    return functools.cache(lambda family: make_world(tmp_path_factory.mktemp(family), family))
+
+
+@pytest.fixture(scope="module", params=thinned(FAMILIES, ["gpt2", "phi3"]))
+def world(request: pytest.FixtureRequest, built: Callable[[str], Path]) -> Path:
+    return built(request.param)
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_world(tmp_path_factory.mktemp("one"), "llama")
+def llama(built: Callable[[str], Path]) -> Path:
+    return built("llama")
 
 
 @torch.no_grad()

@@ -33,6 +33,9 @@ DISTINCT = (
 )
 """One model of each way to store and call a network; `make soak` runs the others too."""
 
+TO_FILES = tuple(name for name in DISTINCT if not name.startswith(("databricks", "Qwen", "google")))
+"""Those of which `make test` writes files, which depend on tensor names and obsolete tensors."""
+
 models = pytest.mark.parametrize("name", thinned(NAMED_MODELS, DISTINCT))
 
 
@@ -76,7 +79,7 @@ def package_of(grafted: Path, folder: Path) -> Path:
     return model.save_expert("math", folder)
 
 
-@models
+@pytest.mark.parametrize("name", thinned(NAMED_MODELS, TO_FILES))
 def test_from_files_to_files(name: str, tmp_path: Path) -> None:
     dense = published(name, tmp_path / "dense")
     anchor = loaded(dense)

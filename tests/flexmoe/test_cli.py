@@ -5,7 +5,6 @@ import gc
 import importlib
 import inspect as signatures
 import json
-import os
 import re
 import subprocess
 import sys
@@ -46,6 +45,7 @@ from flexmoe_cli.output import (
 )
 from flexmoe_cli.tables import show_trained
 from tests.support.letters import letter_tokenizer
+from tests.support.soak import thinned
 
 COMMANDS = (
     *("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate"),
@@ -611,19 +611,19 @@ class TestArguments:
         assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": "x", "d": True, "é": None}
 
 
-def test_as_a_process() -> None:
+@pytest.mark.parametrize("is_fresh", thinned([False, True], [False]))
+def test_as_a_process(is_fresh: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """The installed script: exit code, one paragraph on stderr and nothing of other libraries, nothing on stdout."""
-    script = Path(sys.executable).parent / "flexmoe"
-    process = subprocess.run(
-        [script, "inspect", "/nowhere/at/all"],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "NO_COLOR": "1"},
-    )
-    assert process.returncode == 1
-    assert process.stdout == ""
-    (line,) = process.stderr.splitlines()
+    monkeypatch.setenv("NO_COLOR", "1")
+    line = ["inspect", "/nowhere/at/all"]
+    if is_fresh:
+        script = Path(sys.executable).parent / "flexmoe"
+        assert subprocess.run([script, *line], check=False).returncode == 1
+    else:
+        assert main(line) == 1
+    output = capfd.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
     assert line.startswith("Error: /nowhere/at/all: no such folder.")
 
 

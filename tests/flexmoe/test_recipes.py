@@ -308,7 +308,7 @@ def test_neutral_scales_are_accepted() -> None:
 
 
 def test_invalid_files(tmp_path: Path) -> None:
-    for content in ("a: [b", "[" * 5_000):
+    for content in ("a: [b", "[" * 1_100):
         (tmp_path / "moe.yaml").write_text(content)
         with pytest.raises(ValueError, match=r"moe\.yaml: not YAML"):
             flexmoe.graft(None, tmp_path / "out", recipe=tmp_path / "moe.yaml")

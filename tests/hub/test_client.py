@@ -145,6 +145,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monkey
         resolve_folder("lab/anchor", cache_dir=tmp_path)
 
 
+@pytest.mark.soak  # the process of `tests/flexmoe/test_story.py` finds the Hub in the same way
 def test_hf_endpoint_is_honoured_in_a_fresh_process(hub: HubServer, source: Path, tmp_path: Path) -> None:
     commit = hub.push_folder("lab/anchor", source)
     code = "import flexmoe.hub.client as hub; print(hub.resolve_folder('lab/anchor').revision)"

@@ -17,6 +17,7 @@ from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.testing import perturb_expert, tiny_anchor
 from flexmoe_cli import main
 from tests.support.hub import HubServer, point_client_at
+from tests.support.soak import thinned
 
 LICENSES = {"math": "apache-2.0", "code": "cc-by-nc-4.0"}
 
@@ -183,15 +184,26 @@ def test_licence_conflicts_of_a_merged_model(world: SimpleNamespace, capsys: pyt
     assert "forbids commercial use" in card
 
 
-def test_a_process_without_colours_and_with_completion(world: SimpleNamespace) -> None:
-    environment = world.hub.environment(world.out / "home", token="of-alice")
-    command = [sys.executable, "-m", "flexmoe", "push", "math", "alice/as-a-process", "--dry-run"]
-    forced = {"FORCE_COLOR": "1", "TERM": "xterm-256color"}
-    done = subprocess.run(command, env={**environment, **forced, "NO_COLOR": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "To be pushed to alice/as-a-process" in done.stdout
+@pytest.mark.parametrize("is_fresh", thinned([False, True], [False]))
+def test_without_colours(
+    is_fresh: bool, world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    line = ["push", "math", "alice/as-a-process", "--dry-run"]
+    if is_fresh:
+        environment = world.hub.environment(world.out / "home", token="of-alice")
+        subprocess.run([sys.executable, "-m", "flexmoe", *line], env=environment, check=True)
+    else:
+        assert main(line) == 0
+    shown = capfd.readouterr().out
+    assert "To be pushed to alice/as-a-process" in shown
+    assert "\x1b[1m" in shown
     # NO_COLOR disables colours, not bold type: https://no-color.org
-    assert "\x1b[3" not in done.stdout
+    assert "\x1b[3" not in shown
+
+
+def test_completion() -> None:
     shell = {"_FLEXMOE_COMPLETE": "complete_bash", "COMP_WORDS": "flexmoe pu", "COMP_CWORD": "1"}
     program = [sys.executable, "-c", "import sys; from flexmoe_cli import main; sys.exit(main())"]
     done = subprocess.run(program, env={**os.environ, **shell}, capture_output=True, text=True)

@@ -40,7 +40,8 @@ class Case:
         launch: the keyword arguments of the launch, constexprs and options, from the launcher's own function.
         aligned: arguments that are multiples of 16 (numbers), or aligned to 16 bytes (pointers).
         gpus: compute capabilities on which it is launched like this.
-        quick: whether `make test` compiles it, for one GPU; the soak test compiles all for all.
+        quick: whether `make test` compiles it, for one GPU, as one of the few that take a second at most; the soak
+            test compiles all for all.
         max_registers: per thread.
         max_stack: bytes per thread that may be spilled, outside of loops.
         wide_share: the least share of the bytes in its load instructions that are loaded 16 at a time.

@@ -1,6 +1,7 @@
 """The machine code of the kernels for an H100: no spills, loads of 16 bytes, instructions of the tensor cores.
 
-One dtype; all dtypes, and an A100, in `tests/soak/test_compiled_grid.py`.
+One kernel of each operator that compiles quickly; all kernels and dtypes, and an A100, in
+`tests/soak/test_compiled_grid.py`.
 """
 
 import pytest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,13 @@ import flexmoe
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.modeling.fingerprint_flexmoe import ALIGNMENT
 from flexmoe.testing import ANCHOR_CONFIGS, flexmoe_from_anchor, perturb_expert, random_tokens, tiny_anchor
+from tests.support.soak import thinned
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTHS = (1, 9)
 CASES = [(family, dtype) for family in ANCHOR_CONFIGS for dtype in DTYPES]
+KEPT = list(zip(ANCHOR_CONFIGS, itertools.cycle(DTYPES), strict=False))
+"""Each family in one dtype, and each dtype in two families at least."""
 
 
 def load(folder: Path) -> FlexMoeForCausalLM:
@@ -37,7 +41,7 @@ def pickled(model: FlexMoeForCausalLM) -> FlexMoeForCausalLM:
     return torch.load(file, weights_only=False)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
+@pytest.fixture(scope="module", params=thinned(CASES, KEPT), ids=str)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A graft, two packages, the model of both, and the one that never had "math"; rows have biases of 4 bytes."""
     family, dtype = request.param

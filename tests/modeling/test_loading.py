@@ -13,6 +13,7 @@ from flexmoe.meta import build_on_meta
 from flexmoe.modeling import FlexMoeForCausalLM, FlexMoeModel, UnsupportedAnchorError, find_ffn_sites
 from flexmoe.modeling.fingerprint_flexmoe import live_fingerprint
 from flexmoe.testing import ANCHOR_CONFIGS, random_tokens, realigned, tiny_anchor, tiny_flexmoe
+from tests.support.soak import soak
 
 OWNERS = ("math", "code-2")
 families = pytest.mark.parametrize("family", ANCHOR_CONFIGS)
@@ -157,9 +158,16 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("cls", "sharded"),
+    [
+        (FlexMoeForCausalLM, False),
+        (FlexMoeModel, True),
+        soak(FlexMoeForCausalLM, True),
+        soak(FlexMoeModel, False),
+    ],
+)
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("cls", [FlexMoeForCausalLM, FlexMoeModel])
 def test_mismatch_of_config_and_tensors_is_refused(tmp_path, damage, cls, sharded):
     changes, message = DAMAGE[damage]
     tiny_flexmoe("llama", OWNERS).save_pretrained(tmp_path, **({"max_shard_size": "60KB"} if sharded else {}))

@@ -1,4 +1,4 @@
-"""The machine code of all kernels for an A100 and an H100; one dtype is in `tests/kernels/test_compiled.py`."""
+"""The machine code of all kernels for an A100 and an H100; a few are in `tests/kernels/test_compiled.py`."""
 
 import pytest
 

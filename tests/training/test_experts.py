@@ -1,11 +1,10 @@
 """Training one expert: frozen parameters, resumed runs, errors."""
 
 import json
+import multiprocessing
 import random
 import re
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from flexmoe.conversion.graft import graft
 from flexmoe.evaluation import evaluate
@@ -21,6 +20,7 @@ from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.packages.package import ExpertPackage
 from flexmoe.testing import tiny_anchor
 from flexmoe.tokenization import load_tokenizer
+from flexmoe.training import experts, next_token_loss
 from flexmoe.training.experts import train_expert
 from flexmoe.training.messages import TrainingInterrupted
 from flexmoe.training.trainer import ExpertTrainer
@@ -257,6 +257,96 @@ def test_bfloat16_anchor_keeps_its_dtype(workshop, tmp_path):
     assert losses["after"] < losses["before"] - 0.2
 
 
+@pytest.mark.parametrize("has_instructions", [False, True])
+def test_bfloat16_is_computed_in_where_the_cpu_can(workshop, tmp_path, monkeypatch, has_instructions):
+    monkeypatch.setattr(experts, "has_instructions", lambda dtype: has_instructions)
+    seen = []
+    original = ExpertTrainer.train
+
+    def train_watched(self, *args, **kwargs):
+        seen.append((self.model.dtype, self.args.bf16))
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(ExpertTrainer, "train", train_watched)
+    shown = []
+    package = train(workshop, tmp_path / "math", model="bf16", max_steps=1, show=shown.append)
+    assert seen == [(torch.bfloat16, True) if has_instructions else (torch.float32, False)]
+    notes = [line for line in shown if "float32" in line]
+    assert len(notes) == (0 if has_instructions else 1)
+    assert all("this CPU has no instructions" in note and "--dtype bfloat16" in note for note in notes)
+    assert weights(package)["layers.0.ffn.up_proj.weight"].dtype == torch.bfloat16
+    composed = FlexMoeForCausalLM.from_pretrained(workshop / "bf16")
+    composed.add_expert(package)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_dtype_that_is_given_is_computed_and_stored_in(workshop, tmp_path, monkeypatch, dtype, stored):
+    monkeypatch.setattr(experts, "has_instructions", lambda dtype: False)
+    shown = []
+    package = train(workshop, tmp_path / "math", model="bf16", max_steps=1, dtype=dtype, show=shown.append)
+    assert weights(package)["layers.0.ffn.up_proj.weight"].dtype == stored
+    assert not any("no instructions" in line for line in shown)
+
+
+@pytest.mark.parametrize(("batch", "most", "part"), [(5, 1024, 5), (6, 100, 3), (5, 100, 1), (8, 10, 1)])
+def test_a_cpu_takes_a_batch_in_parts(workshop, tmp_path, monkeypatch, batch, most, part):
+    monkeypatch.setattr(experts, "CPU_TOKENS", most)
+    seen = []
+    original = ExpertTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        seen.append(len(inputs["input_ids"]))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(ExpertTrainer, "compute_loss", compute_loss)
+    train(workshop, tmp_path / "math", max_steps=2, batch_size=batch)
+    assert seen == [part] * (2 * batch // part)
+
+
+def test_parts_of_a_batch_train_the_same_expert(workshop, tmp_path, monkeypatch):
+    single = train(workshop, tmp_path / "single", batch_size=6)
+    monkeypatch.setattr(experts, "CPU_TOKENS", 64)
+    parts = train(workshop, tmp_path / "parts", batch_size=6)
+    for name, value in weights(single).items():
+        assert torch.allclose(value, weights(parts)[name], atol=2e-4), name
+
+
+def test_training_has_an_implementation_of_its_own_and_resets_it(workshop, tmp_path, monkeypatch):
+    seen = []
+    original = ExpertTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        seen.append(self.model.get_experts_implementation()[""])
+        return original(self, *args, **kwargs)
+
+    def save_expert(self, *args, **kwargs):
+        seen.append(self.config._experts_implementation)
+        return save(self, *args, **kwargs)
+
+    save = FlexMoeForCausalLM.save_expert
+    monkeypatch.setattr(ExpertTrainer, "training_step", training_step)
+    monkeypatch.setattr(FlexMoeForCausalLM, "save_expert", save_expert)
+    package = train(workshop, tmp_path / "math", max_steps=1)
+    assert seen[0] == "flexmoe_training"
+    assert seen[-1] in (None, "auto")
+    assert "flexmoe_training" not in (package / "expert_config.json").read_text()
+
+
+def test_no_logits_of_a_whole_batch_are_computed(workshop, tmp_path, monkeypatch):
+    rows = []
+    original = next_token_loss._loss_and_gradient
+
+    def loss_and_gradient(logits, *args):
+        rows.append(len(logits))
+        return original(logits, *args)
+
+    monkeypatch.setattr(next_token_loss, "_loss_and_gradient", loss_and_gradient)
+    monkeypatch.setattr(next_token_loss, "LOGITS", 42 * 99)
+    train(workshop, tmp_path / "math", max_steps=1)
+    assert rows
+    assert max(rows) <= 42
+
+
 def test_gradient_accumulation_and_checkpointing_change_nothing(workshop, tmp_path):
     single = train(workshop, tmp_path / "single", batch_size=10)
     halves = train(
@@ -271,42 +361,49 @@ def test_gradient_accumulation_and_checkpointing_change_nothing(workshop, tmp_pa
         assert torch.allclose(value, weights(halves)[name], atol=2e-4), name
 
 
+class HangAfterStep7(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == 7:
+            time.sleep(600)
+
+
+def train_until_step_7(workshop: Path, out: Path, **options) -> None:
+    init = ExpertTrainer.__init__
+
+    def patched(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.add_callback(HangAfterStep7)
+
+    ExpertTrainer.__init__ = patched
+    train(workshop, out, **options)
+
+
 def test_resume_after_kill_gives_the_same_bits(workshop, tmp_path):
     """A separate process is killed (SIGKILL) after its checkpoint of step 4, with another one incomplete."""
-    uninterrupted = train(
-        workshop, tmp_path / "uninterrupted", max_steps=12, save_steps=4, router="random", router_bias=True
-    )
-    script = (
-        "import sys, time, pathlib\nfrom transformers import TrainerCallback\n"
-        "from flexmoe.training import experts, trainer\n"
-        "class Hang(TrainerCallback):\n"
-        "    def on_step_end(self, args, state, control, **_):\n"
-        "        if state.global_step == 7: time.sleep(600)\n"
-        "init = trainer.ExpertTrainer.__init__\n"
-        "def patched(self, *a, **k): init(self, *a, **k); self.add_callback(Hang)\n"
-        "trainer.ExpertTrainer.__init__ = patched\n"
-        "root, out = map(pathlib.Path, sys.argv[1:])\n"
-        f"experts.train_expert(root / 'grafted', 'math', [root / 'own.jsonl'], out, progress=False, **{FAST!r} | "
-        "dict(max_steps=12, save_steps=4, router='random', router_bias=True))\n"
-    )
+    options = {"max_steps": 12, "save_steps": 4, "router": "random", "router_bias": True}
+    uninterrupted = train(workshop, tmp_path / "uninterrupted", **options)
     work = tmp_path / ".math.training"
-    process = subprocess.Popen([sys.executable, "-c", script, str(workshop), str(tmp_path / "math")])
+    # forked, because imports take seconds
+    process = multiprocessing.get_context("fork").Process(
+        target=train_until_step_7, args=(workshop, tmp_path / "math"), kwargs=options
+    )
+    process.start()
     try:
         deadline = time.monotonic() + 60
         while not (work / "checkpoint-4" / "complete").exists():
-            assert process.poll() is None, "the process ended"
+            assert process.is_alive(), "the process ended"
             assert time.monotonic() < deadline, "no checkpoint was written"
             time.sleep(0.05)
     finally:
         process.kill()
-        process.wait()
+        process.join()
     assert not (tmp_path / "math").exists()
     (work / "checkpoint-8").mkdir()  # an incomplete checkpoint
     (work / "checkpoint-8" / "trainer_state.json").write_text("{")
 
     with pytest.raises(ValueError, match=r"with other values of: settings\.seed"):
-        train(workshop, tmp_path / "math", max_steps=12, save_steps=4, router="random", router_bias=True, seed=1)
-    resumed = train(workshop, tmp_path / "math", max_steps=12, save_steps=4, router="random", router_bias=True)
+        train(workshop, tmp_path / "math", **options, seed=1)
+    resumed = train(workshop, tmp_path / "math", **options)
     assert weights(resumed).keys() == weights(uninterrupted).keys()
     for name, value in weights(uninterrupted).items():
         assert torch.equal(value, weights(resumed)[name]), name

@@ -35,7 +35,7 @@ def _gate_up(dtype: torch.dtype, tokens: int, gated: bool, activation: str) -> C
             **gate_up_launch(dtype.itemsize, tokens, gated, LEAST_SHARED),
         },
         aligned=("x_TH", "weights_TE", "table", "h_ETI", "x_stride"),
-        quick=dtype == torch.bfloat16 and activation == "silu" and tokens in (1, 64),
+        quick=dtype == torch.bfloat16 and activation == "silu" and tokens == 64,
         wide_share=0.85,
         products={80: "mma.sync", 90: "wgmma"} if dtype.itemsize == 2 else {},
     )
@@ -44,7 +44,7 @@ def _gate_up(dtype: torch.dtype, tokens: int, gated: bool, activation: str) -> C
 def _down(dtype: torch.dtype, tokens: int, hidden: int) -> Case:
     pointer = f"*{NAMES[dtype]}"
     launch = down_launch(dtype.itemsize, tokens, hidden, SMS, LEAST_SHARED)
-    quick = dtype == torch.bfloat16 and hidden == 4096 and tokens in (1, 64)
+    is_usual = dtype == torch.bfloat16 and hidden == 4096 and tokens in (1, 64)
     return Case(
         name=f"decode.down.{NAMES[dtype]}.{tokens}.{hidden}",
         kernel="experts.decode_kernel.down_kernel",
@@ -58,9 +58,8 @@ def _down(dtype: torch.dtype, tokens: int, hidden: int) -> Case:
         },
         launch={"DOWN_BIASED": hidden == 2048, "BLOCK_E": 8, **launch},
         aligned=("h_ETI", "weights_TE", "table", "y_TH", "x_TH"),
-        quick=quick,
         # some versions of ptxas spill a few numbers that are needed again once per expert
-        max_stack=0 if quick else 32,
+        max_stack=0 if is_usual else 32,
         wide_share=0.85,
         products={80: "mma.sync", 90: "wgmma" if launch["ROWS"] == 64 else "mma.sync"} if dtype.itemsize == 2 else {},
     )

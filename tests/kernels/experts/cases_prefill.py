@@ -26,7 +26,6 @@ def _gate_up(dtype: torch.dtype, rows_each: int, gated: bool, activation: str, a
             **gate_up_launch(dtype.itemsize, rows_each, gated, SHARED_MEMORY[arch]),
         },
         aligned=("x_TH", *SORTED, "h_RI", "x_stride"),
-        quick=dtype == torch.bfloat16 and activation == "silu" and rows_each > 64,
         gpus=(arch,),
         wide_share=0.75,
         products={80: "mma.sync", 90: "wgmma"} if dtype.itemsize == 2 else {},
@@ -41,7 +40,6 @@ def _down(dtype: torch.dtype, rows_each: int, arch: int) -> Case:
         signature={"h_RI": pointer, **SORTED, "output_RH": pointer, "x_TH": pointer, **NUMBERS},
         launch={"DOWN_BIASED": True, **down_launch(dtype.itemsize, rows_each, SHARED_MEMORY[arch])},
         aligned=("h_RI", *SORTED, "output_RH", "x_TH"),
-        quick=dtype == torch.bfloat16 and rows_each > 64,
         gpus=(arch,),
         wide_share=0.75,
         products={80: "mma.sync", 90: "wgmma"} if dtype.itemsize == 2 else {},
@@ -68,7 +66,6 @@ def _sort(experts: int) -> tuple[Case, Case]:
         },
         launch={**launch, "BLOCK_M": 128},
         aligned=pointers,
-        quick=experts == 7,
     )
     return count, place
 

@@ -137,10 +137,9 @@ def order_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """
 
     def matmul(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        total = np.zeros((*a.shape[:-1], b.shape[-1]), dtype)
-        for k in range(a.shape[-1]):
-            total += a[..., :, k, None].astype(dtype) * b[..., None, k, :].astype(dtype)
-        return total
+        a_K, b_K = np.moveaxis(a, -1, 0)[..., None], np.moveaxis(b, -2, 0)[..., None, :]
+        # NumPy adds along the first dimension one by one, and along the last one in pairs
+        return np.multiply(a_K.astype(dtype), b_K.astype(dtype), order="C").sum(0)
 
     if INTERPRETED:
         monkeypatch.setattr(np, "matmul", matmul)

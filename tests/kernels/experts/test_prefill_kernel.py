@@ -78,6 +78,11 @@ CASES = [
 ]
 
 
+def run(x_TH, weights_TE, experts):
+    """`prefill` with two slots; `clean_TH` is its output for `layer`."""
+    return prefill(x_TH, *slots(weights_TE, 2), experts)
+
+
 @pytest.mark.parametrize(("tokens", "k", "kind"), CASES, ids=case_name)
 def test_against_float64(tokens, k, kind, monkeypatch):
     generator = seeded(tokens, k, kind)
@@ -100,14 +105,13 @@ def test_no_tokens_need_no_launch(layer, monkeypatch):
     assert prefill(x_TH[:0], *slots(weights_TE[:0], 2), experts).shape == (0, 40)
 
 
-def test_many_tokens_are_processed_in_chunks(layer, monkeypatch):
+def test_many_tokens_are_processed_in_chunks(layer, clean_TH, monkeypatch):
     """A chunk has a fixed number of pairs, to bound memory: with more slots, fewer tokens."""
     x_TH, weights_TE, experts = layer
-    whole_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
     own, chunks = kernels._prefill_chunk, []
     monkeypatch.setattr(kernels, "_prefill_chunk", lambda *args: chunks.append(args[2].numel()) or own(*args))
     monkeypatch.setattr(kernels, "MAX_PAIRS", 50)
-    assert torch.equal(prefill(x_TH, *slots(weights_TE, 2), experts), whole_TH)
+    assert torch.equal(run(x_TH, weights_TE, experts), clean_TH)
     assert chunks[0] == max(chunks) == 32
     assert sum(chunks) == 2 * len(x_TH)
 
@@ -132,46 +136,42 @@ def test_a_slot_of_weight_0_is_ignored(layer):
     assert torch.equal(prefill(x_TH, top_weights_TK, top_ids_TK, experts), clean_TH)
 
 
-def test_nan_in_a_token_reaches_no_other(layer):
+def test_nan_in_a_token_reaches_no_other(layer, clean_TH):
     x_TH, weights_TE, experts = layer
-    clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
     x_TH[1, 3] = math.nan
-    y_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    y_TH = run(x_TH, weights_TE, experts)
     assert y_TH[1].isnan().all()
     others = torch.arange(17) != 1
     assert torch.equal(y_TH[others], clean_TH[others])
 
 
 @pytest.mark.parametrize("name", ["gate", "up", "down", *BIASES])
-def test_nan_in_an_expert_reaches_only_its_tokens(name, layer):
+def test_nan_in_an_expert_reaches_only_its_tokens(name, layer, clean_TH):
     x_TH, weights_TE, experts = layer
-    clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
     for e in (0, 3):  # no token is routed to 3
         getattr(experts, name)[e].fill_(math.nan)
-    y_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    y_TH = run(x_TH, weights_TE, experts)
     routed_T = weights_TE[:, 0] != 0
     assert routed_T.any()
     assert y_TH[routed_T].isnan().all()
     assert torch.equal(y_TH[~routed_T], clean_TH[~routed_T])
 
 
-def test_weights_that_are_nan_make_the_token_nan(layer):
+def test_weights_that_are_nan_make_the_token_nan(layer, clean_TH):
     x_TH, weights_TE, experts = layer
-    clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
     weights_TE[1] = math.nan
-    y_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    y_TH = run(x_TH, weights_TE, experts)
     assert y_TH[1].isnan().all()
     others = torch.arange(17) != 1
     assert torch.equal(y_TH[others], clean_TH[others])
 
 
 @pytest.mark.parametrize("name", ["gate", "up", "down", *BIASES])
-def test_a_removed_tensor_gives_nan_and_is_not_read(name, layer, monkeypatch):
+def test_a_removed_tensor_gives_nan_and_is_not_read(name, layer, clean_TH, monkeypatch):
     x_TH, weights_TE, experts = layer
-    clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
     table = table_without(experts, getattr(experts, name)[1])
     monkeypatch.setattr(kernels, "expert_table", lambda _: table)
-    y_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    y_TH = run(x_TH, weights_TE, experts)
     routed_T = weights_TE[:, 1] != 0
     assert routed_T.any()
     assert not routed_T.all()
@@ -183,7 +183,7 @@ def test_a_removed_tensor_gives_nan_and_is_not_read(name, layer, monkeypatch):
 def test_an_expert_without_tokens_is_not_read(e, layer, monkeypatch):
     x_TH, weights_TE, experts = layer
     weights_TE[:, e] = 0.0
-    clean_TH = prefill(x_TH, *slots(weights_TE, 2), experts)
+    clean_TH = run(x_TH, weights_TE, experts)
     table = table_with_invalid_addresses(experts, e)
     monkeypatch.setattr(kernels, "expert_table", lambda _: table)
-    assert torch.equal(prefill(x_TH, *slots(weights_TE, 2), experts), clean_TH)
+    assert torch.equal(run(x_TH, weights_TE, experts), clean_TH)

@@ -17,15 +17,11 @@ HIDDEN, INTERMEDIATE = 4096, 11008
 LEAST_SHARED = min(SHARED_MEMORY.values())
 
 
-def _is_quick(dtype: torch.dtype, tokens: int, ranks: list[int]) -> bool:
-    return dtype == torch.bfloat16 and tokens in (1, 64) and ranks == RANKS[0]
-
-
 def _max_stack(dtype: torch.dtype, tokens: int, ranks: list[int], is_usual: bool) -> int:
     if dtype.itemsize == 4 and tokens == 64:
         return 512  # float32 is multiplied in registers, and these tokens and members need more than there are
     # some versions of ptxas spill a few numbers that are needed again once per member
-    return 0 if is_usual and _is_quick(dtype, tokens, ranks) else 32
+    return 0 if is_usual and dtype == torch.bfloat16 and tokens in (1, 64) and ranks == RANKS[0] else 32
 
 
 def _shrink(dtype: torch.dtype, tokens: int, gate_up: bool) -> Case:
@@ -49,7 +45,7 @@ def _shrink(dtype: torch.dtype, tokens: int, gate_up: bool) -> Case:
             **launch,
         },
         aligned=("v_TK", "weights_TM", "table", "parts_MASTR", "x_TH", "v_stride"),
-        quick=_is_quick(dtype, tokens, RANKS[0]) and tokens == 64 and not gate_up,
+        quick=dtype == torch.bfloat16 and tokens == 64 and not gate_up,
         wide_share=0.85,
         products=dict.fromkeys(SHARED_MEMORY, "mma.sync") if dtype.itemsize == 2 else {},
     )
@@ -80,7 +76,6 @@ def _gate_up(dtype: torch.dtype, tokens: int, ranks: list[int], gated: bool, act
             **low_rank_gate_up_launch(dtype.itemsize, tokens, gated, ranks, len(ranks) + 1, LEAST_SHARED),
         },
         aligned=("x_TH", "weights_TM", "public", "table", "parts_MASTR", "h_MTI", "hidden_TI", "x_stride"),
-        quick=_is_quick(dtype, tokens, ranks) and activation == "silu",
         max_stack=_max_stack(dtype, tokens, ranks, activation == "silu"),
         wide_share=0.4 if ranks in RANKS[:2] else 0.2,
         products={80: "mma.sync", 90: "wgmma"} if dtype.itemsize == 2 else {},
@@ -109,7 +104,6 @@ def _down(dtype: torch.dtype, tokens: int, ranks: list[int], hidden: int) -> Cas
             **launch,
         },
         aligned=("hidden_TI", "weights_TM", "public", "table", "parts_MSTR", "y_TH", "x_TH"),
-        quick=_is_quick(dtype, tokens, ranks) and tokens == 64 and hidden == HIDDEN,
         max_stack=_max_stack(dtype, tokens, ranks, hidden == HIDDEN),
         wide_share=0.4 if ranks in RANKS[:2] else 0.2,
         products={80: "mma.sync", 90: "wgmma" if launch["ROWS"] == 64 else "mma.sync"} if dtype.itemsize == 2 else {},

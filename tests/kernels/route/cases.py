@@ -16,14 +16,12 @@ ALIGNED = ("x", "table", "offset", *RESULTS, "H_8", "x_stride")
 def _forward(experts: int, x_dtype: torch.dtype, row_dtype: torch.dtype) -> list[Case]:
     inputs = {"x": f"*{NAMES[x_dtype]}", "table": "*i64", "offset": "*fp32", **RESULTS}
     kind = f"{experts}.{NAMES[x_dtype]}.{NAMES[row_dtype]}"
-    quick = experts == 7 and x_dtype == torch.bfloat16 and row_dtype == torch.float32
     few = Case(
         name=f"route.few.{kind}",
         kernel="route.kernel.route_few",
         signature={**inputs, **NUMBERS},
         launch={"RENORMALIZE": True, **few_launch(experts, row_dtype)},
         aligned=ALIGNED,
-        quick=quick,
         # the rest are addresses; 0 if rows are read in smaller pieces, as a single row of a 2-byte dtype is
         wide_share=0.3 if experts > 1 else 0.0,
     )
@@ -34,7 +32,6 @@ def _forward(experts: int, x_dtype: torch.dtype, row_dtype: torch.dtype) -> list
             signature={**inputs, "T": "i32", **NUMBERS},
             launch={"RENORMALIZE": True, **many_launch(experts, row_dtype, tokens)},
             aligned=ALIGNED,
-            quick=quick and tokens == 4096,
             wide_share=0.4,
             products={80: "mma.sync", 90: "mma.sync"},
         )

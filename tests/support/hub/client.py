@@ -28,6 +28,9 @@ def settings(url: str, token: str | None) -> dict[str, str]:
         "HF_HUB_DISABLE_UPDATE_CHECK": "1",  # of the `hf` command, at PyPI
         "NO_PROXY": "127.0.0.1",
         "no_proxy": "127.0.0.1",
+        # The server speaks plain HTTP. To read the system's certificates takes a client longer than most tests.
+        "SSL_CERT_FILE": "",
+        "SSL_CERT_DIR": os.devnull,
     }
     return values | ({"HF_TOKEN": token} if token else {})
 
