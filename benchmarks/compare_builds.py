@@ -9,12 +9,14 @@ checkout is faster; `per_start` holds those of the starts.
 Rows: prefill of 512 tokens and decoding with a KV cache at batch 1 and 8, in float32 and bfloat16, as loaded and after
 `prepack_for_cpu`.
 
-Asserts the limits of `LIMITS`. Does not cover GPUs, or comparison with other libraries (`bench_forward.py`).
+With --rows, the other rows of an existing output file are kept. Asserts the limits of `LIMITS`. Does not cover GPUs,
+or comparison with other libraries (`bench_forward.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -233,6 +235,10 @@ def main() -> None:
         ["git", "rev-parse", "HEAD"], cwd=arguments.other, check=True, capture_output=True, text=True
     ).stdout.strip()
     shapes = {**SIZES, "experts": EXPERTS, "k": K, "threads": THREADS}
+    if arguments.rows and arguments.out.is_file():
+        kept = json.loads(arguments.out.read_text(encoding="utf-8"))
+        assert kept["other"] == commit, f"{arguments.out} compares with {kept['other']}"
+        rows = {**kept["rows"], **rows}
     keep({"rows": rows, "other": commit, "shapes": shapes, **before}, arguments.out)
     missed = [name for name, values in rows.items() if not values["passed"]]
     assert not missed, f"slower than {commit[:12]} by more than allowed: {missed}"
