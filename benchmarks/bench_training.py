@@ -1,12 +1,21 @@
-"""A training step of one expert against freezing as in the FlexOlmo repository.
+"""Training an expert: this checkout against another one and against PEFT, and against FlexOlmo's way of freezing.
 
-FlexOlmo passes the networks of both experts to the optimizer, computes all their gradients, and zeroes those of public
-after backward; here the networks of public have no gradients. Both use the same two-expert model and the same batches,
-in alternating steps, so that other load affects both. The widths are those of OLMo-2 7B divided by eight.
+    python benchmarks/bench_training.py
+    python benchmarks/bench_training.py --other CHECKOUT --anchor DENSE --own TEXT --public TEXT [--rows NAME] [--peft]
 
-`make bench` runs it; the results are written to docs/benchmarks/training.json.
+Without arguments, as `make bench` runs it: a training step against freezing as in the FlexOlmo repository, which
+passes the networks of both experts to the optimizer, computes all their gradients, and zeroes those of public after
+backward; here the networks of public have no gradients. Both use the same two-expert model and the same batches, in
+alternating steps, so that other load affects both. The widths are those of OLMo-2 7B divided by eight. The results are
+written to docs/benchmarks/training.json.
+
+With `--other`, `flexmoe train` of this checkout against that of another one (`training_speed`): tokens per second,
+peak memory and losses with the same anchor, text and settings, in separate processes that take alternating steps.
+`--peft` adds low-rank experts against LoRA of the same rank on the same matrices, with transformers' Trainer. The
+results are written to docs/benchmarks/training_speed.json.
 """
 
+import argparse
 import copy
 import json
 import statistics
@@ -15,6 +24,7 @@ from pathlib import Path
 
 import torch
 from machine import machine
+from training_speed import add_arguments, compare, work
 from transformers import Olmo2Config
 
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
@@ -126,5 +136,17 @@ def test_a_step_is_faster_and_smaller_than_zeroing_gradients() -> None:
     assert result["gradient_and_optimiser_bytes_ratio"] <= 0.5, result
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(arguments)
+    elif arguments.other:
+        compare(arguments)
+    else:
+        test_a_step_is_faster_and_smaller_than_zeroing_gradients()
+
+
 if __name__ == "__main__":
-    test_a_step_is_faster_and_smaller_than_zeroing_gradients()
+    main()

