@@ -22,9 +22,17 @@ _cache: WeakKeyDictionary[nn.Module, tuple[Callable[..., Any], FfnStructure | No
 def structure_of(network: nn.Module) -> FfnStructure | None:
     """The structure of `network`; None if it has no known one, is in training mode, or has hooks or a wrapped forward.
 
+    See `structure_in_any_mode`.
+    """
+    return None if network.training else structure_in_any_mode(network)
+
+
+def structure_in_any_mode(network: nn.Module) -> FfnStructure | None:
+    """The structure of `network`; None if it has no known one, or has hooks or a wrapped forward.
+
     The result is cached per network and read again if the `forward` of its class is replaced.
     """
-    if network.training or not is_unwrapped(network):
+    if not is_unwrapped(network):
         return None
     forward = type(network).forward
     cached = _cache.get(network)
@@ -38,4 +46,4 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
 
 
-__all__ = ["settings_of", "structure_of"]
+__all__ = ["settings_of", "structure_in_any_mode", "structure_of"]

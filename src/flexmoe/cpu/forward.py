@@ -73,9 +73,13 @@ def _call_expert(block: FlexMoeBlock, packs: Prepacked | None, name: str, x_NH: 
     network: Any = block.experts._modules[name]
     structure = structure_of(network) if len(x_NH) else None
     if structure is None:
-        with faster_linears(x_NH, packs):
-            return block.call_expert(name, x_NH)
+        return _call_module(block, packs, name, x_NH)
     return bind_structure(network, structure, x_NH, packs)(x_NH)
+
+
+def _call_module(block: FlexMoeBlock, packs: Prepacked | None, name: str, x_NH: Tensor) -> Tensor:
+    with faster_linears(x_NH, packs):
+        return block.call_expert(name, x_NH)
 
 
 def _as_row(x_1H: Tensor) -> Tensor:
@@ -103,7 +107,7 @@ def _bind(block: FlexMoeBlock, name: str, like: Tensor, packs: Prepacked | None)
     if (structure := structure_of(network)) is not None:
         return bind_structure(network, structure, like, packs)
 
-    return lambda x: _call_expert(block, packs, name, x.view(1, -1)).view(x.shape)
+    return lambda x: _call_module(block, packs, name, x.view(1, -1)).view(x.shape)
 
 
 def bind_structure(network: nn.Module, structure: FfnStructure, like: Tensor, packs: Prepacked | None = None) -> Run:

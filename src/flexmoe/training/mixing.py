@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,9 @@ from transformers.pytorch_utils import Conv1D
 from flexmoe.implementations import auto_experts_forward
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock, mix_modules, names_sharing_public
-from flexmoe.modeling.low_rank_flexmoe import FfnStructure, LowRankDelta, is_unwrapped, read_structure
+from flexmoe.modeling.low_rank_flexmoe import FfnStructure, LowRankDelta, is_unwrapped
 from flexmoe.modeling.masking_flexmoe import ForwardContext, is_capturing
+from flexmoe.structures import structure_in_any_mode
 
 IMPLEMENTATION = "flexmoe_training"
 
@@ -38,7 +38,6 @@ DECIDED = 0.02
 """An expert with less than this share of a token's weight is left out; measured in docs/training.md."""
 
 _AFFINE = (nn.Linear, Conv1D, LowRankDelta)
-_structures: WeakKeyDictionary[nn.Module, FfnStructure | None] = WeakKeyDictionary()
 
 
 def training_experts_forward(
@@ -149,11 +148,7 @@ def _part(parts: Mapping[str, Any], name: str | None) -> Any:
 
 def _structure_of(network: nn.Module) -> FfnStructure | None:
     """The structure of a network that may run in parts; None if it has another one, hooks, or a random activation."""
-    if not is_unwrapped(network):
-        return None
-    if network not in _structures:
-        _structures[network] = read_structure(network)
-    structure = _structures[network]
+    structure = structure_in_any_mode(network)
     return structure if structure is not None and _runs_in_parts(network, structure) else None
 
 
