@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from checkouts import commit_of, link_checkout
 from machine import keep, machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -123,12 +124,7 @@ class Worker:
     """A build in a separate process."""
 
     def __init__(self, checkout: Path, folder: Path, site: Path) -> None:
-        packages = {path.name: path for path in (checkout / "src" / "flexmoe").iterdir()}
-        packages |= {name: checkout / name for name in ("modeling", "conversion", "model_cards")}
-        (site / "flexmoe").mkdir(parents=True)
-        for name, path in packages.items():
-            (site / "flexmoe" / name).symlink_to(path)
-        environment = {**os.environ, "PYTHONPATH": str(site), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**os.environ, "PYTHONPATH": str(link_checkout(checkout, site)), "OMP_WAIT_POLICY": "PASSIVE"}
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--worker", str(folder)],
             stdin=subprocess.PIPE,
@@ -188,6 +184,7 @@ def summarize(starts: list[list[tuple[float, float]]], limit: float) -> dict[str
 def measure(other: Path, wanted: str) -> dict[str, Any]:
     """All rows whose names contain `wanted`."""
     rows: dict[str, Any] = {}
+    checkouts = {"ours": ROOT, "theirs": other}
     for dtype in ("float32", "bfloat16"):
         here = {name: row for name, row in ROWS.items() if row[1] == dtype and wanted in name}
         if not here:
@@ -197,21 +194,18 @@ def measure(other: Path, wanted: str) -> dict[str, Any]:
             folder = Path(temporary) / "model"
             write_checkpoint(folder, dtype)
             for start in range(STARTS):
-                sites = [Path(temporary) / f"site-{start}-{i}" for i in range(2)]
-                if start % 2:
-                    theirs = Worker(other, folder, sites[1])
-                    ours = Worker(ROOT, folder, sites[0])
-                else:
-                    ours = Worker(ROOT, folder, sites[0])
-                    theirs = Worker(other, folder, sites[1])
+                order = list(checkouts)[:: -1 if start % 2 else 1]
+                workers = {
+                    name: Worker(checkouts[name], folder, Path(temporary) / f"site-{start}-{name}") for name in order
+                }
                 for prepacked in (False, True):
                     if prepacked:
-                        for worker in (theirs, ours) if start % 2 else (ours, theirs):
-                            worker.send("prepack")
-                    for name, (kind, _, row_prepacked) in here.items():
+                        for name in order:
+                            workers[name].send("prepack")
+                    for row, (kind, _, row_prepacked) in here.items():
                         if row_prepacked == prepacked:
-                            starts[name].append(race(ours, theirs, kind))
-                for worker in (ours, theirs):
+                            starts[row].append(race(workers["ours"], workers["theirs"], kind))
+                for worker in workers.values():
                     worker.stop()
         for name, seconds in starts.items():
             rows[name] = summarize(seconds, LIMITS[name])
@@ -231,9 +225,7 @@ def main() -> None:
         return
     before = machine()
     rows = measure(arguments.other.resolve(), arguments.rows)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=arguments.other, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    commit = commit_of(arguments.other)
     shapes = {**SIZES, "experts": EXPERTS, "k": K, "threads": THREADS}
     if arguments.rows and arguments.out.is_file():
         kept = json.loads(arguments.out.read_text(encoding="utf-8"))

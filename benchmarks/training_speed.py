@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from checkouts import commit_of, link_checkout
 from machine import keep, machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,16 +73,6 @@ class Contender:
         """Ends the process."""
         self._process.kill()
         self._process.wait()
-
-
-def link_checkout(checkout: Path, site: Path) -> Path:
-    """A folder for PYTHONPATH with the package as it is in `checkout`."""
-    (site / "flexmoe").mkdir(parents=True)
-    packages = {path.name: path for path in (checkout / "src" / "flexmoe").iterdir()}
-    packages |= {name: checkout / name for name in ("modeling", "conversion", "model_cards")}
-    for name, path in packages.items():
-        (site / "flexmoe" / name).symlink_to(path)
-    return site
 
 
 # In a contender's process
@@ -311,9 +302,7 @@ def compare(arguments: argparse.Namespace) -> None:
     before = machine()
     with tempfile.TemporaryDirectory(prefix="flexmoe-training-") as temporary:
         rows = measure(arguments, Path(temporary))
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=arguments.other, check=True, capture_output=True, text=True
-    ).stdout.strip()
+    commit = commit_of(arguments.other)
     limits = {"speed_over_other": FASTER, "memory_of_other": SMALLER, "speed_over_peft": FASTER_THAN_PEFT}
     shapes = {"sequence": SEQUENCE, "rank": RANK, "router_tokens": arguments.router_tokens}
     faults = missed(rows)

@@ -48,6 +48,15 @@ def reference(decided: bool):
     return forward
 
 
+def assert_equals_reference(block, x_TH, *, decided):
+    torch.testing.assert_close(
+        results(block, training_experts_forward, x_TH),
+        results(block, reference(decided=decided), x_TH),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 @pytest.mark.parametrize("expert", ["own", LOW_RANK], ids=["full", "low_rank"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi3"])
 def test_outputs_and_gradients_are_those_of_the_reference(family, expert):
@@ -55,12 +64,7 @@ def test_outputs_and_gradients_are_those_of_the_reference(family, expert):
     x_TH = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
     weights_TA = decide(block.route(x_TH, tuple(block.experts), ForwardContext(top_k=2)))
     assert 0 < (weights_TA == 0).any(-1).sum() < 40, "some tokens are decided, others are not"
-    torch.testing.assert_close(
-        results(block, training_experts_forward, x_TH),
-        results(block, reference(decided=True), x_TH),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    assert_equals_reference(block, x_TH, decided=True)
 
 
 def test_leaving_experts_out_changes_little():
@@ -96,12 +100,7 @@ def test_weights_keep_their_sum():
 def test_trained_rows_get_the_gradients_of_all_tokens():
     block = training_block("llama", "own", rows=True)
     x_TH = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(
-        results(block, training_experts_forward, x_TH),
-        results(block, reference(decided=False), x_TH),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    assert_equals_reference(block, x_TH, decided=False)
 
 
 def test_an_expert_without_tokens_has_gradients_of_zero():
