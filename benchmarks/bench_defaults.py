@@ -25,7 +25,7 @@ import torch
 from machine import machine
 from transformers import GPT2Config, GPT2LMHeadModel, set_seed
 
-from flexmoe.conversion.graft import graft
+from flexmoe import graft
 from flexmoe.demo import anchor as demo_anchor
 from flexmoe.demo.anchor import AnchorSettings, train_tokenizer
 from flexmoe.demo.corpus import CorpusSettings, build_corpus, read_texts
