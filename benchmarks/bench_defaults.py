@@ -17,7 +17,8 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,9 @@ from flexmoe.demo.corpus import CorpusSettings, build_corpus, read_texts
 from flexmoe.modeling import FlexMoeConfig
 from flexmoe.tokenization import load_tokenizer
 from flexmoe.training import experts
-from flexmoe.training.experts import TrainingSettings
-from flexmoe.training.text import OWN, PUBLIC_SIDE, TrainingText, prepare_text
+from flexmoe.training.defaults import choose
+from flexmoe.training.settings import TrainingSettings
+from flexmoe.training.text import OWN, PUBLIC_SIDE, SplitText, pack_text, read_text
 
 RESULT = Path(__file__).parents[1] / "docs" / "benchmarks" / "defaults.json"
 OWNERS = ("unicode", "cpp")
@@ -47,6 +49,8 @@ RATES = {"full": (1e-4, 3e-4, 1e-3, 2e-3, 4e-3), "low_rank": (3e-4, 1e-3, 3e-3, 
 # tokens that a run trains on (own and public), tokens of a step, and of validation
 SIZES = {name: {"tokens": 128_000, "step": 2_048, "validation": 8_000, "rows": 20_000} for name in TRAINED}
 SIZES[SMOLLM2] = {"tokens": 10_240, "step": 512, "validation": 1_536, "rows": 2_048}
+STEPS = {**dict.fromkeys(TRAINED, (512, 8_192)), SMOLLM2: (256, 1_024)}
+RULE = {"olmo2-128": 2e-3, "olmo2-256": 1e-3, "gpt2-192": 1.3e-3, SMOLLM2: 4.3e-4}
 SEQUENCE = {**dict.fromkeys(TRAINED, 256), SMOLLM2: 128}
 
 
@@ -92,26 +96,57 @@ def prepare_anchor(name: str, work: Path, smollm2: Path | None) -> Path:
     return grafted
 
 
-def read_text(name: str, owner: str, grafted: Path, work: Path) -> TrainingText:
-    sizes, config = SIZES[name], FlexMoeConfig.from_pretrained(grafted)
-    settings = TrainingSettings(sequence_length=SEQUENCE[name], validation_tokens=sizes["validation"])
+@dataclass(frozen=True)
+class Run:
+    """What differs between the runs of an anchor."""
+
+    method: str
+    learning_rate: float
+    step: int
+    """Tokens of a step, own and public."""
+    passes: int | None = None
+    """Over `tokens` of own text; None: no text is seen twice."""
+
+    def settings(self, name: str) -> TrainingSettings:
+        sizes, length = SIZES[name], SEQUENCE[name]
+        return TrainingSettings(
+            method=self.method,
+            rank=16 if self.method == "low_rank" else None,
+            learning_rate=self.learning_rate,
+            sequence_length=length,
+            batch_size=self.step // length,
+            max_steps=(self.passes or 1) * sizes["tokens"] // self.step,
+            router_tokens=sizes["rows"],
+            validation_tokens=sizes["validation"],
+            eval_steps=10**6,
+        )
+
+
+def read_documents(name: str, owner: str, grafted: Path, work: Path) -> dict[str, SplitText]:
+    config = FlexMoeConfig.from_pretrained(grafted)
     own = read_texts(work / "corpus" / "owners" / f"{owner}.jsonl")
     public = read_texts(work / "corpus" / "public.jsonl")
-    sides = {OWN: own, PUBLIC_SIDE: public[:1500]}
-    return prepare_text(sides, load_tokenizer(grafted), experts._text_settings(config, settings))
+    options = {"validation_fraction": 0.05, "seed": 0, "vocab_size": config.get_text_config().vocab_size}
+    return read_text({OWN: own, PUBLIC_SIDE: public[:1500]}, load_tokenizer(grafted), **options)
 
 
-def train(name: str, owner: str, grafted: Path, text: TrainingText, settings: TrainingSettings) -> dict[str, Any]:
-    """One run; rows are fitted by the first run of an owner, and read by the others."""
-    set_seed(settings.seed)
+def train(name: str, owner: str, grafted: Path, read: Mapping[str, SplitText], run: Run) -> dict[str, Any]:
+    """Trains once; rows are fitted by the first run of an owner, and read by the others."""
     config = FlexMoeConfig.from_pretrained(grafted)
+    settings, _ = choose(run.settings(name), experts._situation(config, read))
+    text = pack_text(
+        read, sequence_length=settings.sequence_length, validation_tokens=settings.validation_tokens, seed=0
+    )
+    if run.passes:
+        own = int(SIZES[name]["tokens"] * (1 - settings.public_ratio)) // settings.sequence_length
+        text = replace(text, own=replace(text.own, sequences=text.own.sequences[:own]))
+    set_seed(settings.seed)
     work = grafted.parent / owner
     work.mkdir(exist_ok=True)
     arguments = experts._training_arguments(work, text, config, settings, False)
     arguments.save_strategy = "no"
     model = experts._two_expert_model(grafted, "own", config, text, arguments, settings)
     trainer = experts._trainer(model, text, arguments, settings, "own", experts._nothing)
-    trainer.args.eval_on_start = False
     before = trainer.evaluate()
     start = time.process_time()
     trainer.train()
@@ -124,17 +159,14 @@ def train(name: str, owner: str, grafted: Path, text: TrainingText, settings: Tr
     return {"losses": losses, "cpu_seconds": round(seconds, 1), "steps": arguments.max_steps}
 
 
-def settings_of(name: str) -> list[TrainingSettings]:
-    sizes, length = SIZES[name], SEQUENCE[name]
-    base = TrainingSettings(
-        sequence_length=length,
-        batch_size=sizes["step"] // length,
-        max_steps=sizes["tokens"] // sizes["step"],
-        router_tokens=sizes["rows"],
-        validation_tokens=sizes["validation"],
-    )
-    full = [replace(base, learning_rate=rate) for rate in RATES["full"]]
-    return full + [replace(base, method="low_rank", rank=16, learning_rate=rate) for rate in RATES["low_rank"]]
+def runs_of(name: str) -> Iterator[Run]:
+    """Learning rates at one size of step; then sizes of a step, and passes, at the rate that the defaults choose."""
+    step = SIZES[name]["step"]
+    for method, rates in RATES.items():
+        yield from (Run(method, rate, step) for rate in rates)
+    rate = RULE[name]
+    yield from (Run("full", rate, other) for other in STEPS[name])
+    yield from (Run("full", rate, step, passes) for passes in (1, 2, 4))
 
 
 def main() -> None:
@@ -148,23 +180,21 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=[*RATES])
     arguments = parser.parse_args()
     kept = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {"runs": []}
-    done = {(run["anchor"], run["owner"], json.dumps(run["settings"], sort_keys=True)) for run in kept["runs"]}
     for name in arguments.anchors:
         grafted = prepare_anchor(name, arguments.work, arguments.smollm2)
         for owner in arguments.owners:
-            text = read_text(name, owner, grafted, arguments.work)
-            for settings in settings_of(name):
-                if arguments.rates and settings.learning_rate not in arguments.rates:
+            read = read_documents(name, owner, grafted, arguments.work)
+            for run in runs_of(name):
+                record = {"anchor": name, "owner": owner, **asdict(run)}
+                if arguments.rates and run.learning_rate not in arguments.rates:
                     continue
-                if settings.method not in arguments.methods:
+                if run.method not in arguments.methods or any(
+                    record.items() <= other.items() for other in kept["runs"]
+                ):
                     continue
-                wanted = {key: value for key, value in asdict(settings).items() if value is not None}
-                if (name, owner, json.dumps(wanted, sort_keys=True)) in done:
-                    continue
-                run = {"anchor": name, "owner": owner, "settings": wanted}
-                run |= train(name, owner, grafted, text, settings)
-                sys.stderr.write(f"{name} {owner} {settings.method} {settings.learning_rate:g}: {run['losses']}\n")
-                kept = {**machine(), "runs": [*kept["runs"], run]}
+                record |= train(name, owner, grafted, read, run)
+                sys.stderr.write(f"{record}\n")
+                kept = {**machine(), "runs": [*kept["runs"], record]}
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
                 arguments.out.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 

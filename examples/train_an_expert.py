@@ -22,7 +22,8 @@ def main() -> None:
         # stored with the model; every owner fits a router row against it.
         grafted = flexmoe.graft(tiny_anchor(folder / "anchor"), folder / "grafted", public_data=[public])
 
-        # By the owner, where the data is. Only the package leaves. The defaults are the recipe of docs/training.md.
+        # By the owner, where the data is. Only the package leaves. Settings that are not given follow from the
+        # anchor, the text and the machine (docs/training.md).
         package = flexmoe.train_expert(
             grafted,
             "math",
@@ -30,9 +31,6 @@ def main() -> None:
             folder / "math-expert",
             license="cc-by-4.0",
             data_statement="Worked problems, written for this example.",
-            max_steps=20,
-            sequence_length=32,
-            learning_rate=2e-2,
             progress=False,
         )
         manifest = flexmoe.ExpertPackage.open(package).manifest

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from flexmoe.packages.trust import TrustPolicy
     from flexmoe.peft import expert_lora_config
     from flexmoe.planning.plan import Plan, plan
-    from flexmoe.training.experts import TrainingSettings, train_expert
+    from flexmoe.training.experts import train_expert
+    from flexmoe.training.settings import TrainingSettings
     from flexmoe.usage import track_usage
 
 __version__ = "0.1.0"
@@ -89,7 +90,7 @@ _LAZY = {
     "pull": "flexmoe.hub.pull",
     "push": "flexmoe.hub.publish",
     "sign": "flexmoe.packages.signing",
-    "TrainingSettings": "flexmoe.training.experts",
+    "TrainingSettings": "flexmoe.training.settings",
     "train_expert": "flexmoe.training.experts",
     "Verdict": "flexmoe.admission.verification",
     "verify": "flexmoe.admission.verification",

@@ -1,6 +1,6 @@
 """The command that an owner runs where its data is: train.
 
-Does not cover the defaults, which are those of `flexmoe.training.experts.TrainingSettings`; a test compares them with
+Does not cover the defaults, which are those of `flexmoe.training.settings.TrainingSettings`; a test compares them with
 the help texts.
 """
 
@@ -14,6 +14,7 @@ import typer
 
 from flexmoe_cli.arguments import (
     DATA_FORMATS,
+    ROUTER,
     Debug,
     Embedder,
     Json,
@@ -21,7 +22,6 @@ from flexmoe_cli.arguments import (
     Overwrite,
     RouterBias,
     RouterMethod,
-    RouterTokens,
     SkipEmpty,
     TextTemplate,
     given,
@@ -59,7 +59,7 @@ def train(
         float | None, typer.Option(help="Share of documents held out for validation. Default: 0.05.")
     ] = None,
     validation_tokens: Annotated[
-        int | None, typer.Option(help="At most, of own and of public text each. Default: 20000.")
+        int | None, typer.Option(help="At most, of own and of public text each. Default: by the amount of text.")
     ] = None,
     method: Annotated[
         str | None,
@@ -80,29 +80,51 @@ def train(
     ] = None,
     router: RouterMethod = None,
     router_bias: RouterBias = None,
-    router_tokens: RouterTokens = None,
+    router_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens to fit it on, of each side. Default: by the amount of text.", rich_help_panel=ROUTER
+        ),
+    ] = None,
     embedder: Embedder = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=LOOP)] = None,
     epochs: Annotated[
         float | None,
-        typer.Option(help="Passes over the own text instead; 1 if neither is given.", rich_help_panel=LOOP),
+        typer.Option(
+            help="Passes over the own text instead. Default: 1 to 3, by the amount of text.", rich_help_panel=LOOP
+        ),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Sequences per batch. Default: 8.", rich_help_panel=LOOP)
+        int | None,
+        typer.Option(
+            help="Sequences per batch. Default: by the amount of text and the machine.", rich_help_panel=LOOP
+        ),
     ] = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option(help="Batches per step. Default: 1.", rich_help_panel=LOOP)
     ] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens per sequence. Default: at most 1024.", rich_help_panel=LOOP)
+        int | None,
+        typer.Option(
+            help="Tokens per sequence. Default: by the amount of text and the machine.", rich_help_panel=LOOP
+        ),
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak value. Default: 2e-3.", rich_help_panel=LOOP)
+        float | None, typer.Option(help="Peak value. Default: by the anchor's hidden size.", rich_help_panel=LOOP)
     ] = None,
     warmup_steps: Annotated[
-        int | None, typer.Option(help="Warm-up steps. Default: 5 % of all steps.", rich_help_panel=LOOP)
+        int | None, typer.Option(help="Warm-up steps. Default: 5 % of all steps, or 10.", rich_help_panel=LOOP)
     ] = None,
-    eval_steps: Annotated[int | None, typer.Option(help="Steps between validations.", rich_help_panel=LOOP)] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(help="Steps between validations. Default: 2 to 10 of them.", rich_help_panel=LOOP)
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many validations without a lower loss; the best expert is kept. Default: 3.",
+            rich_help_panel=LOOP,
+        ),
+    ] = None,
     save_steps: Annotated[
         int | None, typer.Option(help="Steps between checkpoints. Default: 100.", rich_help_panel=LOOP)
     ] = None,
@@ -186,6 +208,7 @@ def train(
                 learning_rate=learning_rate,
                 warmup_steps=warmup_steps,
                 eval_steps=eval_steps,
+                patience=patience,
                 save_steps=save_steps,
                 dtype=dtype,
                 gradient_checkpointing=gradient_checkpointing,

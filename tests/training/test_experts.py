@@ -1,5 +1,6 @@
 """Training one expert: frozen parameters, resumed runs, errors."""
 
+import contextlib
 import json
 import multiprocessing
 import random
@@ -20,7 +21,7 @@ from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.packages.package import ExpertPackage
 from flexmoe.testing import tiny_anchor
 from flexmoe.tokenization import load_tokenizer
-from flexmoe.training import experts, next_token_loss
+from flexmoe.training import experts, next_token_loss, probe
 from flexmoe.training.experts import train_expert
 from flexmoe.training.messages import TrainingInterrupted
 from flexmoe.training.trainer import ExpertTrainer
@@ -133,6 +134,56 @@ def test_the_first_validation_is_of_the_untrained_expert(workshop, tmp_path, mon
     assert losses[1]["own"]["before"] != losses[1]["own"]["after"]
 
 
+def test_the_expert_of_the_best_validation_is_kept_and_training_stops(workshop, tmp_path, monkeypatch):
+    measured = {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 3.2}
+    states, shown = {}, []
+
+    def measure(self, *_, **__):
+        states[self.state.global_step] = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return torch.tensor(measured[self.state.global_step]), None, None
+
+    monkeypatch.setattr(ExpertTrainer, "prediction_step", measure)
+    package = train(workshop, tmp_path / "math", max_steps=12, eval_steps=2, patience=2, show=shown.append)
+    trained = composed_with(workshop, package).state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in states[4].items())
+    assert max(states) == 8
+    assert any("no validation since that of step 4 was better" in line for line in shown)
+    report = ExpertPackage.open(package).manifest.training
+    assert (report["step"], report["tokens"]) == (4, 8 * 5 * 32)
+    assert report["validation_loss"]["own"] == {"before": 5.0, "after": 3.0}
+
+
+@pytest.mark.parametrize("given", [{}, {"learning_rate": 0.5}])
+def test_a_rate_that_is_too_high_is_lowered_or_warned_of(workshop, tmp_path, monkeypatch, given):
+    monkeypatch.setattr(probe, "UNUSUAL", 0)
+    monkeypatch.setattr(probe, "probe", lambda trainer, rates, work: {rate: max(1.0, 200 * rate) for rate in rates})
+    shown: list[str] = []
+    expected = "learning_rate=0.5 is too high for this anchor: after 12 steps" if given else None
+    with pytest.warns(UserWarning, match=expected) if given else contextlib.nullcontext():
+        package = train(workshop, tmp_path / "math", max_steps=2, show=shown.append, **given)
+    chosen = experts.usual_rate("full", 32)
+    rate = ExpertPackage.open(package).manifest.training["config"]["learning_rate"]
+    assert rate == (0.5 if given else chosen / probe.LOWER)
+    assert any("is too high for this anchor" in line for line in shown) != bool(given)
+
+
+def test_a_probe_measures_rates_and_leaves_the_expert_as_it_was(workshop, tmp_path, monkeypatch):
+    found: dict[float, float] = {}
+
+    def probed(self, *_, **__):
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        found.update(probe.probe(self, [1e-2, 1e-2, 1e3], tmp_path))
+        assert all(torch.equal(value, before[name]) for name, value in self.model.state_dict().items())
+        assert not any(value.grad is not None for value in self.model.parameters())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ExpertTrainer, "train", probed)
+    with pytest.raises(TrainingInterrupted):
+        train(workshop, tmp_path / "math")
+    assert found[1e-2] < found[1e3], "the same rate gives the same loss, and a far too high one a higher loss"
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_inputs_are_never_overwritten(workshop, tmp_path):
     own = tmp_path / "mine" / "own.jsonl"
     own.parent.mkdir()
@@ -240,7 +291,6 @@ def test_a_resumed_low_rank_run_gives_the_same_bits(workshop, tmp_path, monkeypa
         ({"rank": 4}, "only for method='low_rank'"),
         ({"method": "low_rank", "rank": 0}, "must be above 0"),
         ({"method": "low_rank", "rank": 33}, "exceeds the anchor's hidden size, 32"),
-        ({"method": "low_rank"}, "rank=64 exceeds the anchor's hidden size"),
     ],
 )
 def test_invalid_ranks(workshop, tmp_path, options, fault):
@@ -380,7 +430,7 @@ def train_until_step_7(workshop: Path, out: Path, **options) -> None:
 
 def test_resume_after_kill_gives_the_same_bits(workshop, tmp_path):
     """A separate process is killed (SIGKILL) after its checkpoint of step 4, with another one incomplete."""
-    options = {"max_steps": 12, "save_steps": 4, "router": "random", "router_bias": True}
+    options = {"max_steps": 12, "save_steps": 4, "eval_steps": 3, "router": "random", "router_bias": True}
     uninterrupted = train(workshop, tmp_path / "uninterrupted", **options)
     work = tmp_path / ".math.training"
     # forked, because imports take seconds
@@ -484,7 +534,9 @@ def test_the_user_is_told_about_the_run(workshop, tmp_path, capsys, monkeypatch)
         train_expert(
             workshop / "grafted", "math", [own], tmp_path / "math", progress=False, show=lines.append, **options
         )
-    assert [line.partition(":")[0] for line in lines] == ["Own text", "Public text", "Training", "Expected"]
+    about = [line.partition(":")[0] for line in lines if not line.startswith("--")]
+    assert about == ["Own text", "Public text", "Training", "Expected"]
+    assert lines[2] == "--learning-rate 0.0078 (0.25 / hidden size 32)"
     assert "60 documents" in lines[0]
     assert "1 row(s) without text" in lines[0]
     assert "text:" not in capsys.readouterr().err
@@ -512,6 +564,7 @@ def test_tokens_beyond_the_embedding_are_refused_before_training(workshop, tmp_p
         evaluate(model, {"own": [own]})
 
 
+@pytest.mark.filterwarnings("ignore:learning_rate=1e.30 is too high")
 def test_training_stops_if_the_loss_is_not_finite(workshop, tmp_path):
     with pytest.raises(
         ValueError, match=r"loss is (nan|inf) at step [2-8] of 8\. .*Lower the learning rate \(it is 1e\+30\)"

@@ -18,14 +18,15 @@ from flexmoe.training.messages import (
     text_summary,
 )
 from flexmoe.training.resume import seal_checkpoint
-from flexmoe.training.text import FEW_TOKENS, TextSettings, prepare_text
+from flexmoe.training.text import FEW_TOKENS, TrainingText, pack_text, read_text
 from tests.support.letters import letter_tokenizer
 
-SETTINGS = {"sequence_length": 8, "validation_fraction": 0.2, "validation_tokens": 16, "seed": 3, "vocab_size": 99}
+READ = {"validation_fraction": 0.2, "seed": 3, "vocab_size": 99}
 
 
-def settings(**changes) -> TextSettings:
-    return TextSettings(**{**SETTINGS, "keep_documents": False, **changes})
+def prepare_text(sides, tokenizer, **changes) -> TrainingText:
+    read = read_text(sides, tokenizer, **{**READ, **changes})
+    return pack_text(read, sequence_length=8, validation_tokens=16, seed=3)
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def own(tmp_path: Path) -> Documents:
 
 
 def test_both_sides_are_split_and_counted(own):
-    text = prepare_text({"own": own, "public": ["p" * 30, "q" * 30]}, letter_tokenizer(), settings())
+    text = prepare_text({"own": own, "public": ["p" * 30, "q" * 30]}, letter_tokenizer())
     training, held = split_documents(list(own), 0.2, seed=3)
     counts = text.counts["own"]
     assert (counts.documents, counts.held_out, counts.blank, counts.skipped) == (20, len(held), 2, 1)
@@ -47,14 +48,14 @@ def test_both_sides_are_split_and_counted(own):
     letters = letter_tokenizer().decode(text.own.sequences.flatten().tolist()).replace(" ", "")
     assert letters.startswith(training[0])
     assert not text.own.documents, "the texts are not kept"
-    kept = prepare_text({"own": own}, letter_tokenizer(), settings(keep_documents=True))
+    kept = prepare_text({"own": own}, letter_tokenizer(), keep_documents=True)
     assert kept.own.documents == training
     assert (kept.public, list(kept.validation)) == (None, ["own"])
 
 
 def test_digests_tell_changed_documents_from_a_changed_tokenizer(own, tmp_path):
     def digests(documents, tokenizer) -> tuple[str, str]:
-        text = prepare_text({"own": documents}, tokenizer, settings())
+        text = prepare_text({"own": documents}, tokenizer)
         return text.sha256, text.tokens_sha256
 
     other = letter_tokenizer()
@@ -71,10 +72,10 @@ def test_digests_tell_changed_documents_from_a_changed_tokenizer(own, tmp_path):
 
 
 def test_a_single_public_document_is_not_split(own):
-    text = prepare_text({"own": own, "public": ["p" * 30] * 3}, letter_tokenizer(), settings())
+    text = prepare_text({"own": own, "public": ["p" * 30] * 3}, letter_tokenizer())
     assert list(text.validation) == ["own"]
     with pytest.raises(ValueError, match=r"The own text: 1 distinct document"):
-        prepare_text({"own": ["o" * 30] * 3}, letter_tokenizer(), settings())
+        prepare_text({"own": ["o" * 30] * 3}, letter_tokenizer())
 
 
 @pytest.mark.parametrize(
@@ -87,20 +88,20 @@ def test_a_single_public_document_is_not_split(own):
 )
 def test_text_that_cannot_be_used(documents, changes, message):
     with pytest.raises(ValueError, match=message):
-        prepare_text({"own": documents}, letter_tokenizer(), settings(**changes))
+        prepare_text({"own": documents}, letter_tokenizer(), **changes)
 
 
 @pytest.mark.promise("`train`", "little own text", "a warning")
 def test_little_text_is_warned_of():
     documents = ["a" * 99] * (FEW_TOKENS // 100)
-    enough = prepare_text({"own": documents}, letter_tokenizer(), settings(validation_fraction=0))
+    enough = prepare_text({"own": documents}, letter_tokenizer(), validation_fraction=0)
     assert enough.few() is None
-    little = prepare_text({"own": documents[1:]}, letter_tokenizer(), settings(validation_fraction=0))
+    little = prepare_text({"own": documents[1:]}, letter_tokenizer(), validation_fraction=0)
     assert "The own text is small: 19,900 tokens" in (little.few() or "")
 
 
 def test_the_summary(own):
-    text = prepare_text({"own": own, "public": ["p" * 30, "q" * 30]}, letter_tokenizer(), settings())
+    text = prepare_text({"own": own, "public": ["p" * 30, "q" * 30]}, letter_tokenizer())
     first, second = text_summary(text)
     assert first == (
         "Own text: 20 documents, 390 tokens; held out for validation: 4 documents, "

@@ -9,30 +9,28 @@ The model has two experts: "public" (the anchor's own FFNs) and the owner's, a c
 
 Only the package leaves the owner. The same command resumes an interrupted run.
 
-Does not cover the loop itself (`flexmoe.training.trainer`), the preparation of text (`text`), checkpoints (`resume`),
-or models that must be sharded to train.
+Does not cover the settings that follow from anchor, text and machine (`flexmoe.training.defaults`), the loop itself
+(`trainer`), the preparation of text (`text`), checkpoints (`resume`), or models that must be sharded to train.
 
 Source: FlexOlmo, arXiv 2507.07024, for the two-expert objective; log-odds rows and public replay are FlexMoE's own.
 """
 
 from __future__ import annotations
 
-import math
+import os
 import shutil
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from flexmoe.cpu.linear import has_instructions
 from flexmoe.data import (
-    LONGEST_SEQUENCE,
     Documents,
-    RowFormat,
     check_output_apart,
     check_template_is_used,
     data_paths,
@@ -46,8 +44,11 @@ from flexmoe.packages.quantization import check_unquantized
 from flexmoe.routers.hidden_states import fit_rows
 from flexmoe.routers.rows import RowMethod, row_method
 from flexmoe.tokenization import load_tokenizer
+from flexmoe.training.best import KeepBest, best_of, load_best, trained_parameters, validations
+from flexmoe.training.defaults import Situation, choose, shown, usual_rate
 from flexmoe.training.messages import Interruptible, Show, losses, steps_summary, text_summary, to_stderr
 from flexmoe.training.mixing import IMPLEMENTATION
+from flexmoe.training.probe import is_worth_probing, probed_rate
 from flexmoe.training.resume import (
     ROWS_FILE,
     identify,
@@ -58,7 +59,8 @@ from flexmoe.training.resume import (
     step_of,
     work_folder,
 )
-from flexmoe.training.text import OWN, PUBLIC_SIDE, TextSettings, TrainingText, prepare_text
+from flexmoe.training.settings import ChosenSettings, TrainingSettings
+from flexmoe.training.text import OWN, PUBLIC_SIDE, SplitText, TrainingText, pack_text, read_text
 from flexmoe.training.trainer import (
     EXPERTS_PER_TOKEN,
     ExpertTrainer,
@@ -67,93 +69,7 @@ from flexmoe.training.trainer import (
     enable_activation_checkpointing,
 )
 
-LOW_RANK = 64  # the default rank of low-rank experts
 CPU_TOKENS = 1024  # of a forward pass on a CPU: more are not faster there, and need more memory
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingSettings:
-    """Settings of `train_expert`. The defaults are those of the demo.
-
-    The FlexOlmo paper's are `router="hidden_mean"` (or "embedding"), `router_bias=True`, `public_ratio=0`.
-
-    Example:
-        ```pycon
-        >>> import flexmoe
-        >>> settings = flexmoe.TrainingSettings(method="low_rank", rank=4, max_steps=2, sequence_length=32)
-        >>> package = flexmoe.train_expert("grafted", "sums", ["problems.txt"], "sums-expert", settings=settings)
-        >>> flexmoe.ExpertPackage.open(package).manifest.kind
-        'low_rank'
-        ```
-    """
-
-    method: Literal["full", "low_rank"] = "full"
-    """What is trained: copies of public's FFNs, or low-rank differences from them."""
-    rank: int | None = None
-    """Rank of a low-rank expert, in every layer; None: `LOW_RANK`."""
-    alpha: float | None = None
-    """The differences of a low-rank expert are scaled by `alpha / rank`; None: by 1."""
-    router: str = "log_odds"
-    """Name in `ROUTER_ROWS`. Rows of log_odds and lda are fitted and then frozen; others are trained by the loss."""
-    router_bias: bool = False
-    router_tokens: int = 40_000
-    """Tokens of own text, and as many of public text, on which a row is fitted."""
-    embedder: str | None = None
-    """A sentence-transformers model, for router="embedding"."""
-    public_ratio: float = 0.4
-    """Share of public sequences in the training data."""
-    sequence_length: int | None = None
-    """Tokens; None: `LONGEST_SEQUENCE`, or the anchor's limit if that is less."""
-    batch_size: int = 8
-    """Sequences per process and forward pass; a CPU takes them in parts, whose gradients are added."""
-    gradient_accumulation_steps: int = 1
-    max_steps: int | None = None
-    epochs: float | None = None
-    """Passes over the own text; 1 if neither this nor `max_steps` is given."""
-    learning_rate: float = 2e-3
-    warmup_steps: int | None = None
-    """None: 5 % of the steps."""
-    lm_z_loss: float = 1e-5
-    router_z_loss: float = 1e-3
-    """Used only if rows are trained."""
-    validation_fraction: float = 0.05
-    """Share of the documents held out for validation, of own and of public text."""
-    validation_tokens: int = 20_000
-    """At most, of own and of public text each."""
-    eval_steps: int | None = None
-    """Steps between validations; None: only before and after training."""
-    save_steps: int = 100
-    seed: int = 0
-    text_column: str = "text"
-    """Column of tables that holds the text, own and public."""
-    text_template: str | None = None
-    """A text made of several columns instead: "{title}\\n{body}"."""
-    skip_empty: bool = False
-    """Leave out rows without text (null) instead of raising an error; they are counted."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen model; "auto": as stored, but float32 on a CPU without instructions for bfloat16. Trained
-    parameters are float32, with bfloat16 autocast if it is that."""
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        row_method(self.router)
-        RowFormat.of(self.text_column, self.text_template)
-        positive = ("router_tokens", "batch_size", "gradient_accumulation_steps", "learning_rate", "validation_tokens")
-        for field in (*positive, "max_steps", "epochs", "eval_steps", "save_steps", "rank", "alpha"):
-            value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise ValueError(f"{field}={value}: must be above 0.")
-        for field in ("public_ratio", "validation_fraction"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: must be at least 0 and below 1.")
-        if self.method not in ("full", "low_rank"):
-            raise ValueError(f"method={self.method!r}: must be 'full' or 'low_rank'.")
-        if self.method == "full" and (self.rank, self.alpha) != (None, None):
-            raise ValueError(f"rank={self.rank}, alpha={self.alpha}: only for method='low_rank'.")
-        if self.max_steps is not None and self.epochs is not None:
-            raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give at most one of them.")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype!r}: must be 'auto', 'float32' or 'bfloat16'.")
 
 
 def train_expert(
@@ -212,37 +128,52 @@ def train_expert(
         'cc-by-4.0'
         ```
     """
-    settings = replace(settings or TrainingSettings(), **overrides)
+    given = replace(settings or TrainingSettings(), **overrides)
     out = check_new_folder(out, overwrite)
     folder = resolve_folder(grafted).path
     work = work_folder(out)
     config = _checked_config(folder, name)
-    sides = _documents(folder, config, data, public_data, settings)
+    sides = _documents(folder, config, data, public_data, given)
     read = [*data, *(public_data or ())]
     for written in (out, work):
-        check_apart(written, folder, *data_paths(read), *filter(None, [settings.embedder]))
+        check_apart(written, folder, *data_paths(read), *filter(None, [given.embedder]))
         check_output_apart(written, read)
-    settings = replace(
-        settings,
-        sequence_length=_sequence_length(config, settings.sequence_length),
-        rank=_rank(config, settings),
+    _check_limits(config, given)
+    read_sides = read_text(
+        sides,
+        load_tokenizer(folder),
+        validation_fraction=given.validation_fraction,
+        seed=given.seed,
+        vocab_size=config.get_text_config().vocab_size,
+        keep_documents=row_method(given.router).needs == "embeddings",
     )
-    text = prepare_text(sides, load_tokenizer(folder), _text_settings(config, settings))
+    chosen, choices = choose(given, _situation(config, read_sides))
+    text = pack_text(
+        read_sides,
+        sequence_length=chosen.sequence_length,
+        validation_tokens=chosen.validation_tokens,
+        seed=chosen.seed,
+    )
     for note in _notes(text, sides):
         warnings.warn(note, stacklevel=2)
 
-    arguments = _training_arguments(work, text, config, settings, progress)
-    _open_run(folder, name, text, arguments, settings, resume)
+    arguments = _training_arguments(work, text, config, chosen, progress)
+    _open_run(folder, name, text, arguments, chosen, resume)
     say = show or (to_stderr if progress else None)
-    with Interruptible(work, settings.save_steps) as run:
-        trainer = _train(folder, name, config, text, arguments, settings, say, run)
-        report = _report(trainer, text, settings)
+    if say is None or arguments.process_index != 0:
+        say = _nothing
+    for line in (*text_summary(text), *_dtype_note(config, chosen), *shown(choices)):
+        say(line)
+    with Interruptible(work, chosen.save_steps) as run:
+        trainer = _train(folder, name, config, text, arguments, chosen, say, run)
+        report = _report(trainer, text, chosen)
         if trainer.is_world_process_zero():
             for block in trainer.model.flexmoe_blocks():
-                block.experts[name].to(_package_dtype(config, settings))
+                block.experts[name].to(_package_dtype(config, chosen))
             metadata = {"license": license, "data_statement": data_statement, "version": version, "training": report}
-            given = {key: value for key, value in metadata.items() if value}
-            trainer.model.save_expert(name, out, overwrite=overwrite, **given)
+            trainer.model.save_expert(
+                name, out, overwrite=overwrite, **{key: value for key, value in metadata.items() if value}
+            )
             shutil.rmtree(work)
             if show is None and progress:
                 to_stderr(losses(report))
@@ -261,7 +192,7 @@ def _open_run(
     name: str,
     text: TrainingText,
     arguments: TrainingArguments,
-    settings: TrainingSettings,
+    settings: ChosenSettings,
     resume: bool,
 ) -> None:
     """Opens the work folder, first in the main process; see `open_work_folder`."""
@@ -285,15 +216,11 @@ def _train(
     config: FlexMoeConfig,
     text: TrainingText,
     arguments: TrainingArguments,
-    settings: TrainingSettings,
-    show: Show | None,
+    settings: ChosenSettings,
+    show: Show,
     run: Interruptible,
 ) -> ExpertTrainer:
-    """Trains from the last checkpoint, or from the start."""
-    if show is None or arguments.process_index != 0:
-        show = _nothing
-    for line in (*text_summary(text), *_dtype_note(config, settings)):
-        show(line)
+    """Trains from the last checkpoint, or from the start; the model is then that of the best validation."""
     checkpoint = last_checkpoint(run.work)
     arguments.eval_on_start = bool(text.validation) and checkpoint is None
     model = _two_expert_model(folder, name, config, text, arguments, settings)
@@ -303,9 +230,28 @@ def _train(
     trainer = _trainer(model, text, arguments, settings, name, show)
     run.trainer = trainer
     show(_steps_summary(trainer, text, checkpoint))
+    usual = usual_rate(settings.method, config.get_text_config().hidden_size)
+    if OWN in text.validation and is_worth_probing(settings.learning_rate, settings.max_steps, usual=usual):
+        with arguments.main_process_first(local=False, desc="probing the learning rate"):
+            is_given = settings.learning_rate != usual
+            arguments.learning_rate = probed_rate(trainer, run.work, given=is_given, show=show)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if text.validation:
+        _take_best(trainer, run.work, settings)
     model.config._experts_implementation = implementation
     return trainer
+
+
+def _take_best(trainer: ExpertTrainer, work: Path, settings: ChosenSettings) -> None:
+    """Copies the parameters of the best validation into the model, after a last validation."""
+    step = trainer.state.global_step
+    if validations(trainer.state.log_history)[-1].step < step:
+        trainer.evaluate()
+    best = best_of(validations(trainer.state.log_history), settings.public_ratio)
+    assert best is not None, "there is a validation after the last step"
+    trainer.accelerator.wait_for_everyone()
+    if best.step < step:
+        load_best(work, trained_parameters(trainer.accelerator.unwrap_model(trainer.model)), best.step)
 
 
 def _checked_config(folder: Path, name: str) -> FlexMoeConfig:
@@ -325,25 +271,31 @@ def _checked_config(folder: Path, name: str) -> FlexMoeConfig:
     return config
 
 
-def _sequence_length(config: FlexMoeConfig, given: int | None) -> int:
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if given is None:
-        return LONGEST_SEQUENCE if longest is None else min(LONGEST_SEQUENCE, longest)
-    if longest is not None and given > longest:
-        raise ValueError(f"sequence_length={given}: the anchor takes at most {longest} tokens.")
-    return given
-
-
-def _rank(config: FlexMoeConfig, settings: TrainingSettings) -> int | None:
-    if settings.method == "full":
-        return None
-    rank, hidden_size = settings.rank or LOW_RANK, config.get_text_config().hidden_size
-    if rank > hidden_size:
+def _check_limits(config: FlexMoeConfig, settings: TrainingSettings) -> None:
+    """Refuses given settings that the anchor is too small for."""
+    text_config = config.get_text_config()
+    longest, hidden_size = getattr(text_config, "max_position_embeddings", None), text_config.hidden_size
+    if longest is not None and settings.sequence_length is not None and settings.sequence_length > longest:
+        raise ValueError(f"sequence_length={settings.sequence_length}: the anchor takes at most {longest} tokens.")
+    if settings.rank is not None and settings.rank > hidden_size:
         raise ValueError(
-            f"rank={rank} exceeds the anchor's hidden size, {hidden_size}: the difference would be larger than a full "
-            "expert. Give a smaller rank, or method='full'."
+            f"rank={settings.rank} exceeds the anchor's hidden size, {hidden_size}: the difference would be larger "
+            "than a full expert. Give a smaller rank, or method='full'."
         )
-    return rank
+
+
+def _situation(config: FlexMoeConfig, read: Mapping[str, SplitText]) -> Situation:
+    """What the settings that were not given follow from."""
+    text_config = config.get_text_config()
+    parts = [len(part) for text in read.values() for part in (text.training, text.validation)]
+    return Situation(
+        hidden_size=text_config.hidden_size,
+        longest_sequence=getattr(text_config, "max_position_embeddings", None),
+        own_tokens=len(read[OWN].training),
+        shortest_text=min(filter(None, parts), default=0),
+        accelerator=torch.accelerator.is_available(),
+        processes=int(os.environ.get("WORLD_SIZE", 1)),  # as torchrun and accelerate set it
+    )
 
 
 def _documents(
@@ -375,23 +327,11 @@ def _documents(
     return sides
 
 
-def _text_settings(config: FlexMoeConfig, settings: TrainingSettings) -> TextSettings:
-    assert settings.sequence_length is not None, "set once the anchor is known"
-    return TextSettings(
-        sequence_length=settings.sequence_length,
-        validation_fraction=settings.validation_fraction,
-        validation_tokens=settings.validation_tokens,
-        seed=settings.seed,
-        vocab_size=config.get_text_config().vocab_size,
-        keep_documents=row_method(settings.router).needs == "embeddings",
-    )
-
-
 def _training_arguments(
-    work: Path, text: TrainingText, config: FlexMoeConfig, settings: TrainingSettings, progress: bool
+    work: Path, text: TrainingText, config: FlexMoeConfig, settings: ChosenSettings, progress: bool
 ) -> TrainingArguments:
     part = _sequences_at_a_time(settings)
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=part,
         per_device_eval_batch_size=part,
@@ -406,10 +346,12 @@ def _training_arguments(
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         bf16=_runs_in_bfloat16(config, settings),
         use_cpu=not torch.accelerator.is_available(),  # explicit, else bf16 is refused on a CPU
-        eval_strategy="steps" if text.validation and settings.eval_steps else "no",
+        eval_strategy="steps" if text.validation else "no",
         eval_steps=settings.eval_steps,
         save_strategy="steps",
         save_steps=settings.save_steps,
+        max_steps=settings.max_steps,
+        warmup_steps=settings.warmup_steps,
         save_total_limit=2,  # while one is being written, the previous one is the last complete one
         logging_steps=10,
         logging_nan_inf_filter=False,
@@ -420,24 +362,17 @@ def _training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
     )
-    batch = settings.batch_size * settings.gradient_accumulation_steps * arguments.world_size
-    own_per_step = batch * (1 - settings.public_ratio)
-    steps = settings.max_steps or math.ceil((settings.epochs or 1) * len(text.own.sequences) / own_per_step)
-    arguments.max_steps = steps
-    arguments.warmup_steps = steps // 20 if settings.warmup_steps is None else settings.warmup_steps
-    return arguments
 
 
-def _sequences_at_a_time(settings: TrainingSettings) -> int:
+def _sequences_at_a_time(settings: ChosenSettings) -> int:
     """Sequences of a forward pass: `batch_size`, and on a CPU the largest divisor of it within `CPU_TOKENS`."""
     if torch.accelerator.is_available():
         return settings.batch_size
-    assert settings.sequence_length is not None, "set once the anchor is known"
     most = max(1, CPU_TOKENS // settings.sequence_length)
     return max(size for size in range(1, settings.batch_size + 1) if size <= most and settings.batch_size % size == 0)
 
 
-def _runs_in_bfloat16(config: FlexMoeConfig, settings: TrainingSettings) -> bool:
+def _runs_in_bfloat16(config: FlexMoeConfig, settings: ChosenSettings) -> bool:
     if settings.dtype != "auto":
         return settings.dtype == "bfloat16"
     stored = _stored_dtype(config)
@@ -446,7 +381,7 @@ def _runs_in_bfloat16(config: FlexMoeConfig, settings: TrainingSettings) -> bool
     return stored == "bfloat16" and (torch.accelerator.is_available() or has_instructions(torch.bfloat16))
 
 
-def _dtype_note(config: FlexMoeConfig, settings: TrainingSettings) -> list[str]:
+def _dtype_note(config: FlexMoeConfig, settings: ChosenSettings) -> list[str]:
     """A line if "auto" computes in another dtype than the anchor's."""
     if settings.dtype != "auto" or _stored_dtype(config) != "bfloat16" or _runs_in_bfloat16(config, settings):
         return []
@@ -461,7 +396,7 @@ def _stored_dtype(config: FlexMoeConfig) -> str:
     return str(config.dtype or (config.anchor or {}).get("dtype")).removeprefix("torch.")
 
 
-def _package_dtype(config: FlexMoeConfig, settings: TrainingSettings) -> torch.dtype:
+def _package_dtype(config: FlexMoeConfig, settings: ChosenSettings) -> torch.dtype:
     """The dtype of the package's networks: the anchor's with "auto", else that of the settings."""
     is_bfloat16 = (_stored_dtype(config) if settings.dtype == "auto" else settings.dtype) == "bfloat16"
     return torch.bfloat16 if is_bfloat16 else torch.float32
@@ -473,7 +408,7 @@ def _two_expert_model(
     config: FlexMoeConfig,
     text: TrainingText,
     arguments: TrainingArguments,
-    settings: TrainingSettings,
+    settings: ChosenSettings,
 ) -> FlexMoeForCausalLM:
     """The model with the experts "public" and `name`, its row fitted, gradients only for the parameters to train."""
     dtype = torch.bfloat16 if _runs_in_bfloat16(config, settings) else torch.float32
@@ -504,7 +439,7 @@ def _rows(
     model: FlexMoeForCausalLM,
     method: RowMethod,
     text: TrainingText,
-    settings: TrainingSettings,
+    settings: ChosenSettings,
     progress: bool,
 ) -> dict[str, torch.Tensor]:
     """ "weight" [layers, H] and "bias" [layers]; fitted once per run and stored, so a resumed run has the same."""
@@ -529,11 +464,11 @@ def _trainer(
     model: FlexMoeForCausalLM,
     text: TrainingText,
     arguments: TrainingArguments,
-    settings: TrainingSettings,
+    settings: ChosenSettings,
     name: str,
     show: Show,
 ) -> ExpertTrainer:
-    batch = settings.batch_size * settings.gradient_accumulation_steps * arguments.world_size
+    batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     mixture = Mixture(
         text.own.sequences,
         None if text.public is None else text.public.sequences,
@@ -541,7 +476,7 @@ def _trainer(
         length=arguments.max_steps * batch,
         seed=settings.seed,
     )
-    return ExpertTrainer(
+    trainer = ExpertTrainer(
         model=model,
         args=arguments,
         train_dataset=mixture,
@@ -551,6 +486,16 @@ def _trainer(
         expert=name,
         show=show,
     )
+    trainer.add_callback(
+        KeepBest(
+            Path(arguments.output_dir),
+            text.validation.keys(),
+            public_ratio=settings.public_ratio,
+            patience=settings.patience,
+            show=show,
+        )
+    )
+    return trainer
 
 
 def _nothing(line: str) -> None:
@@ -568,25 +513,23 @@ def _steps_summary(trainer: ExpertTrainer, text: TrainingText, checkpoint: Path 
     )
 
 
-def _report(trainer: ExpertTrainer, text: TrainingText, settings: TrainingSettings) -> dict[str, Any]:
+def _report(trainer: ExpertTrainer, text: TrainingText, settings: ChosenSettings) -> dict[str, Any]:
     """The training record of the package's manifest; it holds no paths, file names or text."""
-    after = trainer.evaluate() if text.validation else {}
-    history = trainer.state.log_history
-    validation = {}
-    for side in text.validation:
-        key = f"eval_{side}_loss"
-        before = next(entry[key] for entry in history if key in entry)
-        validation[side] = {"before": before, "after": after[key]}
-    steps = trainer.args.max_steps
-    config = {**asdict(settings), "max_steps": steps, "epochs": None, "warmup_steps": trainer.args.warmup_steps}
+    state, mixture = trainer.state, trainer.train_dataset
+    measured = validations(state.log_history)
+    best = best_of(measured, settings.public_ratio)
+    after = best.losses if best else {}
+    config = {**asdict(settings), "epochs": None, "learning_rate": trainer.args.learning_rate}
     if settings.embedder is not None:
         config["embedder"] = Path(settings.embedder).name
     length = text.own.sequences.shape[1]
+    sequences = len(mixture) // state.max_steps * state.global_step
     return {
-        "tokens": len(trainer.train_dataset) * length,
-        "public_tokens": trainer.train_dataset.public_count * length,
+        "tokens": sequences * length,
+        "public_tokens": mixture.public_among(sequences) * length,
+        "step": best.step if best else state.global_step,
         "k": EXPERTS_PER_TOKEN,
         "seed": settings.seed,
         "config": config,
-        "validation_loss": validation,
+        "validation_loss": {side: {"before": measured[0].losses[side], "after": loss} for side, loss in after.items()},
     }

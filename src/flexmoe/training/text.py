@@ -9,9 +9,10 @@ the mix of both sides in training (`flexmoe.training.trainer`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -75,91 +76,125 @@ class TrainingText:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSettings:
-    """How text is prepared; the fields are those of `TrainingSettings`, and `vocab_size`: rows of the embedding.
+class SplitText:
+    """One side, as tokens, split by documents.
 
-    `keep_documents`: the texts themselves are needed, too.
+    Attributes:
+        training, validation: tokens, int32.
+        validation_fraction: share of the documents that were to be held out.
+        documents: the texts for training, if they are needed.
+        counts: for the user.
+        sha256, tokens_sha256: of all documents, and of their tokens (hex).
     """
 
-    sequence_length: int
+    training: np.ndarray
+    validation: np.ndarray
     validation_fraction: float
-    validation_tokens: int
-    seed: int
-    vocab_size: int
-    keep_documents: bool
-
-
-def prepare_text(
-    sides: dict[str, Documents | Sequence[str]], tokenizer: PreTrainedTokenizerBase, settings: TextSettings
-) -> TrainingText:
-    """Reads, splits and packs the documents of both sides ("own", and perhaps "public").
-
-    Raises:
-        TypeError, ValueError: as the iteration of `Documents`, `tokenize` and `held_out`; or a side has less text than
-            one sequence.
-    """
-    prepared = {side: _prepare(side, documents, tokenizer, settings) for side, documents in sides.items()}
-    public = prepared.get(PUBLIC_SIDE)
-    return TrainingText(
-        own=prepared[OWN].text,
-        public=None if public is None else public.text,
-        validation={side: one.validation for side, one in prepared.items() if one.validation is not None},
-        counts={side: one.counts for side, one in prepared.items()},
-        sha256=_joint(f"{side} {one.sha256}" for side, one in prepared.items()),
-        tokens_sha256=_joint(f"{side} {one.tokens_sha256}" for side, one in prepared.items()),
-    )
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    text: RowText
-    validation: torch.Tensor | None
+    documents: Sequence[str]
     counts: SideCounts
     sha256: str
     tokens_sha256: str
 
 
-def _prepare(
-    side: str, documents: Documents | Sequence[str], tokenizer: PreTrainedTokenizerBase, settings: TextSettings
-) -> _Prepared:
-    kept: Sequence[str] = list(documents) if settings.keep_documents else ()
-    try:
-        text = tokenize(kept or documents, tokenizer, vocab_size=settings.vocab_size, seed=settings.seed)
-        digests = text.sha256, text.tokens_sha256()  # before the split, which reuses the memory
-        is_held = held_out(text.keys, _fraction(side, text, settings))
-    except ValueError as error:
-        raise ValueError(f"The {side} text: {error}") from error
-    held = int(is_held.sum())
-    training, validation = split_tokens(text, is_held)
-    counts = SideCounts(
-        documents=len(text),
-        held_out=held,
-        tokens=len(training),
-        held_out_tokens=len(validation),
-        blank=documents.blank if isinstance(documents, Documents) else 0,
-        skipped=documents.skipped if isinstance(documents, Documents) else 0,
+def read_text(
+    sides: Mapping[str, Documents | Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    validation_fraction: float,
+    seed: int,
+    vocab_size: int,
+    keep_documents: bool = False,
+) -> dict[str, SplitText]:
+    """Reads, tokenises and splits the documents of each side ("own", and perhaps "public").
+
+    Args:
+        sides: documents by side.
+        tokenizer: the anchor's.
+        validation_fraction: share of the documents to hold out.
+        seed: of the split.
+        vocab_size: rows of the embedding.
+        keep_documents: the texts themselves are needed, too.
+
+    Raises:
+        TypeError, ValueError: as the iteration of `Documents`, `tokenize` and `held_out`.
+    """
+    read = {}
+    for side, documents in sides.items():
+        kept: Sequence[str] = list(documents) if keep_documents else ()
+        try:
+            text = tokenize(kept or documents, tokenizer, vocab_size=vocab_size, seed=seed)
+            digests = text.sha256, text.tokens_sha256()  # before the split, which reuses the memory
+            is_held = held_out(text.keys, _fraction(side, text, validation_fraction))
+        except ValueError as error:
+            raise ValueError(f"The {side} text: {error}") from error
+        training, validation = split_tokens(text, is_held)
+        counts = SideCounts(
+            documents=len(text),
+            held_out=int(is_held.sum()),
+            tokens=len(training),
+            held_out_tokens=len(validation),
+            blank=documents.blank if isinstance(documents, Documents) else 0,
+            skipped=documents.skipped if isinstance(documents, Documents) else 0,
+        )
+        documents_kept = [text for text, is_out in zip(kept, is_held, strict=True) if not is_out] if kept else ()
+        read[side] = SplitText(
+            training=training,
+            validation=validation,
+            validation_fraction=validation_fraction,
+            documents=documents_kept,
+            counts=counts,
+            sha256=digests[0],
+            tokens_sha256=digests[1],
+        )
+    return read
+
+
+def pack_text(
+    read: Mapping[str, SplitText], *, sequence_length: int, validation_tokens: int, seed: int
+) -> TrainingText:
+    """Packs what `read_text` read into sequences; at most `validation_tokens` of each side for validation.
+
+    Raises:
+        ValueError: a side has less text than one sequence.
+    """
+    sequences = {side: _sequences(side, text, sequence_length) for side, text in read.items()}
+    packed = {side: RowText(text.documents, sequences[side][0]) for side, text in read.items()}
+    return TrainingText(
+        own=packed[OWN],
+        public=packed.get(PUBLIC_SIDE),
+        validation={
+            side: _sample(validation, validation_tokens, seed)
+            for side, (_, validation) in sequences.items()
+            if validation is not None
+        },
+        counts={side: one.counts for side, one in read.items()},
+        sha256=_joint(f"{side} {one.sha256}" for side, one in read.items()),
+        tokens_sha256=_joint(f"{side} {one.tokens_sha256}" for side, one in read.items()),
     )
+
+
+def _sequences(side: str, text: SplitText, length: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sequences for training and for validation, if any document is held out."""
+    counts = text.counts
     try:
-        sequences = cut_sequences(training, settings.sequence_length, len(text) - held)
-        sample = _sample(cut_sequences(validation, settings.sequence_length, held), settings) if held else None
+        training = cut_sequences(text.training, length, counts.documents - counts.held_out)
+        return training, cut_sequences(text.validation, length, counts.held_out) if counts.held_out else None
     except ValueError as error:
-        what = "validation" if len(training) >= settings.sequence_length else "training"
+        what = "validation" if len(text.training) >= length else "training"
         raise ValueError(
-            f"The {side} {what} text (validation_fraction={settings.validation_fraction:g}): {error}"
+            f"The {side} {what} text (validation_fraction={text.validation_fraction:g}): {error}"
         ) from error
-    documents_kept = [document for document, is_out in zip(kept, is_held, strict=True) if not is_out] if kept else ()
-    return _Prepared(RowText(documents_kept, sequences), sample, counts, *digests)
 
 
-def _fraction(side: str, text: TokenizedText, settings: TextSettings) -> float:
+def _fraction(side: str, text: TokenizedText, fraction: float) -> float:
     """A single public document is not split, but used for training only."""
     single = side == PUBLIC_SIDE and len(text) > 0 and bool((text.keys == text.keys[0]).all())
-    return 0 if single else settings.validation_fraction
+    return 0 if single else fraction
 
 
-def _sample(sequences: torch.Tensor, settings: TextSettings) -> torch.Tensor:
-    count = max(1, settings.validation_tokens // sequences.shape[1])
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(settings.seed))
+def _sample(sequences: torch.Tensor, tokens: int, seed: int) -> torch.Tensor:
+    count = max(1, tokens // sequences.shape[1])
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(seed))
     return sequences[order[:count]]
 
 

@@ -54,6 +54,7 @@ class Mixture(Dataset):
     ) -> None:
         counts = (torch.arange(length + 1, dtype=torch.float64) * public_ratio + 1e-9).floor().long()
         self._is_public = counts[1:] > counts[:-1]
+        self._counts = counts
         self.public_count = int(counts[-1])
         self._sides = (own, own if public is None else public)
         self._index = torch.empty(length, dtype=torch.int64)  # position within its side
@@ -62,6 +63,10 @@ class Mixture(Dataset):
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def public_among(self, sequences: int) -> int:
+        """The number of public sequences among the first ones."""
+        return int(self._counts[sequences])
 
     def __getitem__(self, item: int) -> dict[str, torch.Tensor]:
         return {"input_ids": self._sides[int(self._is_public[item])][self._index[item]].long()}
@@ -120,11 +125,7 @@ class ExpertTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **_: Any
     ) -> torch.Tensor:
-        loss, outputs = self._next_token_loss(
-            model, inputs["input_ids"], self.lm_z_loss, output_router_logits=self.router_z_loss > 0
-        )
-        if self.router_z_loss > 0:
-            loss = loss + self.router_z_loss * outputs.z_loss
+        loss = self.training_loss(model, inputs["input_ids"])
         if not torch.isfinite(loss):
             raise TrainingDivergedError(
                 f"The training loss is {loss.item()} at step {self.state.global_step + 1} of {self.state.max_steps}. "
@@ -132,6 +133,14 @@ class ExpertTrainer(Trainer):
                 "add warm-up steps, or train in float32; start over with resume=False (--no-resume)."
             )
         return loss
+
+    def training_loss(self, model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+        """The loss that is minimised: cross-entropy and z-losses, also where it is not finite."""
+        with self.compute_loss_context_manager():
+            loss, outputs = self._next_token_loss(
+                model, input_ids, self.lm_z_loss, output_router_logits=self.router_z_loss > 0
+            )
+            return loss + self.router_z_loss * outputs.z_loss if self.router_z_loss > 0 else loss
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, torch.Tensor], *_: Any, **__: Any
