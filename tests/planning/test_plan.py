@@ -206,6 +206,12 @@ class TestSources:
         assert (plan(tmp_path, experts=8, k=3).experts, plan(tmp_path, experts=8, k=3).k) == (8, 3)
         assert plan(tmp_path, experts=1).k == 1
 
+    def test_a_grafted_anchor_is_planned_for_as_the_dense_one(self, tmp_path: Path) -> None:
+        tiny_flexmoe("llama", []).config.save_pretrained(tmp_path)
+        planned = plan(tmp_path)
+        assert (planned.experts, planned.k) == (7, 5)
+        assert plan(tmp_path, experts=1).experts == 1
+
     def test_rank_of_a_flexmoe_model(self) -> None:
         def of(*ranks: list[int] | None) -> FlexMoeConfig:
             kinds = [{"kind": "full"} if rank is None else {"kind": "low_rank", "rank": rank} for rank in ranks]
@@ -215,7 +221,7 @@ class TestSources:
         assert plan(of([4, 4], [4, 4])).rank == 4
         assert plan(of([4, 4], [4, 4]), rank=8).rank == 8
         assert plan(of(None, None)).rank is None
-        assert plan(of()).experts == 1
+        assert plan(of()).experts == 7
         with pytest.raises(ValueError, match="have several sizes"):
             plan(of([4, 4], [4, 8]))
         with pytest.raises(ValueError, match="have several sizes"):

@@ -24,7 +24,7 @@ from flexmoe.io.dense import read_dense_config
 from flexmoe.io.strict_json import read_json_object
 from flexmoe.meta import build_on_meta
 from flexmoe.modeling.anchors_flexmoe import FfnSite
-from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
 from flexmoe.planning.gpus import Gpu, find_gpu
 
 EXPERTS = 7
@@ -188,7 +188,7 @@ def plan(
 
     Args:
         anchor: a folder or Hub id with the config.json of a dense causal LM or of a FlexMoE model, or a configuration.
-        experts: number of experts including public, as in "7x7B"; None: the FlexMoE model's, else 7.
+        experts: number of experts including public, as in "7x7B"; None: those of a FlexMoE model with owners, else 7.
         k: experts per token; None: the FlexMoE model's, else 5, at most the number of experts.
         rank: of low-rank experts; None: as in the FlexMoE model, else full experts.
         tokens_per_expert: training tokens of each owner; None: the compute-optimal number.
@@ -220,9 +220,10 @@ def plan(
     source = type(anchor).__name__ if isinstance(anchor, PreTrainedConfig) else str(anchor)
     config: Any = anchor if isinstance(anchor, PreTrainedConfig) else _read_config(anchor, revision, token)
     if config.model_type == FlexMoeConfig.model_type:
-        experts = len(config.expert_names) if experts is None else experts
-        k = min(config.num_experts_per_tok, experts) if k is None else k
-        rank = _recorded_rank(config) if rank is None else rank
+        if config.expert_names != [PUBLIC]:  # a grafted anchor is planned for as a dense one
+            experts = len(config.expert_names) if experts is None else experts
+            k = min(config.num_experts_per_tok, experts) if k is None else k
+            rank = _recorded_rank(config) if rank is None else rank
         config = config.anchor_config
     experts = _count("experts", EXPERTS if experts is None else experts)
     k = _count("k", min(ACTIVE_EXPERTS, experts) if k is None else k)
