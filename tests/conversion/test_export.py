@@ -223,6 +223,30 @@ class TestHalfPrecision:
         assert {tensor.dtype for tensor in stored(out).values()} == {torch.bfloat16}
         assert config_of(out)["dtype"] == "bfloat16"
 
+    def test_only_the_rows_are_rounded(self, tmp_path: Path) -> None:
+        """What README says of exports of bfloat16 anchors."""
+        model = bias_free(tiny_flexmoe("llama", ["math", "code"])).to(torch.bfloat16)
+        for block in model.flexmoe_blocks():
+            for row in block.router.float().values():
+                torch.nn.init.normal_(row.weight, std=0.3)
+        with pytest.warns(UserWarning, match="values of the router rows"):
+            out = export(saved(model, tmp_path / "model"), tmp_path / "out", to="mixtral")
+        weights = {name: value for name, value in stored(out).items() if not name.endswith("gate.weight")}
+        bits = {
+            value.contiguous().view(torch.int16).numpy().tobytes()
+            for value in model.state_dict().values()
+            if value.dtype == torch.bfloat16
+        }
+        assert len(weights) > 30
+        assert all(value.contiguous().view(torch.int16).numpy().tobytes() in bits for value in weights.values())
+        ids = random_tokens(2, 40)
+        with torch.no_grad():
+            ours = model.float()(ids).logits
+            theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(ids).logits
+        assert (ours - theirs).norm() / ours.norm() < 1e-2
+        agree = (ours.argmax(-1) == theirs.argmax(-1)).float().mean()
+        assert agree >= 0.95, "random weights have tokens that are nearly equal"
+
     def test_exact_rows_give_no_warning(self, tmp_path: Path) -> None:
         model = saved(self.model(row=0.125), tmp_path / "model")
         with warnings.catch_warnings():
