@@ -118,6 +118,7 @@ class Run:
             max_steps=(self.passes or 1) * sizes["tokens"] // self.step,
             router_tokens=sizes["rows"],
             validation_tokens=sizes["validation"],
+            warmup_steps=(self.passes or 1) * sizes["tokens"] // self.step // 20,
             eval_steps=10**6,
         )
 

@@ -1,7 +1,9 @@
 """Compress a full expert to a low-rank one by a truncated SVD of its difference from public, and densify it again.
 
 Shapes: O out, I in, R rank. `compress` keeps the best approximation of each matrix's difference at a given rank
-(Eckart and Young); all matrices of a layer have one rank. `densify` adds the differences to public's matrices.
+(Eckart and Young), in the Frobenius norm or, given the owner's text, in the metric of the loss on it
+(`flexmoe.conversion.loss_metric`); all matrices of a layer have one rank. `densify` adds the differences to public's
+matrices.
 
 Does not cover training at low rank (`flexmoe.training.experts`), or experts whose width differs from public's.
 
@@ -18,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexmoe.conversion.loss_metric import Key, Metric, loss_metrics
 from flexmoe.conversion.public_networks import PublicNetworks
+from flexmoe.data import Documents, check_output_apart
 from flexmoe.hub.fetch import open_package
 from flexmoe.io.folders import check_apart, check_new_folder
 from flexmoe.io.tensors import Chunk
@@ -56,6 +60,7 @@ def compress(
     anchor: str | Path | None = None,
     rank: int | Sequence[int] | None = None,
     energy: float | None = None,
+    data: Sequence[str | Path] | None = None,
     device: str | torch.device = "cpu",
     overwrite: bool = False,
     progress: Callable[[CompressedLayer], None] | None = None,
@@ -68,15 +73,19 @@ def compress(
         rank: singular values to keep, one number or one per layer; matrices with fewer are padded with zeros.
         energy: instead of `rank`, the share of the squared singular values to keep, above 0 and at most 1; each layer
             gets the smallest sufficient rank.
-        device: where the singular values are computed.
+        data: the owner's text (see `flexmoe.data.Documents`). The approximation is then the best one for the loss on
+            it, and one `rank` is the mean: layers get more or less of its parameters, by what they gain. The
+            anchor must be the FlexMoE model that the expert was trained in.
+        device: where the singular values, and losses on `data`, are computed.
         overwrite: replace an existing `out`.
         progress: called with each finished layer.
 
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
-        FileNotFoundError: no such package or anchor.
+        FileNotFoundError: no such package, anchor or text.
         ValueError: both or neither of `rank` and `energy`, or out of range; the expert is low-rank already, is for
-            another anchor or of another width, or differs from public in a parameter that is not a matrix or bias.
+            another anchor or of another width, or differs from public in a parameter that is not a matrix or bias;
+            with `data`, the anchor is a dense model, or the text cannot be read (see `loss_metrics`).
 
     Example:
         ```pycon
@@ -92,17 +101,31 @@ def compress(
         raise ValueError(f"energy={energy}: must be above 0 and at most 1.")
     opened, public = _open(package, anchor, out, overwrite, kind="full")
     ranks = None if rank is None else _rank_per_layer(rank, len(public.networks))
+    metrics = None
+    if data is not None:
+        documents = Documents(data)
+        documents.check()
+        check_output_apart(Path(out), data)
+        metrics = loss_metrics(public.folder, opened, documents, device=device)
+        if isinstance(rank, int):
+            ranks = _ranks_by_gain(_spectra(opened, public, metrics, device), rank)
     written: dict[int, dict[str, Tensor]] = {}
     done = []
     for layer, own in _by_layer(opened):
         deltas_OI, biases_O = _differences(opened, public, layer, own)
-        spectra = {path: torch.linalg.svd(delta.to(device), full_matrices=False) for path, delta in deltas_OI.items()}
+        spectra = {
+            path: torch.linalg.svd(_weighed(delta, metrics, (layer, path)).to(device), full_matrices=False)
+            for path, delta in deltas_OI.items()
+        }
         kept = ranks[layer] if ranks else _smallest_rank(energy or 1.0, [values for _, values, _ in spectra.values()])
         factors: dict[str, Tensor] = {}
         residual = 0.0
         for path, delta_OI in deltas_OI.items():
             dtype = own[f"ffn.{path}.weight"].dtype
-            a_RI, b_OR = (factor.to("cpu", dtype).contiguous() for factor in _factors(spectra[path], kept))
+            a_RI, b_OR = (factor.cpu() for factor in _factors(spectra[path], kept))
+            if metrics is not None:
+                b_OR, a_RI = metrics[layer, path].unweigh(b_OR, a_RI)
+            a_RI, b_OR = a_RI.to(dtype).contiguous(), b_OR.to(dtype).contiguous()
             factors |= {f"ffn.{path}.lora_A.weight": a_RI, f"ffn.{path}.lora_B.weight": b_OR}
             residual += float((delta_OI - b_OR.float() @ a_RI.float()).square().sum())
         rows = {key: row for key, row in own.items() if not key.startswith("ffn.")}
@@ -284,16 +307,57 @@ def _factors(spectrum: Sequence[Tensor], rank: int) -> tuple[Tensor, Tensor]:
     return F.pad(a_RI, (0, 0, 0, missing)), F.pad(b_OR, (0, missing))
 
 
+def _weighed(delta_OI: Tensor, metrics: Mapping[Key, Metric] | None, key: Key) -> Tensor:
+    return delta_OI if metrics is None else metrics[key].weigh(delta_OI)
+
+
+def _spectra(
+    package: ExpertPackage, public: PublicNetworks, metrics: Mapping[Key, Metric], device: str | torch.device
+) -> list[tuple[Tensor, int]]:
+    """Of each layer: the squared singular values of its matrices, summed by their order, and parameters of a rank."""
+    found = {}
+    for layer, own in _by_layer(package):
+        deltas_OI, _ = _differences(package, public, layer, own)
+        values = [
+            torch.linalg.svdvals(_weighed(delta, metrics, (layer, path)).to(device)).cpu()
+            for path, delta in deltas_OI.items()
+        ]
+        found[layer] = (_total_energy(values), sum(sum(delta.shape) for delta in deltas_OI.values()))
+    return [found[layer] for layer in sorted(found)]
+
+
+def _ranks_by_gain(layers: Sequence[tuple[Tensor, int]], rank: int) -> list[int]:
+    """The rank of each layer, at least 1, with the parameters of `rank` in all layers.
+
+    Singular values are taken by their energy per parameter. They decrease within a layer, so this is the best choice
+    up to the last one.
+    """
+    budget = (rank - 1) * sum(cost for _, cost in layers)
+    gains = [(float(gain) / cost, layer) for layer, (gains_R, cost) in enumerate(layers) for gain in gains_R[1:]]
+    ranks = [1] * len(layers)
+    for _, layer in sorted(gains, key=lambda entry: (-entry[0], entry[1])):
+        cost = layers[layer][1]
+        if cost <= budget:
+            ranks[layer] += 1
+            budget -= cost
+    return ranks
+
+
 def _smallest_rank(energy: float, spectra: Sequence[Tensor]) -> int:
     """The smallest rank that keeps this share of the squared singular values of all matrices of a layer together."""
-    longest = max(map(len, spectra))
-    total_R = sum(F.pad(values_R.double().square(), (0, longest - len(values_R))) for values_R in spectra)
-    assert isinstance(total_R, Tensor)
-    kept_R = total_R.cumsum(0)
+    kept_R = _total_energy(spectra).cumsum(0)
     if kept_R[-1] == 0:
         return 1
     wanted = energy * kept_R[-1] * (1 - ROUNDING)
-    return min(int((kept_R < wanted).sum()) + 1, longest)
+    return min(int((kept_R < wanted).sum()) + 1, len(kept_R))
+
+
+def _total_energy(spectra: Sequence[Tensor]) -> Tensor:
+    """The squared singular values of all matrices of a layer, summed by their order: float64 [longest]."""
+    longest = max(map(len, spectra))
+    return torch.stack([F.pad(values_R.double().square(), (0, longest - len(values_R))) for values_R in spectra]).sum(
+        0
+    )
 
 
 def _rank_per_layer(rank: int | Sequence[int], layers: int) -> list[int]:

@@ -3,11 +3,12 @@
 Does not cover training at low rank (`training`), or the conversions themselves (`flexmoe.conversion.low_rank`).
 """
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flexmoe_cli.arguments import Debug, Json, Out, Overwrite, parse_ranks
+from flexmoe_cli.arguments import DATA_FORMATS, Debug, Json, Out, Overwrite, parse_ranks
 from flexmoe_cli.output import byte_progress, library_call, step_progress
 from flexmoe_cli.tables import show_compression, show_result
 
@@ -31,8 +32,16 @@ def compress(
     energy: Annotated[
         float | None, typer.Option(help="Instead: the share of the squared singular values to keep, such as 0.95.")
     ] = None,
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="The owner's text, which decides what is kept; one rank is then the mean over layers. "
+            f"{DATA_FORMATS}.",
+            show_default=False,
+        ),
+    ] = None,
     anchor: Anchor = None,
-    device: Annotated[str, typer.Option(help="Device for the singular values.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Device for the computation.")] = "cpu",
     overwrite: Overwrite = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -48,6 +57,7 @@ def compress(
             anchor=anchor,
             rank=ranks,
             energy=energy,
+            data=data,
             device=device,
             overwrite=overwrite,
             progress=lambda layer: progress(),

@@ -64,6 +64,13 @@ def test_the_learning_rate_follows_from_the_hidden_size():
     assert chosen(on(hidden_size=4096)).learning_rate == pytest.approx(6.1e-5, rel=0.01)
 
 
+def test_the_rate_of_a_low_rank_expert_follows_from_its_rank_and_scale():
+    rates = {rank: chosen(on(hidden_size=128), method="low_rank", rank=rank).learning_rate for rank in (64, 16, 4)}
+    assert rates == pytest.approx({64: 5e-3, 16: 1e-2, 4: 2e-2}, rel=0.1), "the best ones in docs/low-rank.md"
+    scaled = chosen(on(hidden_size=128), method="low_rank", rank=16, alpha=32)
+    assert scaled.learning_rate == pytest.approx(rates[16] / 2, rel=0.05)
+
+
 def test_what_is_given_is_kept_and_the_rest_follows_from_it():
     given = {"learning_rate": 5e-3, "sequence_length": 64, "batch_size": 3, "router_tokens": 7, "warmup_steps": 0}
     found, choices = choose(TrainingSettings(**given), SMALL)

@@ -31,6 +31,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The own text is small")
 FAST = {"sequence_length": 32, "batch_size": 5, "max_steps": 8, "router_tokens": 400, "validation_fraction": 0.1}
 
 
+RATE_OF_THE_WORKSHOP = 7.8e-3  # 0.25 / 32
+
+
 def write_documents(path: Path, words: str, seed: int) -> Path:
     chance = random.Random(seed)
     documents = [" ".join(chance.choices(words.split(), k=40)) for _ in range(60)]
@@ -161,7 +164,7 @@ def test_a_rate_that_is_too_high_is_lowered_or_warned_of(workshop, tmp_path, mon
     expected = "learning_rate=0.5 is too high for this anchor: after 12 steps" if given else None
     with pytest.warns(UserWarning, match=expected) if given else contextlib.nullcontext():
         package = train(workshop, tmp_path / "math", max_steps=2, show=shown.append, **given)
-    chosen = experts.usual_rate("full", 32)
+    chosen = RATE_OF_THE_WORKSHOP
     rate = ExpertPackage.open(package).manifest.training["config"]["learning_rate"]
     assert rate == (0.5 if given else chosen / probe.LOWER)
     assert any("is too high for this anchor" in line for line in shown) != bool(given)
@@ -269,6 +272,23 @@ def test_a_low_rank_expert_learns_and_is_small(workshop, tmp_path, model, dtype)
     grown = FlexMoeForCausalLM.from_pretrained(workshop / model)
     grown.add_expert(package)
     assert grown.config.expert_records[1]["rank"] == [4, 4]
+
+
+def test_a_low_rank_run_starts_from_the_gradient_once(workshop, tmp_path, monkeypatch):
+    """Not when it is resumed: the checkpoint has the factors."""
+    starts = []
+    original = experts.initialize_from_gradient
+    monkeypatch.setattr(experts, "initialize_from_gradient", lambda trainer: starts.append(original(trainer)))
+    options = {"method": "low_rank", "rank": 2, "save_steps": 2, "max_steps": 3}
+    with monkeypatch.context() as patch:
+        stop_after(patch, step=2)
+        with pytest.raises(KeyboardInterrupt):
+            train(workshop, tmp_path / "math", **options)
+    assert len(starts) == 1
+    train(workshop, tmp_path / "math", **options)
+    assert len(starts) == 1
+    train(workshop, tmp_path / "full", max_steps=1)
+    assert len(starts) == 1
 
 
 def test_a_resumed_low_rank_run_gives_the_same_bits(workshop, tmp_path, monkeypatch):

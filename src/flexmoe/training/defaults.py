@@ -5,7 +5,7 @@ Each choice is a value and the reason for it, which are shown before training. T
 (`TrainingSettings`), and whether a learning rate is too high for the anchor, which a few steps tell
 (`flexmoe.training.probe`).
 
-Shapes: H hidden size, L tokens of a sequence.
+Shapes: H hidden size, R rank, L tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 
 from flexmoe.training.settings import ChosenSettings, TrainingSettings
 
-RATE_TIMES_HIDDEN = {"full": 0.25, "low_rank": 0.75}
-"""The learning rate times H."""
+RATE_TIMES_HIDDEN = 0.25
+"""The learning rate of a full expert, times H."""
+LOW_RANK_RATE = 1.75
+"""That of a low-rank expert, as a multiple of sqrt(H / R) times that of a full one."""
 FEWEST_STEPS = 50
 """With fewer, the learning rate has no time to rise and fall."""
 STEP_TOKENS = {"cpu": 2_048, "accelerator": 8_192}
@@ -118,19 +120,19 @@ def choose(settings: TrainingSettings, situation: Situation) -> tuple[ChosenSett
         Choice(math.ceil(passes.value * own_sequences * length / (step * (1 - settings.public_ratio))), passes.reason),
     )
     values["epochs"] = None  # counted in steps from here on
-    chosen("learning_rate", _learning_rate(settings.method, situation.hidden_size))
+    if settings.method == "low_rank":
+        chosen("rank", Choice(min(LOW_RANK, situation.hidden_size), "the default, and at most the hidden size"))
+    chosen("learning_rate", _learning_rate(situation.hidden_size, values["rank"], settings.alpha))
     chosen("warmup_steps", _warmup(steps))
     chosen("router_tokens", _router_tokens(steps * step, situation))
     validation = chosen("validation_tokens", _validation_tokens(steps * step))
     chosen("eval_steps", _evaluation_steps(steps, step, validation))
-    if settings.method == "low_rank":
-        chosen("rank", Choice(min(LOW_RANK, situation.hidden_size), "the default, and at most the hidden size"))
     return ChosenSettings(**values), choices
 
 
-def usual_rate(method: str, hidden_size: int) -> float:
-    """The learning rate that `choose` chooses."""
-    return _learning_rate(method, hidden_size).value
+def usual_rate(settings: ChosenSettings, hidden_size: int) -> float:
+    """The learning rate that `choose` chooses with these settings."""
+    return _learning_rate(hidden_size, settings.rank, settings.alpha).value
 
 
 def shown(choices: Mapping[str, Choice]) -> Iterator[str]:
@@ -175,11 +177,19 @@ def _batch_size(trained: float | None, tokens_each: int, situation: Situation) -
     return Choice(max(1, tokens // tokens_each), reason)
 
 
-def _learning_rate(method: str, hidden_size: int) -> Choice:
-    """The peak learning rate, inversely proportional to H, to two digits."""
-    rate = RATE_TIMES_HIDDEN[method] / hidden_size
+def _learning_rate(hidden_size: int, rank: int | None, alpha: float | None) -> Choice:
+    """The peak learning rate, to two digits; `rank` is None for full experts.
+
+    Adam moves each entry of a matrix by about the learning rate. A full matrix then changes its output for an input x
+    by up to the rate times the sum of |x|, of the order of H for an input of H normalised entries; with orthonormal
+    rows of A, B does so by the rate times the sum of |A x|, of the order of sqrt(R H), and times `alpha / R`.
+    """
+    rate, reason = RATE_TIMES_HIDDEN / hidden_size, f"{RATE_TIMES_HIDDEN:g} / hidden size {hidden_size:,}"
+    if rank is not None:
+        rate *= LOW_RANK_RATE * math.sqrt(hidden_size / rank) * rank / (alpha or rank)
+        reason += f", x {LOW_RANK_RATE} sqrt(hidden size / rank {rank})" + (", / scale" if alpha else "")
     digits = 1 - math.floor(math.log10(rate))
-    return Choice(round(rate, digits), f"{RATE_TIMES_HIDDEN[method]:g} / hidden size {hidden_size:,}")
+    return Choice(round(rate, digits), reason)
 
 
 def _warmup(steps: int) -> Choice:

@@ -46,6 +46,7 @@ from flexmoe.routers.rows import RowMethod, row_method
 from flexmoe.tokenization import load_tokenizer
 from flexmoe.training.best import KeepBest, best_of, load_best, trained_parameters, validations
 from flexmoe.training.defaults import Situation, choose, shown, usual_rate
+from flexmoe.training.low_rank import initialize_from_gradient
 from flexmoe.training.messages import Interruptible, Show, losses, steps_summary, text_summary, to_stderr
 from flexmoe.training.mixing import IMPLEMENTATION
 from flexmoe.training.probe import is_worth_probing, probed_rate
@@ -229,8 +230,10 @@ def _train(
         model.set_experts_implementation(IMPLEMENTATION)
     trainer = _trainer(model, text, arguments, settings, name, show)
     run.trainer = trainer
+    if settings.method == "low_rank" and checkpoint is None:
+        initialize_from_gradient(trainer)
     show(_steps_summary(trainer, text, checkpoint))
-    usual = usual_rate(settings.method, config.get_text_config().hidden_size)
+    usual = usual_rate(settings, config.get_text_config().hidden_size)
     if OWN in text.validation and is_worth_probing(settings.learning_rate, settings.max_steps, usual=usual):
         with arguments.main_process_first(local=False, desc="probing the learning rate"):
             is_given = settings.learning_rate != usual
