@@ -148,7 +148,7 @@ def fit_rows(
 ) -> list[RouterRow]:
     """Fits one row per layer; they are on the CPU.
 
-    The same number of tokens of both sides is used, from sequences in a seeded random order.
+    The tokens are those of sequences in a seeded random order.
 
     Args:
         model: the anchor, dense or as a FlexMoE model.
@@ -177,22 +177,21 @@ def fit_rows(
     if method.needs == "embeddings":
         if embedder is None:
             raise ValueError("router='embedding' needs embedder=..., a sentence-transformers folder or Hub id.")
-        sides = (embed_documents(side.documents, embedder, seed=seed) for side in (own, public))
-        row = method.fit(*sides, **options)
+        row = method.fit(*(embed_documents(side.documents, embedder, seed=seed) for side in (own, public)), **options)
         return [row] * depth
 
-    tokens = min(tokens, own.sequences.numel(), public.sequences.numel())
-    own_NL, public_NL = (
+    sides = [
         # the first ones only: a copy of all sequences would double the memory of large text
         side.sequences[
             torch.randperm(len(side.sequences), generator=generator)[: -(-tokens // side.sequences.shape[1])]
         ]
         for side in (own, public)
-    )
+    ]
+    counts = [min(tokens, side_NL.numel()) for side_NL in sides]
     collect: Callable[..., dict[int, Any]] = collect_states if method.needs == "states" else collect_moments
-    floats = {"states": tokens * hidden * model.dtype.itemsize, "moments": 8 * hidden * (hidden + 1)}
-    groups = torch.arange(depth).split(max(1, max_bytes // (2 * floats[method.needs])))
-    passes = sum(side.numel() for side in (own_NL, public_NL)) * len(groups)
+    nbytes = {"states": sum(counts) * hidden * model.dtype.itemsize, "moments": 16 * hidden * (hidden + 1)}
+    groups = torch.arange(depth).split(max(1, max_bytes // nbytes[method.needs]))
+    passes = sum(side_NL.numel() for side_NL in sides) * len(groups)
     rows = []
     with (
         logging.tqdm(total=passes, desc="Reading states", unit="token", unit_scale=True, disable=not progress) as read,
@@ -200,7 +199,8 @@ def fit_rows(
     ):
         for layers in groups:
             own_by_layer, public_by_layer = (
-                collect(model, text, layers.tolist(), tokens, read.update) for text in (own_NL, public_NL)
+                collect(model, side_NL, layers.tolist(), count, read.update)
+                for side_NL, count in zip(sides, counts, strict=True)
             )
             for layer in layers.tolist():  # popped: the states of a layer are not needed after its fit
                 row = method.fit(own_by_layer.pop(layer), public_by_layer.pop(layer), **options)

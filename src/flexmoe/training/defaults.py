@@ -23,11 +23,12 @@ LOW_RANK_RATE = 1.75
 """That of a low-rank expert, as a multiple of sqrt(H / R) times that of a full one."""
 FEWEST_STEPS = 50
 """With fewer, the learning rate has no time to rise and fall."""
-STEP_TOKENS = {"cpu": 2_048, "accelerator": 8_192}
+STEP_TOKENS = {"cpu": (256, 2_048), "accelerator": (1_024, 8_192)}
+"""At least, because each step changes all weights of the expert, and at most."""
 SEQUENCE = {"cpu": 256, "accelerator": 1_024}
 FEWEST_SEQUENCES = 32
 """Of own text; with less text, sequences get shorter instead."""
-SHORTEST_SEQUENCE = 64
+SHORTEST_SEQUENCE = 128
 MOST_PASSES = 3
 ENOUGH_TOKENS = 200_000
 """With this much own text, one pass is enough."""
@@ -37,7 +38,7 @@ ROUTER_TOKENS = (8, 40_000)
 """At least so many times H, which is the number of a row's weights, and at most so many."""
 VALIDATION_SHARE = 0.1
 """Validation tokens of a side, as a share of the tokens that are trained on."""
-VALIDATION_TOKENS = (1_024, 20_000)
+VALIDATION_TOKENS = (512, 20_000)
 """At least and at most, of each side."""
 VALIDATION_COST = 0.2
 """All validations together cost at most this share of the training; a forward pass is a third of a step."""
@@ -109,7 +110,7 @@ def choose(settings: TrainingSettings, situation: Situation) -> tuple[ChosenSett
 
     length = chosen("sequence_length", _sequence_length(situation))
     given = settings.max_steps is not None or settings.epochs is not None
-    passes = _passes(situation) if not given else Choice(settings.epochs or 1, f"{settings.epochs} passes")
+    passes = _passes(situation) if not given else Choice(settings.epochs or 1, f"--epochs {settings.epochs or 1:g}")
     per_pass = situation.own_tokens / (1 - settings.public_ratio)
     trained = None if settings.max_steps is not None else passes.value * per_pass
     step = situation.processes * settings.gradient_accumulation_steps * length
@@ -161,7 +162,7 @@ def _sequence_length(situation: Situation) -> Choice:
 def _passes(situation: Situation) -> Choice:
     """Passes over the own text."""
     passes = min(MOST_PASSES, max(1, math.ceil(ENOUGH_TOKENS / max(situation.own_tokens, 1))))
-    return Choice(passes, f"{passes} passes over {situation.own_tokens:,} own tokens")
+    return Choice(passes, f"{passes} {'pass' if passes == 1 else 'passes'} over {situation.own_tokens:,} own tokens")
 
 
 def _batch_size(trained: float | None, tokens_each: int, situation: Situation) -> Choice:
@@ -171,10 +172,10 @@ def _batch_size(trained: float | None, tokens_each: int, situation: Situation) -
         trained: own and public tokens of the run; None if its steps were given instead.
         tokens_each: of a step with one sequence per process.
     """
-    most = STEP_TOKENS[situation.machine]
-    tokens = most if trained is None else min(most, _power_of_two(trained / FEWEST_STEPS))
-    reason = f"{tokens:,} tokens per step" + (f", for at least {FEWEST_STEPS} steps" if tokens < most else "")
-    return Choice(max(1, tokens // tokens_each), reason)
+    least, most = STEP_TOKENS[situation.machine]
+    tokens = most if trained is None else min(most, max(least, _power_of_two(trained / FEWEST_STEPS)))
+    reason = f", for at least {FEWEST_STEPS} steps" if least < tokens < most else ""
+    return Choice(max(1, tokens // tokens_each), f"{tokens:,} tokens per step{reason}")
 
 
 def _learning_rate(hidden_size: int, rank: int | None, alpha: float | None) -> Choice:
@@ -212,7 +213,7 @@ def _validation_tokens(trained: int) -> Choice:
 
 
 def _evaluation_steps(steps: int, step_tokens: int, validation_tokens: int) -> Choice:
-    """Steps between validations, of which each costs forward passes of both sides."""
+    """Steps between validations, each of which costs forward passes on both sides."""
     least, most = VALIDATIONS
     affordable = VALIDATION_COST * steps * step_tokens / (2 * validation_tokens / 3)
     count = int(min(most, max(least, affordable)))
