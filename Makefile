@@ -27,7 +27,7 @@ BENCHES := $(filter-out $(if $(MERGEKIT_PYTHON),,%/bench_mergekit.py),$(wildcard
 AS_USERS_DO := env -u OMP_WAIT_POLICY
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-oldest compatibility demo results ranks bench soak mutation families conformance check format format-check lint package-tree types docs layout clean
+.PHONY: help install test test-oldest compatibility demo results results-tiny ranks bench soak mutation families conformance check format format-check lint package-tree types docs layout clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,10 +57,13 @@ test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest supported ver
 compatibility: $(STAMP) ## Run the tests of docs/compatibility.md and write its table
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m promise --write-promises $(ARGS)
 
-demo: $(STAMP) ## Run the main job end to end on real text (about 10 minutes on 2 cores): OUT=runs/demo
+demo: $(STAMP) ## Run the main job end to end on a real model and text (10 minutes on 2 cores): OUT=runs/demo
 	$(BIN)/flexmoe demo --out $(OUT) $(ARGS)
 
-results: $(STAMP) ## Run the demo over 3 seeds, with the paper's recipe and the row variants beside it (up to an hour)
+results: $(STAMP) ## Run eight owners on SmolLM2-135M over 3 seeds, and what else can be done with their text (hours; resumable)
+	$(BIN)/python benchmarks/eight_owners.py $(ARGS)
+
+results-tiny: $(STAMP) ## Run the demo with its own anchor over 3 seeds, with the paper's recipe and row variants (an hour)
 	$(BIN)/python benchmarks/results.py $(ARGS)
 
 ranks: $(STAMP) ## Compress the demo's experts to several ranks, and train them at those (25 minutes beyond the demo)

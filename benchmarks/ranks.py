@@ -26,9 +26,9 @@ from flexmoe.conversion.low_rank import compress
 from flexmoe.demo.owners import PACKAGE
 from flexmoe.demo.pipeline import (
     CHECKPOINT_CODE,
-    DEFAULT_OWNERS,
     MODEL,
     SCORING_CODE,
+    TINY,
     Demo,
     DemoSettings,
     without_loading_bars,
@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--trained", type=int, nargs="*", default=list(RANKS), help="ranks to train at")
     arguments = parser.parse_args()
     console = Console()
-    settings = DemoSettings.of(seed=arguments.seed, owners=DEFAULT_OWNERS, steps=arguments.steps)
+    settings = DemoSettings.of(seed=arguments.seed, anchor=TINY, steps=arguments.steps)
     demo = Demo(arguments.out, settings, console)
     with without_loading_bars():
         losses = demo.run()["scores"]["losses"]

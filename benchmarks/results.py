@@ -1,10 +1,10 @@
-"""`make results`: the demo over several seeds, its thresholds, and alternatives for comparison.
+"""`make results-tiny`: the demo with the anchor that it trains itself, over several seeds, with alternatives.
 
 Per seed, in addition to the demo: the recipe of the FlexOlmo paper (hidden-mean rows trained by the loss, own data
 only) on the same tokens; other router rows with the demo's experts; and for the first seed, log-odds rows with a bias
 and experts trained with them. Writes `results.md`, `results.json` and the plots into `docs/`, the report of the first
-seed into `docs/demo/`, and the generated block of the README. Exit code 1 if a threshold is missed on the mean over
-seeds. Finished stages are reused, so an interrupted run continues.
+seed into `docs/demo-tiny/`, and the generated block of the README. Exit code 1 if a threshold is missed on the mean
+over seeds. Finished stages are reused, so an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from rich.console import Console
 
 from flexmoe.conversion.compose import PRIOR_WITH_BIASES
 from flexmoe.demo.pipeline import (
-    DEFAULT_OWNERS,
     MODEL,
     SCORING_CODE,
+    TINY,
     Demo,
     DemoSettings,
     without_loading_bars,
@@ -176,11 +176,12 @@ def markdown(result: Mapping[str, Any], limits: Sequence[Threshold], ranks: Mapp
     return "\n".join(
         [
             "# Results\n",
-            f"The demo (`make demo`) with seeds {', '.join(map(str, seeds))}, written by `make results`. Text, anchor "
+            f"The demo with the anchor that it trains itself (`flexmoe demo --anchor tiny`), with seeds "
+            f"{', '.join(map(str, seeds))}, written by `make results-tiny`. Text, anchor "
             "and experts differ between seeds. Losses are nats per token on held-out text, mean over seeds; ± is the "
             f"standard deviation of the mean over domains. One run takes about {minutes:.0f} minutes and "
             f"{result['peak_bytes'] / 1e9:.1f} GB of memory on 2 cores. "
-            f"[demo/report.md](demo/report.md) is the report of seed {seeds[0]}, with generated text.\n",
+            f"[demo-tiny/report.md](demo-tiny/report.md) is the report of seed {seeds[0]}, with generated text.\n",
             markdown_table(["system", *domains, "mean"], _system_rows(result)),
             "![Held-out loss per system and domain](losses.png)\n",
             "`true-domain` is the ceiling: each owner's text is routed to that owner's two-expert model, public text "
@@ -308,7 +309,7 @@ def main() -> int:
     reports = []
     for seed in arguments.seeds:
         console.print(f"[bold]seed {seed}")
-        settings = DemoSettings.of(seed=seed, owners=DEFAULT_OWNERS, steps=arguments.steps)
+        settings = DemoSettings.of(seed=seed, anchor=TINY, steps=arguments.steps)
         with without_loading_bars():
             first = seed == arguments.seeds[0]
             reports.append(one_seed(arguments.out / f"seed-{seed}", settings, console, with_bias=first))
@@ -319,9 +320,9 @@ def main() -> int:
     (docs / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_markdown(docs, result)
     first = arguments.out / f"seed-{arguments.seeds[0]}"
-    (docs / "demo").mkdir(exist_ok=True)
+    (docs / "demo-tiny").mkdir(exist_ok=True)
     for name in ("report.md", "report.json", "losses.png", "routing.png"):
-        shutil.copyfile(first / name, docs / "demo" / name)
+        shutil.copyfile(first / name, docs / "demo-tiny" / name)
     plot_losses({name: s["loss"] for name, s in result["systems"].items()}, docs / "losses.png")
     plot_routing(result["routing"], docs / "routing.png")
     if docs == ROOT / "docs":

@@ -15,7 +15,8 @@ from flexmoe_cli.tables import show_plan
 def plan(
     anchor: Annotated[str, typer.Argument(help="Dense or FlexMoE model: a folder or a Hub id.", show_default=False)],
     experts: Annotated[
-        int | None, typer.Option(help="Number of experts, including public. Default: those of a model with owners, else 7.")
+        int | None,
+        typer.Option(help="Number of experts, including public. Default: those of a model with owners, else 7."),
     ] = None,
     k: Annotated[
         int | None, typer.Option("--k", help="Experts per token. Default: the FlexMoE model's, else 5.")

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from flexmoe.demo import corpus
-from flexmoe.demo.corpus import CorpusSettings, build_corpus, read_texts, split_by_document, without_near_duplicates
+from flexmoe.demo.corpus import (
+    CorpusSettings,
+    build_corpus,
+    first_tokens,
+    read_texts,
+    split_by_document,
+    without_near_duplicates,
+)
 from flexmoe.demo.near_duplicates import drop_near_duplicates, largest_overlap, overlaps, shingles
 from flexmoe.demo.sources import Document, _character_entry, _header_body, read_source, without_examples
 from flexmoe.demo.worked_problems import TOPICS, worked_problems
@@ -68,6 +75,33 @@ def test_corpus_on_this_machine(tmp_path: Path) -> None:
     assert not set(held_out) & set(trained)
     assert sum(record["public_mix"].values()) == pytest.approx(1)
     assert 0.01 < record["public_mix"]["math"] < 0.1
+
+
+def test_owners_of_a_real_anchor_get_some_tokens_and_the_mix_has_code(tmp_path: Path) -> None:
+    settings = CorpusSettings(
+        owners=("math", "unicode"),
+        public_characters=20_000,
+        owner_characters=16_000,
+        held_out_characters=3_000,
+        public_share=0.0,
+        public_code=0.2,
+        owner_tokens=900,
+    )
+    build_corpus(settings, tmp_path, lambda text: len(text) // 4)
+    mix = json.loads((tmp_path / "mix.json").read_text())["public_mix"]
+    assert mix["math"] == mix["unicode"] == 0
+    assert 0.1 < mix["code"] < 0.4
+    for owner in settings.owners:
+        sizes = [len(text) // 4 for text in read_texts(tmp_path / "owners" / f"{owner}.jsonl")]
+        assert 450 < sum(sizes) <= 900
+    assert sorted(path.stem for path in (tmp_path / "held_out").iterdir()) == ["math", "public", "unicode"]
+    assert sorted(path.stem for path in (tmp_path / "owners").iterdir()) == ["math", "unicode"]
+
+
+def test_an_owner_has_at_least_one_document() -> None:
+    documents = [Document(str(i), "x" * 100) for i in range(3)]
+    assert first_tokens(documents, 10, len) == documents[:1]
+    assert first_tokens(documents, 200, len) == documents[:2]
 
 
 def test_remaining_near_duplicate_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

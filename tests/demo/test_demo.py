@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from flexmoe.demo import DemoSettings, run_demo
-from flexmoe.demo.owners import PACKAGE, train_owner
-from flexmoe.demo.pipeline import MODEL, Demo
+from flexmoe.demo import DemoSettings, opt_out, owners, run_demo
+from flexmoe.demo.anchor import build_anchor, train_tokenizer
+from flexmoe.demo.anchor_source import GivenAnchor
+from flexmoe.demo.owners import PACKAGE, OwnerSettings, train_owner
+from flexmoe.demo.pipeline import DEFAULT_OWNERS, MODEL, TINY, Demo
 from flexmoe.demo.stages import Stage, Stages
 from tests.demo.conftest import TinyRun, tiny_settings
+from tests.support.forked import replace_new_processes
 
 SYSTEMS = {
     "anchor",
@@ -154,10 +157,52 @@ def test_graft_depends_on_the_code_that_reads_public_text(tmp_path: Path, monkey
 
 
 def test_seed_owners_and_steps_apply_to_every_stage() -> None:
-    settings = DemoSettings.of(seed=3, owners=("cpp", "math"), steps=50)
+    settings = DemoSettings.of(anchor=TINY, seed=3, owners=("cpp", "math"), steps=50)
     assert (settings.corpus.seed, settings.anchor.seed, settings.owner.seed) == (3, 3, 3)
     assert settings.owners == ("cpp", "math")
     assert (settings.owner.steps, settings.anchor.steps) == (50, 200)
+
+
+def test_owners_of_a_real_anchor_train_as_the_command_chooses() -> None:
+    settings = DemoSettings.of(seed=3)
+    assert settings.anchor == GivenAnchor(source="smollm2")
+    assert settings.owners == DEFAULT_OWNERS
+    assert settings.owner.arguments() == ["--epochs", "0.5", "--method", "full", "--seed", "3"]
+    assert OwnerSettings.chosen(steps=5).arguments() == ["--max-steps", "5", "--method", "full", "--seed", "0"]
+    assert DemoSettings.of(anchor="model.gguf", steps=5).owner.steps == 5
+
+
+def test_settings_of_the_small_anchor_are_options_of_the_command() -> None:
+    options = OwnerSettings(rank=None, router_bias=True).arguments()
+    assert options[options.index("--learning-rate") + 1] == "0.002"
+    assert "--router-bias" in options
+    assert "--no-router-bias" in OwnerSettings().arguments()
+    assert "--rank" not in options
+
+
+@pytest.mark.soak
+def test_an_anchor_that_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole demo on a random model with a chat template."""
+    replace_new_processes(monkeypatch, [owners, opt_out])
+    settings = tiny_settings()
+    tokenizer = train_tokenizer(["a question and an answer"], 300)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}answer:"
+    for part in (tokenizer, build_anchor(tokenizer, settings.anchor)):
+        part.save_pretrained(tmp_path / "model")
+    settings = replace(
+        settings,
+        corpus=replace(settings.corpus, public_share=0.0, owner_tokens=30_000),
+        anchor=GivenAnchor(source=str(tmp_path / "model"), sequence_length=64, sequences=2),
+    )
+    path = run_demo(tmp_path / "out", settings=settings, console=Console(quiet=True))
+    report = json.loads(path.read_text())
+    assert set(report["systems"]) == SYSTEMS - {"composed-k1", "composed-k2"}
+    assert set(report["corpus"]["held_out_tokens"].values()) == {128}
+    assert all(value for key, value in report["opt_out"].items() if key.endswith("_equal"))
+    assert [set(record) for record in report["chat"]] == [{"domain", "question", "experts_off", "experts_on"}] * 2
+    assert "expert_own" in report["continuations"][1]
+    assert "expert_own" not in report["continuations"][0]
+    assert "## Chat" in path.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(

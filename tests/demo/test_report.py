@@ -10,6 +10,7 @@ import pytest
 
 from flexmoe.demo import plots
 from flexmoe.demo.report import (
+    REAL_ANCHOR,
     Threshold,
     build_report,
     kept,
@@ -68,6 +69,7 @@ def test_share_of_no_gain_is_null_in_json(tmp_path: Path) -> None:
                 "domains": list(LOSSES["anchor"]),
                 "routing": {"public": {"public": 1.0}},
                 "continuations": [],
+                "chat": [],
                 "tokens": {},
             },
             "opt_out": {"owner": "math", "composed_from": ["code"], "state_dict_sha256": "0", "logits_compared": [1]}
@@ -88,6 +90,32 @@ def test_share_of_no_gain_is_null_in_json(tmp_path: Path) -> None:
     text = write_report(report, tmp_path).read_text()
     assert json.loads(text, parse_constant=refuse)["kept"] == {"math": None, "code": None}
     assert "keeps at least an unknown share" in markdown(report)
+
+
+def test_a_real_anchor_has_stricter_thresholds() -> None:
+    systems = with_means({**LOSSES, "true-domain": true_domain(LOSSES, ["math", "code"])})
+    own = thresholds(systems, ["math", "code"])
+    real = {threshold.name: threshold for threshold in thresholds(systems, ["math", "code"], REAL_ANCHOR)}
+    assert {threshold.name for threshold in own} < set(real)
+    assert real["loss of composed on code, against the anchor's"].passed
+    for threshold in own:
+        bound = real[threshold.name].bound
+        assert bound >= threshold.bound if threshold.relation == "≥" else bound <= threshold.bound
+    assert real["share of its own gain that math keeps"].bound == 0.95
+    assert real["change of the loss on public text"].bound == 0.005
+
+
+def test_continuations_of_an_own_expert_and_the_chat_are_shown() -> None:
+    report = json.loads((DOCS / "demo" / "report.json").read_text(encoding="utf-8"))
+    parts = {"experts_off": "of public", "expert_own": "of two", "experts_on": "of all"}
+    records = [{"domain": "music", "prompt": "T: A Jig", **parts}]
+    chat = [{"domain": "music", "question": "Which jig?", "experts_off": "none", "experts_on": "this one"}]
+    settings = {**report["settings"], "anchor": {"source": "smollm2"}}
+    text = markdown({**report, "settings": settings, "continuations": records, "chat": chat})
+    assert text.index("T: A Jig") < text.index("of public") < text.index("public and music\n\n") < text.index("of two")
+    assert text.index("of two") < text.index("of all") < text.index("## Chat") < text.index("Which jig?")
+    assert text.index("Which jig?") < text.index("this one")
+    assert "The anchor smollm2 was not trained here." in text
 
 
 def test_unequal_parts_of_an_opt_out() -> None:

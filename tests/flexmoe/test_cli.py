@@ -21,8 +21,8 @@ from flexmoe.grafting import graft
 from flexmoe.modeling import configuration_flexmoe
 from flexmoe.planning.plan import plan
 from flexmoe.testing import perturb_expert, tiny_anchor
-from flexmoe.training.settings import TrainingSettings
 from flexmoe.training.messages import TrainingInterrupted
+from flexmoe.training.settings import TrainingSettings
 from flexmoe_cli import app, main
 from flexmoe_cli.arguments import (
     parse_domains,

@@ -39,7 +39,7 @@ def test_every_setting_gets_a_value_within_its_limits(own_tokens, accelerator, p
         if field.type in ("int", "float"):
             assert getattr(found, field.name) is not None, field.name
     step = found.batch_size * found.sequence_length * processes
-    assert step <= max(STEP_TOKENS[situation.machine], found.sequence_length * processes)
+    assert step <= max(STEP_TOKENS[situation.machine][1], found.sequence_length * processes)
     assert VALIDATION_TOKENS[0] <= found.validation_tokens <= VALIDATION_TOKENS[1]
     assert found.router_tokens <= ROUTER_TOKENS[1]
     assert found.warmup_steps < found.max_steps
@@ -50,7 +50,7 @@ def test_every_setting_gets_a_value_within_its_limits(own_tokens, accelerator, p
 def test_little_text_gives_short_sequences_small_steps_and_several_passes():
     little, much = chosen(on(own_tokens=6_000)), chosen(on(own_tokens=2_000_000))
     assert (little.sequence_length, much.sequence_length) == (128, 256)
-    assert little.max_steps >= FEWEST_STEPS * 0.9
+    assert FEWEST_STEPS * 0.9 <= little.max_steps < 2 * FEWEST_STEPS + 30
     assert little.batch_size < much.batch_size
     trained = little.max_steps * little.batch_size * little.sequence_length * (1 - little.public_ratio)
     assert trained == pytest.approx(3 * 6_000, rel=0.05), "three passes"

@@ -4,28 +4,33 @@ Near-duplicates are dropped across all kinds before the documents are split (par
 training text contains no held-out document or near-duplicate of one. The largest remaining overlap is measured at the
 end and stored.
 
-Does not cover the sources of the text (`sources`), and tokenization (`anchor`).
+Does not cover the sources of the text (`sources`, `package_sources`), and tokenization (`anchor`).
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flexmoe.demo import package_sources  # noqa: F401  registers its kinds
 from flexmoe.demo.near_duplicates import NEAR_DUPLICATE, drop_near_duplicates, largest_overlap
 from flexmoe.demo.sources import SOURCES, Document, read_source
 
 PUBLIC = "public"
-PUBLIC_KIND = "english"
+PUBLIC_KIND, CODE = "english", "code"
 OWNER_KINDS = tuple(kind for kind in SOURCES if kind != PUBLIC_KIND)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSettings:
-    """Sizes of the corpus in characters. `public_share`: ratio of each owner's kind to English text in the mix."""
+    """Sizes of the corpus in characters.
+
+    The public mix is English text; `public_share` is the ratio of each owner's kind to it, `public_code` the ratio of
+    Python source, as anchors have read it. `owner_tokens`: of each owner's text, at most so many tokens; None: all.
+    """
 
     owners: tuple[str, ...]
     seed: int = 0
@@ -33,15 +38,18 @@ class CorpusSettings:
     owner_characters: int = 1_250_000
     held_out_characters: int = 60_000
     public_share: float = 0.05
+    public_code: float = 0.0
+    owner_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.owners)) != len(self.owners) or not self.owners:
             raise ValueError(f"owners must be distinct and at least one; got {list(self.owners)}")
         if unknown := [owner for owner in self.owners if owner not in OWNER_KINDS]:
             raise ValueError(f"no text for owner(s) {unknown}; the demo has text for {list(OWNER_KINDS)}")
-        if not 0 < self.public_share * len(self.owners) < 0.5:
+        if not 0 <= self.public_share * len(self.owners) + self.public_code < 0.5:
             raise ValueError(
-                f"public_share={self.public_share}: the owners' kinds must make up less than half of the public mix"
+                f"public_share={self.public_share}, public_code={self.public_code}: English must be more than half of "
+                "the public mix"
             )
 
 
@@ -54,37 +62,68 @@ class Split:
     private: list[Document]
 
 
-def build_corpus(settings: CorpusSettings, folder: Path) -> None:
+def build_corpus(settings: CorpusSettings, folder: Path, count_tokens: Callable[[str], int] | None = None) -> None:
     """Writes `public.jsonl`, `owners/<owner>.jsonl`, `held_out/<domain>.jsonl` and `mix.json` to `folder`.
 
+    `count_tokens` is needed for `settings.owner_tokens`.
+
     Raises:
+        ConnectionError: text of a kind must be downloaded, and cannot be.
         ValueError: this machine has too little distinct text of a kind.
     """
-    raw = {PUBLIC: read_source(PUBLIC_KIND, settings.public_characters)}
-    raw |= {owner: read_source(owner, settings.owner_characters) for owner in settings.owners}
-    kinds = without_near_duplicates(raw)
+    kinds = without_near_duplicates(raw := _read_kinds(settings))
     share = settings.public_share * sum(len(d.text) for d in kinds[PUBLIC])
     splits = {
         kind: split_by_document(
             documents, settings.held_out_characters, None if kind == PUBLIC else int(share), settings.seed
         )
         for kind, documents in kinds.items()
+        if kind in (PUBLIC, *settings.owners)
     }
     for kind, split in splits.items():
-        if not split.held_out or not (split.public if kind == PUBLIC else split.public and split.private):
+        needed = [split.public] if kind == PUBLIC else [split.private, *([split.public] if share else [])]
+        if not split.held_out or not all(needed):
             raise ValueError(
                 f"too little distinct text of kind {kind!r}: {sum(len(d.text) for d in kinds[kind])} characters"
             )
+    if settings.owner_tokens is not None:
+        assert count_tokens is not None, "the tokenizer counts them"
+        for owner in settings.owners:
+            splits[owner] = replace(
+                splits[owner], private=first_tokens(splits[owner].private, settings.owner_tokens, count_tokens)
+            )
+    splits |= {kind: Split([], documents, []) for kind, documents in kinds.items() if kind not in splits}
     mix = [d for split in splits.values() for d in split.public]
     random.Random(settings.seed).shuffle(mix)
 
     _write(folder / "public.jsonl", mix)
     for kind, split in splits.items():
-        _write(folder / "held_out" / f"{kind}.jsonl", split.held_out)
-        if kind != PUBLIC:
+        if split.held_out:
+            _write(folder / "held_out" / f"{kind}.jsonl", split.held_out)
+        if split.private:
             _write(folder / "owners" / f"{kind}.jsonl", split.private)
     record = {"public_mix": _composition(splits), "kinds": _sizes(raw, kinds, splits), "overlap": _overlap(splits)}
     (folder / "mix.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_kinds(settings: CorpusSettings) -> dict[str, list[Document]]:
+    """The documents of each kind; Python source of the public mix only if no owner has that kind."""
+    raw = {PUBLIC: read_source(PUBLIC_KIND, settings.public_characters)}
+    raw |= {owner: read_source(owner, settings.owner_characters) for owner in settings.owners}
+    if settings.public_code and CODE not in raw:
+        raw[CODE] = read_source(CODE, int(settings.public_code * settings.public_characters))
+    return raw
+
+
+def first_tokens(documents: Sequence[Document], tokens: int, count_tokens: Callable[[str], int]) -> list[Document]:
+    """The first documents, of at most `tokens` tokens in all, and at least one."""
+    kept, total = list(documents[:1]), count_tokens(documents[0].text)
+    for document in documents[1:]:
+        total += count_tokens(document.text)
+        if total > tokens:
+            break
+        kept.append(document)
+    return kept
 
 
 def without_near_duplicates(kinds: dict[str, list[Document]]) -> dict[str, list[Document]]:

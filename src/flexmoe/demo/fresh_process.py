@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 
 from flexmoe.conversion.compose import compose
+from flexmoe.cpu.linear import has_instructions
 from flexmoe.io.dense import load_causal_lm
 
 
@@ -42,11 +43,14 @@ def main(job: Mapping[str, Any]) -> None:
     if recipe := job.get("compose"):
         compose(recipe["grafted"], recipe["packages"], job["model"], num_experts_per_tok=recipe["num_experts_per_tok"])
     model = load_causal_lm(job["model"], dtype="auto").eval()
+    digest = state_dict_sha256(model.state_dict())
+    if not has_instructions(model.dtype):
+        model.float()
     with torch.no_grad():
         logits_BLV = model(
             input_ids=torch.tensor(json.loads(Path(job["tokens"]).read_text(encoding="utf-8"))), use_cache=False
         ).logits
-    record = {"state_dict_sha256": state_dict_sha256(model.state_dict()), "config": model.config.to_dict()}
+    record = {"state_dict_sha256": digest, "config": model.config.to_dict()}
     record["config"].pop("_name_or_path", None)  # the folder it was loaded from
     Path(f"{job['out']}.json").write_text(json.dumps(record, default=str, sort_keys=True), encoding="utf-8")
     save_file({"logits": logits_BLV.contiguous()}, f"{job['out']}.safetensors")

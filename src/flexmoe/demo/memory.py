@@ -12,7 +12,7 @@ import psutil
 
 
 class PeakMemory:
-    """A context manager that samples memory twice a second; `bytes` is the peak of this process and its children.
+    """A context manager that samples memory every `interval` seconds; `bytes` is the peak, with child processes.
 
     Shared pages are divided among their processes (PSS) if the system reports that, and counted in full (RSS)
     otherwise.

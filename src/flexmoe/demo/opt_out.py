@@ -10,7 +10,7 @@ Does not cover other influences of the owner, such as a router tuned on all owne
 from __future__ import annotations
 
 import json
-import shutil
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from flexmoe.demo.anchor_source import link_tree
 from flexmoe.demo.owners import owner_environment
 from flexmoe.demo.stages import folder_digest
 
@@ -34,17 +35,19 @@ def prove_opt_out(
     folder: Path,
     *,
     num_experts_per_tok: int,
+    at_once: bool = True,
 ) -> dict[str, Any]:
     """Compares the model in `opted_out` with one composed from `packages` without `owner`.
 
     `input_ids` (int64 [B, L]) are the tokens whose logits are compared, `num_experts_per_tok` is that of the composed
-    model. Everything that is compared stays in `folder`. Returns the result as JSON values.
+    model, `at_once` measures both models at the same time. Everything that is compared stays in `folder`. Returns the
+    result as JSON values.
     """
     without = folder / "without-owner"
-    shutil.copytree(grafted, without / "grafted")
+    link_tree(grafted, without / "grafted")
     others = [name for name in packages if name != owner]
     for name in others:
-        shutil.copytree(packages[name], without / "packages" / name)
+        link_tree(packages[name], without / "packages" / name)
     tokens = folder / "tokens.json"
     tokens.write_text(json.dumps(input_ids.tolist()), encoding="utf-8")
     recipe = {
@@ -56,8 +59,9 @@ def prove_opt_out(
         "opted-out": {"model": str(opted_out.resolve())},
         "without-owner": {"model": "model", "compose": recipe},
     }
-    with ThreadPoolExecutor() as pool:
-        left, right = pool.map(lambda name: _measure(name, jobs[name], folder, tokens), jobs)
+    threads = 1 if at_once else os.cpu_count() or 1
+    with ThreadPoolExecutor(max_workers=len(jobs) if at_once else 1) as pool:
+        left, right = pool.map(lambda name: _measure(name, jobs[name], folder, tokens, threads), jobs)
     return {
         "owner": owner,
         "state_dict_equal": left["state_dict_sha256"] == right["state_dict_sha256"],
@@ -71,15 +75,16 @@ def prove_opt_out(
     }
 
 
-def _measure(name: str, job: Mapping[str, Any], folder: Path, tokens: Path) -> dict[str, Any]:
+def _measure(name: str, job: Mapping[str, Any], folder: Path, tokens: Path, threads: int) -> dict[str, Any]:
     """Runs the job in a new process in `<folder>/<name>`; returns its results, including the logits [B, L, V]."""
     cwd = (folder / name).resolve()
     cwd.mkdir(exist_ok=True)
     out = folder.resolve() / name
     job = {**job, "tokens": str(tokens.resolve()), "out": str(out)}
     command = [sys.executable, "-m", "flexmoe.demo.fresh_process", json.dumps(job)]
+    environment = owner_environment(cwd, threads)
     done = subprocess.run(
-        command, cwd=cwd, env=owner_environment(cwd, 1), capture_output=True, text=True, check=False, encoding="utf-8"
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False, encoding="utf-8"
     )
     if done.returncode:
         raise RuntimeError(f"measuring the {name} model failed (exit code {done.returncode}):\n{done.stderr[-2000:]}")

@@ -1,7 +1,7 @@
 """Trains the expert of one owner in a separate folder and process, which contain no text of other owners.
 
-Each owner gets a copy of the grafted model and its own documents, and runs `flexmoe train` offline with all caches
-inside its folder. The result is an expert package.
+Each owner gets the grafted model (as hard links) and its own documents, and runs `flexmoe train` offline with all
+caches inside its folder. The result is an expert package.
 
 Does not cover sandboxing: the process could open any file of this machine. A test checks that it opens no file of
 another owner.
@@ -14,8 +14,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
+
+from flexmoe.demo.anchor_source import link_tree
 
 LOG = "train.log"
 PACKAGE = "package"
@@ -23,21 +26,33 @@ PACKAGE = "package"
 
 @dataclass(frozen=True, kw_only=True)
 class OwnerSettings:
-    """Training settings of an owner; `sequence_length * batch_size` tokens per step, `public_ratio` of them public."""
+    """Training settings of an owner, options of `flexmoe train`; that command chooses those that are None.
 
-    steps: int = 125
-    sequence_length: int = 256
-    batch_size: int = 8
+    The defaults are those for the anchor that the demo trains itself; `chosen` is for others.
+    """
+
+    steps: int | None = 125
+    epochs: float | None = None
+    sequence_length: int | None = 256
+    batch_size: int | None = 8
     method: str = "full"
     rank: int | None = None
-    router: str = "log_odds"
-    router_bias: bool = False
-    public_ratio: float = 0.4
-    learning_rate: float = 2e-3
-    warmup_steps: int = 10
-    router_tokens: int = 40_000
-    validation_tokens: int = 8_000
+    router: str | None = "log_odds"
+    router_bias: bool | None = False
+    public_ratio: float | None = 0.4
+    learning_rate: float | None = 2e-3
+    warmup_steps: int | None = 10
+    router_tokens: int | None = 40_000
+    validation_tokens: int | None = 8_000
     seed: int = 0
+
+    @classmethod
+    def chosen(cls, *, seed: int = 0, steps: int | None = None, epochs: float | None = None) -> OwnerSettings:
+        """Settings that `flexmoe train` chooses, but for the duration."""
+        free: dict[str, Any] = {
+            field.name: None for field in fields(cls) if field.name not in ("method", "seed", "steps", "epochs")
+        }
+        return cls(seed=seed, steps=steps, epochs=epochs, **free)
 
     def as_dict(self) -> dict[str, object]:
         """For cache keys and reports."""
@@ -46,9 +61,12 @@ class OwnerSettings:
     def arguments(self) -> list[str]:
         """The settings as options of `flexmoe train`."""
         settings = {key: value for key, value in self.as_dict().items() if value is not None}
-        named = {key: value for key, value in settings.items() if key not in ("steps", "router_bias")}
-        options = [part for key, value in named.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-        return [*options, "--max-steps", str(self.steps), "--router-bias" if self.router_bias else "--no-router-bias"]
+        flags = {"router_bias": {True: "--router-bias", False: "--no-router-bias"}}
+        options: list[str] = []
+        for key, value in settings.items():
+            name = "--max-steps" if key == "steps" else f"--{key.replace('_', '-')}"
+            options += [flags[key][bool(value)]] if key in flags else [name, str(value)]
+        return options
 
 
 def train_owner(
@@ -61,7 +79,7 @@ def train_owner(
     """
     (folder / "data").mkdir(parents=True)
     shutil.copyfile(data, folder / "data" / "documents.jsonl")
-    shutil.copytree(grafted, folder / "grafted")
+    link_tree(grafted, folder / "grafted")
     command = [sys.executable, "-m", "flexmoe.cli", "train", "grafted", "--name", owner]
     command += [
         "--data",

@@ -1,7 +1,8 @@
 """The stages of the demo: a public anchor, owners that train separately, a composed model, an owner that opts out.
 
-A stage runs again only if its inputs have changed (`stages`). The owners train in parallel, one process each, and
-share the cores.
+The anchor is a real one (`anchor_source`), or trained here on the public mix (`anchor`). A stage runs again only if
+its inputs have changed (`stages`). Each owner trains in its own process: in parallel with an anchor that is trained
+here, and one after the other with a real one, because of the memory.
 
 Does not cover what the stages do: each is a call of the library or of the command line.
 """
@@ -19,34 +20,44 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import AutoConfig
 from transformers.utils import logging as transformers_logging
 
 from flexmoe.conversion.compose import compose, remove
 from flexmoe.conversion.graft import graft
 from flexmoe.demo.anchor import AnchorSettings, train_anchor
+from flexmoe.demo.anchor_source import SMOLLM2, GivenAnchor, local_anchor
 from flexmoe.demo.corpus import PUBLIC, CorpusSettings, build_corpus, read_texts
+from flexmoe.demo.generation import chat, continuations
 from flexmoe.demo.memory import PeakMemory
 from flexmoe.demo.opt_out import prove_opt_out
 from flexmoe.demo.owners import PACKAGE, OwnerSettings, train_owner
+from flexmoe.demo.package_sources import WHEELS
 from flexmoe.demo.report import build_report, print_report, write_report
-from flexmoe.demo.scoring import (
-    Models,
-    continuations,
-    held_out_tokens,
-    load,
-    prompts,
-    routing_shares,
-    score_systems,
-)
+from flexmoe.demo.scoring import Models, held_out_tokens, load, prompts, score_systems
 from flexmoe.demo.sources import installed_versions
 from flexmoe.demo.stages import Stage, Stages
 from flexmoe.tokenization import load_tokenizer
 
-DEFAULT_OWNERS = ("math", "code", "unicode")
+TINY = "tiny"  # the anchor that is trained here
+DEFAULT_OWNERS = ("medicine", "verilog", "unicode")
+TINY_OWNERS = ("math", "code", "unicode")
 ANCHOR_STEPS_PER_OWNER_STEP = 4
 MODEL = "model"
+
+# Small, because the forward and backward passes of a real anchor are slow on two cores.
+GIVEN_ANCHOR_CORPUS: dict[str, Any] = {
+    "public_characters": 120_000,
+    "owner_characters": 40_000,
+    "held_out_characters": 8_000,
+    "public_share": 0.0,  # the anchor has been trained, on more than this sample
+    "public_code": 0.2,
+    "owner_tokens": 6_500,
+}
+GIVEN_ANCHOR_EPOCHS = 0.5  # of that text, for time; a router row is fitted on more of it
 
 # Code that the results of the stages depend on; if it changes, the stages run again.
 CHECKPOINT_CODE = (
@@ -77,6 +88,7 @@ SCORING_CODE = (
     "flexmoe.data",
     "flexmoe.evaluation",
     "flexmoe.demo.scoring",
+    "flexmoe.demo.generation",
 )
 
 
@@ -85,7 +97,7 @@ class DemoSettings:
     """Settings of a run. `opt_out`: the owner that opts out; None stands for the first one."""
 
     corpus: CorpusSettings
-    anchor: AnchorSettings = field(default_factory=AnchorSettings)
+    anchor: AnchorSettings | GivenAnchor = field(default_factory=AnchorSettings)
     owner: OwnerSettings = field(default_factory=OwnerSettings)
     opt_out: str | None = None
 
@@ -104,34 +116,63 @@ class DemoSettings:
         return self.opt_out or self.owners[0]
 
     @classmethod
-    def of(cls, *, seed: int = 0, owners: Sequence[str] = DEFAULT_OWNERS, steps: int | None = None) -> DemoSettings:
-        """The settings of `flexmoe demo`. `steps`: steps of each owner; the anchor gets four times as many."""
-        owner = OwnerSettings(seed=seed) if steps is None else OwnerSettings(seed=seed, steps=steps)
-        if owner.steps < 1:
-            raise ValueError(f"steps={owner.steps}: must be at least 1")
-        anchor = AnchorSettings(seed=seed, steps=ANCHOR_STEPS_PER_OWNER_STEP * owner.steps)
-        return cls(corpus=CorpusSettings(owners=tuple(owners), seed=seed), anchor=anchor, owner=owner)
+    def of(
+        cls,
+        *,
+        anchor: str = SMOLLM2,
+        seed: int = 0,
+        owners: Sequence[str] | None = None,
+        steps: int | None = None,
+    ) -> DemoSettings:
+        """The settings of `flexmoe demo`.
+
+        Args:
+            anchor: `SMOLLM2`, a GGUF file, a folder or a Hub id; `TINY` is trained here.
+            owners: kinds of text; None: `DEFAULT_OWNERS`, or `TINY_OWNERS` with the anchor that is trained here.
+            steps: of each owner; an anchor that is trained here gets four times as many. None: half a pass over
+                the text, or the default of `OwnerSettings` with the anchor that is trained here.
+        """
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps={steps}: must be at least 1")
+        if anchor == TINY:
+            owner = OwnerSettings(seed=seed) if steps is None else OwnerSettings(seed=seed, steps=steps)
+            assert owner.steps is not None, "set above or by default"
+            return cls(
+                corpus=CorpusSettings(owners=tuple(TINY_OWNERS if owners is None else owners), seed=seed),
+                anchor=AnchorSettings(seed=seed, steps=ANCHOR_STEPS_PER_OWNER_STEP * owner.steps),
+                owner=owner,
+            )
+        return cls(
+            corpus=CorpusSettings(
+                owners=tuple(DEFAULT_OWNERS if owners is None else owners), seed=seed, **GIVEN_ANCHOR_CORPUS
+            ),
+            anchor=GivenAnchor(source=anchor),
+            owner=OwnerSettings.chosen(seed=seed, steps=steps, epochs=GIVEN_ANCHOR_EPOCHS if steps is None else None),
+        )
 
 
 def run_demo(
     out: str | Path,
     *,
+    anchor: str = SMOLLM2,
     seed: int = 0,
-    owners: Sequence[str] = DEFAULT_OWNERS,
+    owners: Sequence[str] | None = None,
     steps: int | None = None,
     settings: DemoSettings | None = None,
     console: Console | None = None,
 ) -> Path:
     """Runs the demo in the folder `out`, and reuses unchanged stages there; returns the path of `report.json`.
 
-    `settings` overrides `seed`, `owners` and `steps`. `out` also gets `report.md`, two plots, and a folder per stage.
+    `anchor`, `seed`, `owners` and `steps` are those of `DemoSettings.of`; `settings` overrides them. `out` also gets
+    `report.md`, two plots, and a folder per stage.
 
     Raises:
+        ConnectionError: the anchor or text must be downloaded, and cannot be.
         ValueError: there is no text for an owner, or `steps` is not positive.
         FileExistsError: `out` has files that are not from the demo.
         RuntimeError: the process of an owner failed.
     """
-    settings = settings or DemoSettings.of(seed=seed, owners=owners, steps=steps)
+    settings = settings or DemoSettings.of(anchor=anchor, seed=seed, owners=owners, steps=steps)
     console = console or Console()
     with without_loading_bars():
         report, path = Demo(Path(out), settings, console).measured_run()
@@ -162,7 +203,8 @@ class Demo:
     def measured_run(self) -> tuple[dict[str, Any], Path]:
         """Runs all stages, measuring time and memory; returns the report and the path of `report.json`."""
         started = time.perf_counter()
-        with PeakMemory() as peak:
+        # reading the memory of gigabytes takes time
+        with PeakMemory(interval=2.0 if self.is_given else 0.5) as peak:
             results = self.run()
         report = build_report(
             results,
@@ -173,16 +215,23 @@ class Demo:
         )
         return report, write_report(report, self.out)
 
-    def run(self) -> dict[str, Any]:
-        """Runs all stages; returns the results for the report."""
+    def build(self) -> None:
+        """Runs the stages up to the proof of the opt-out: all but the scores."""
+        if self.is_given:  # its tokenizer limits the owners' text
+            self._keep("anchor", self.given_anchor())
         self._keep("corpus", self.corpus())
-        self._keep("anchor", self.anchor())
+        if not self.is_given:
+            self._keep("anchor", self.trained_anchor())
         self._keep("grafted", self.grafted())
         for owner, stage in self.train_all(self.settings.owner).items():
             self._keep(f"owners/{owner}", stage)
         self._keep("composed", self.compose("composed", list(self.settings.owners)))
         self._keep("opted-out", self.opted_out())
         self._keep("opt-out-proof", self.proof())
+
+    def run(self) -> dict[str, Any]:
+        """Runs all stages; returns the results for the report."""
+        self.build()
         self._keep("scores", self.scores())
         return {
             "owners": list(self.settings.owners),
@@ -196,22 +245,49 @@ class Demo:
         """The folder of a finished stage."""
         return self.done[stage].folder
 
+    @property
+    def is_given(self) -> bool:
+        """Whether the anchor is not trained here."""
+        return isinstance(self.settings.anchor, GivenAnchor)
+
     def corpus(self) -> Stage:
         settings = self.settings.corpus
+
+        def make(folder: Path) -> None:
+            tokenizer = load_tokenizer(self.folder("anchor")) if settings.owner_tokens is not None else None
+            count = (
+                None if tokenizer is None else lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            )
+            build_corpus(settings, folder, count)
+
         return self.stages.run(
             "corpus",
-            lambda folder: build_corpus(settings, folder),
+            make,
             settings={**asdict(settings), "versions": installed_versions()},
             code=[
                 "flexmoe.demo.corpus",
                 "flexmoe.demo.sources",
+                "flexmoe.demo.package_sources",
                 "flexmoe.demo.worked_problems",
                 "flexmoe.demo.near_duplicates",
             ],
+            inputs=[self.done["anchor"]] if settings.owner_tokens is not None else [],
         )
 
-    def anchor(self) -> Stage:
+    def given_anchor(self) -> Stage:
+        """The dense checkpoint of an anchor that is not trained here."""
+        assert isinstance(self.settings.anchor, GivenAnchor), "run() has decided so"
+        found = local_anchor(self.settings.anchor.source)
+        return self.stages.run(
+            "anchor",
+            found.write_dense,
+            settings={"sha256": found.sha256},
+            code=["flexmoe.io", "flexmoe.demo.anchor_source"],
+        )
+
+    def trained_anchor(self) -> Stage:
         settings, public = self.settings.anchor, self.folder("corpus") / "public.jsonl"
+        assert isinstance(settings, AnchorSettings), "run() has decided so"
 
         def make(folder: Path) -> None:
             columns = (
@@ -244,10 +320,11 @@ class Demo:
         )
 
     def train_all(self, settings: OwnerSettings, *, below: str = "owners") -> dict[str, Stage]:
-        """Trains all owners in parallel, each in the stage `<below>/<owner>` and a separate process."""
-        owners = self.settings.owners
-        threads = max(1, (os.cpu_count() or 1) // len(owners))
-        with ThreadPoolExecutor(max_workers=min(len(owners), (os.cpu_count() or 1) + 1)) as pool:
+        """Trains all owners, each in the stage `<below>/<owner>` and a separate process."""
+        owners, cores = self.settings.owners, os.cpu_count() or 1
+        at_once = 1 if self.is_given else min(len(owners), cores + 1)
+        threads = cores if self.is_given else max(1, cores // len(owners))
+        with ThreadPoolExecutor(max_workers=at_once) as pool:
             stages = pool.map(lambda owner: self._train(owner, settings, f"{below}/{owner}", threads), owners)
             return dict(zip(owners, stages, strict=True))
 
@@ -293,9 +370,10 @@ class Demo:
                 self.folder("opted-out") / MODEL,
                 self.grafted_model,
                 self.packages,
-                prompts(self.tokens()),
+                prompts(self.tokens(), per_domain=1 if self.is_given else 2),
                 folder,
                 num_experts_per_tok=k,
+                at_once=not self.is_given,
             )
             (folder / "verdict.json").write_text(json.dumps(verdict, indent=2) + "\n", encoding="utf-8")
 
@@ -318,16 +396,16 @@ class Demo:
         )
 
         def make(folder: Path) -> None:
-            tokens = self.tokens()
-            model = load(models.composed)
+            tokens, seed = self.tokens(), self.settings.corpus.seed
+            losses, routing = score_systems(models, tokens, top_k=() if self.is_given else (1, 2))
+            model, tokenizer = load(models.composed), load_tokenizer(models.composed)
             scores = {
                 "domains": list(tokens),
                 "tokens": {name: ids.numel() for name, ids in tokens.items()},
-                "losses": score_systems(models, tokens),
-                "routing": routing_shares(model, tokens),
-                "continuations": continuations(
-                    model, load_tokenizer(models.composed), tokens, seed=self.settings.corpus.seed
-                ),
+                "losses": losses,
+                "routing": routing,
+                "continuations": continuations(model, tokenizer, self.held_out(), seed=seed),
+                "chat": chat(model, tokenizer, self.settings.owners, seed=seed),
             }
             (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
@@ -335,7 +413,7 @@ class Demo:
         return self.stages.run(
             "scores",
             make,
-            settings={"sequence_length": self.settings.anchor.sequence_length, "seed": self.settings.corpus.seed},
+            settings={**self.settings.anchor.as_dict(), "seed": self.settings.corpus.seed},
             code=SCORING_CODE,
             inputs=[self.done[name] for name in read],
         )
@@ -348,16 +426,27 @@ class Demo:
     def packages(self) -> dict[str, Path]:
         return {owner: self.folder(f"owners/{owner}") / PACKAGE for owner in self.settings.owners}
 
-    def tokens(self) -> dict[str, Any]:
-        """Held-out tokens of public text and of each owner's domain, each int64 [N, L]."""
-        domains = [PUBLIC, *self.settings.owners]
-        held_out = self.folder("corpus") / "held_out"
-        anchor, tokenizer = self.settings.anchor, load_tokenizer(self.folder("anchor"))
-        return held_out_tokens(held_out, domains, tokenizer, anchor.sequence_length, anchor.vocabulary)
+    def held_out(self) -> dict[str, list[str]]:
+        """The held-out documents of public text and of each owner's domain."""
+        folder = self.folder("corpus") / "held_out"
+        return {domain: read_texts(folder / f"{domain}.jsonl") for domain in (PUBLIC, *self.settings.owners)}
+
+    def tokens(self) -> dict[str, torch.Tensor]:
+        """Held-out tokens of each domain, each int64 [N, L]."""
+        anchor, folder = self.settings.anchor, self.folder("anchor")
+        return held_out_tokens(
+            self.held_out(),
+            load_tokenizer(folder),
+            anchor.sequence_length,
+            AutoConfig.from_pretrained(folder).get_text_config().vocab_size,
+            sequences=anchor.sequences if isinstance(anchor, GivenAnchor) else None,
+        )
 
     def _train(self, owner: str, settings: OwnerSettings, name: str, threads: int) -> Stage:
         data = self.folder("corpus") / "owners" / f"{owner}.jsonl"
-        statement = f"Demo text of kind {owner!r}, gathered on this machine."
+        wheel = WHEELS.get(owner)
+        origin = "gathered on this machine" if wheel is None else f"from {wheel.requirement}, {wheel.license}"
+        statement = f"Demo text of kind {owner!r}, {origin}."
         return self.stages.run(
             name,
             lambda folder: train_owner(

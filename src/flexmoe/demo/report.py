@@ -33,7 +33,7 @@ SYSTEM_NOTES = {
 UNLIMITED = 10_000  # columns
 THRESHOLD_COLUMNS = ("criterion", "measured", "threshold", "met")
 _ABOUT_CONTINUATIONS = (
-    "Prompts are excerpts of 40 tokens of held-out text, and sampled continuations have 60 tokens, so both may begin "
+    "Prompts are excerpts of 40 tokens of held-out text, and sampled continuations have 40 tokens, so both may begin "
     "or end inside a word. Bytes that are not valid UTF-8 are shown as `?`."
 )
 
@@ -69,8 +69,30 @@ class Threshold:
         )
 
 
-def thresholds(systems: Mapping[str, Mapping[str, Any]], owners: Sequence[str]) -> list[Threshold]:
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The thresholds that depend on the anchor; the defaults are those of the anchor that is trained here.
+
+    `kept`: share of its own gain that each owner keeps; `public`: change of the loss on public text; `ceiling`: mean
+    loss above that of oracle routing; `each_domain`: the loss on the text of each owner is below the anchor's; `soup`:
+    the mean loss is below that of the experts' average, which needs experts that are far enough from the anchor.
+    """
+
+    kept: float = 0.9
+    public: float = 0.01
+    ceiling: float = 0.02
+    each_domain: bool = False
+    soup: bool = True
+
+
+REAL_ANCHOR = Bounds(kept=0.95, public=0.005, each_domain=True, soup=False)
+
+
+def thresholds(
+    systems: Mapping[str, Mapping[str, Any]], owners: Sequence[str], bounds: Bounds | None = None
+) -> list[Threshold]:
     """The thresholds of the demo; `systems[name]` is `{"loss": {domain: nats}, "mean": nats}`."""
+    bounds = bounds or Bounds()
     composed, anchor, ceiling = systems["composed"], systems["anchor"], systems["true-domain"]
     public_change = composed["loss"][PUBLIC] / anchor["loss"][PUBLIC] - 1
     above_ceiling = composed["mean"] / ceiling["mean"] - 1
@@ -78,10 +100,21 @@ def thresholds(systems: Mapping[str, Mapping[str, Any]], owners: Sequence[str]) 
     return [
         Threshold("mean loss of composed, against the anchor's", composed["mean"], "<", anchor["mean"]),
         Threshold("mean loss of composed, against the best two-expert model's", composed["mean"], "<", best_two),
-        Threshold("mean loss of composed, against the soup's", composed["mean"], "<", systems["soup"]["mean"]),
-        *(Threshold(f"share of its own gain that {o} keeps", kept(systems, o), "≥", 0.9, True) for o in owners),
-        Threshold("change of the loss on public text", public_change, "≤", 0.01, True),
-        Threshold("mean loss above that of oracle routing", above_ceiling, "≤", 0.02, True),
+        *(
+            [Threshold("mean loss of composed, against the soup's", composed["mean"], "<", systems["soup"]["mean"])]
+            if bounds.soup
+            else []
+        ),
+        *(
+            Threshold(f"loss of composed on {o}, against the anchor's", composed["loss"][o], "<", anchor["loss"][o])
+            for o in (owners if bounds.each_domain else ())
+        ),
+        *(
+            Threshold(f"share of its own gain that {o} keeps", kept(systems, o), "≥", bounds.kept, True)
+            for o in owners
+        ),
+        Threshold("change of the loss on public text", public_change, "≤", bounds.public, True),
+        Threshold("mean loss above that of oracle routing", above_ceiling, "≤", bounds.ceiling, True),
     ]
 
 
@@ -114,15 +147,17 @@ def build_report(
     """The results of a run as one JSON object."""
     scores, owners = results["scores"], results["owners"]
     systems = with_means(scores["losses"])
+    limits = thresholds(systems, owners, REAL_ANCHOR if _anchor_source(settings) else None)
     return {
         "domains": scores["domains"],
         "owners": owners,
         "systems": systems,
         "kept": {owner: kept(systems, owner) for owner in owners},
-        "thresholds": [{**asdict(each), "passed": each.passed} for each in thresholds(systems, owners)],
+        "thresholds": [{**asdict(each), "passed": each.passed} for each in limits],
         "routing": scores["routing"],
         "opt_out": results["opt_out"],
         "continuations": scores["continuations"],
+        "chat": scores["chat"],
         "mix": results["mix"]["public_mix"],
         "corpus": {
             "kinds": results["mix"]["kinds"],
@@ -174,6 +209,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         _opt_out_text(report["opt_out"]),
         f"## Continuations with and without the owners' experts\n\n{_ABOUT_CONTINUATIONS}\n",
         *(_continuation(c) for c in report["continuations"]),
+        *_chat(report.get("chat", [])),
         "## Corpus\n",
         _corpus_text(report),
         "## Run\n",
@@ -285,11 +321,39 @@ def _opt_out_text(verdict: Mapping[str, Any]) -> str:
 
 
 def _continuation(record: Mapping[str, str]) -> str:
+    texts = {
+        "prompt": "prompt",
+        "public only": "experts_off",
+        f"public and {record['domain']}": "expert_own",
+        "all experts": "experts_on",
+    }
+    return _labelled_texts(record["domain"], record, texts)
+
+
+def _chat(records: Sequence[Mapping[str, str]]) -> list[str]:
+    """The section with questions and answers; empty without them."""
+    if not records:
+        return []
+    texts = {"question": "question", "public only": "experts_off", "all experts": "experts_on"}
+    about = (
+        "A question on the text of each owner, in the anchor's chat template. Answers are cut off after 40 tokens.\n"
+    )
+    return [f"## Chat\n\n{about}", *(_labelled_texts(record["domain"], record, texts) for record in records)]
+
+
+def _labelled_texts(title: str, record: Mapping[str, str], texts: Mapping[str, str]) -> str:
+    """The texts of the record under a heading; `texts` is {label: key}, and keys that it lacks are left out."""
     fence = "~~~~"
-    parts = [f"### {record['domain']}\n"]
-    for label, key in (("prompt", "prompt"), ("public only", "experts_off"), ("all experts", "experts_on")):
-        parts.append(f"{label}\n\n{fence}text\n{_whole_characters(record[key])}\n{fence}\n")
+    parts = [f"### {title}\n"]
+    for label, key in texts.items():
+        if key in record:
+            parts.append(f"{label}\n\n{fence}text\n{_whole_characters(record[key])}\n{fence}\n")
     return "\n".join(parts)
+
+
+def _anchor_source(settings: Mapping[str, Any]) -> str | None:
+    """The anchor that was given, None if the demo trained it."""
+    return settings.get("anchor", {}).get("source")
 
 
 def _whole_characters(text: str) -> str:
@@ -327,8 +391,14 @@ def _corpus_text(report: Mapping[str, Any]) -> str:
         ],
         rows,
     )
+    source = _anchor_source(report["settings"])
+    anchor = (
+        "Tokenizer and anchor were trained on the public mix"
+        if source is None
+        else f"The anchor {source} was not trained here. The public text, stored with the graft for the owners"
+    )
     return (
-        f"Tokenizer and anchor were trained on the public mix: {mix}. Documents were deduplicated across all kinds "
+        f"{anchor}: {mix}. Documents were deduplicated across all kinds "
         "before the split. The largest overlap of a held-out document with a single training document is "
         f"{overlap['largest']:.0%} of its word 5-grams.\n\n{table}"
     )

@@ -1,4 +1,4 @@
-"""Evaluates the systems of the demo on all domains: loss per token, routing shares, continuations.
+"""Evaluates the systems of the demo on all domains: loss per token, and routing shares.
 
 Shapes: N sequences of a domain, L tokens each.
 
@@ -6,7 +6,7 @@ The systems are the anchor, the anchor with one owner's expert, all experts with
 `true-domain` is the upper bound for a router: an oracle routes each owner's domain to that owner's two-expert model,
 and public text to the anchor.
 
-Does not cover thresholds and presentation (`report`).
+Does not cover generated text (`generation`), thresholds and presentation (`report`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flexmoe.cpu.linear import has_instructions
 from flexmoe.data import pack
-from flexmoe.demo.corpus import PUBLIC, read_texts
+from flexmoe.demo.corpus import PUBLIC
 from flexmoe.evaluation import token_losses
 from flexmoe.io.dense import load_causal_lm
 from flexmoe.modeling import FlexMoeForCausalLM
@@ -42,17 +43,21 @@ class Models:
 
 
 def load(folder: Path) -> PreTrainedModel:
-    """Loads a model for evaluation."""
-    return load_causal_lm(folder, dtype="auto").eval()
+    """Loads a model for evaluation: as it is stored, but in float32 on a CPU without instructions for bfloat16."""
+    return load_causal_lm(folder, dtype="auto" if has_instructions(torch.bfloat16) else torch.float32).eval()
 
 
 def held_out_tokens(
-    folder: Path, domains: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int, vocab_size: int
+    texts: Mapping[str, Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    vocab_size: int,
+    sequences: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Each domain's held-out text as int64 [N, L]."""
+    """Each domain's held-out text as int64 [N, L], with at most `sequences` sequences."""
     return {
-        name: pack(read_texts(folder / f"{name}.jsonl"), tokenizer, sequence_length, vocab_size=vocab_size)
-        for name in domains
+        name: pack(documents, tokenizer, sequence_length, vocab_size=vocab_size)[:sequences]
+        for name, documents in texts.items()
     }
 
 
@@ -61,20 +66,29 @@ def domain_losses(model: PreTrainedModel, tokens: Mapping[str, torch.Tensor], **
     return {name: token_losses(model, ids_NL, **forward).mean().item() for name, ids_NL in tokens.items()}
 
 
-def score_systems(models: Models, tokens: Mapping[str, torch.Tensor]) -> dict[str, Losses]:
-    """The losses of all systems on all domains; all experts are active in "composed" and "opted-out"."""
+def score_systems(
+    models: Models, tokens: Mapping[str, torch.Tensor], top_k: Sequence[int] = (1, 2)
+) -> tuple[dict[str, Losses], dict[str, dict[str, float]]]:
+    """The losses of all systems on all domains, and the routing shares of the composed model.
+
+    All experts are active in "composed" and "opted-out"; "composed-k<k>" are for `top_k`. No two models with experts
+    are in memory at the same time.
+    """
     systems = {"anchor": domain_losses(load(models.anchor), tokens)}
     for owner, package in models.packages.items():
         systems[f"two-expert-{owner}"] = domain_losses(two_expert_model(models.grafted, package), tokens)
+    left = {}
+    if models.opted_out is not None:
+        model = load(models.opted_out)
+        left["opted-out"] = domain_losses(model, tokens, num_experts_per_tok=len(models.packages) + 1)
+        del model
     composed = load(models.composed)
-    n_experts = len(composed.expert_names)
-    for name, k in {"composed": n_experts, "composed-k1": 1, "composed-k2": 2}.items():
-        systems[name] = domain_losses(composed, tokens, num_experts_per_tok=k)
+    systems["composed"], shares = losses_and_shares(composed, tokens)
+    for k in top_k:
+        systems[f"composed-k{k}"] = domain_losses(composed, tokens, num_experts_per_tok=k)
     systems["soup"] = domain_losses(soup(load(models.anchor), composed), tokens)
     systems["true-domain"] = true_domain(systems, list(models.packages))
-    if models.opted_out is not None:
-        systems["opted-out"] = domain_losses(load(models.opted_out), tokens, num_experts_per_tok=n_experts)
-    return systems
+    return {**systems, **left}, shares
 
 
 def two_expert_model(grafted: Path, package: Path) -> FlexMoeForCausalLM:
@@ -98,53 +112,19 @@ def true_domain(systems: Mapping[str, Losses], owners: Sequence[str]) -> Losses:
     return {PUBLIC: systems["anchor"][PUBLIC], **{o: systems[f"two-expert-{o}"][o] for o in owners}}
 
 
-def routing_shares(model: FlexMoeForCausalLM, tokens: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """Each expert's share of the routing weight per domain (mean over tokens and layers)."""
-    shares = {}
+def losses_and_shares(
+    model: FlexMoeForCausalLM, tokens: Mapping[str, torch.Tensor]
+) -> tuple[Losses, dict[str, dict[str, float]]]:
+    """Loss, and each expert's share of the routing weight (mean over tokens and layers), with all experts active."""
+    losses: Losses = {}
+    shares: dict[str, dict[str, float]] = {}
     for name, ids_NL in tokens.items():
         with track_usage(model) as usage:
-            token_losses(model, ids_NL, num_experts_per_tok=len(model.expert_names))
+            losses |= domain_losses(model, {name: ids_NL}, num_experts_per_tok=len(model.expert_names))
         shares[name] = usage.share()
-    return shares
-
-
-def continuations(
-    model: FlexMoeForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    tokens: Mapping[str, torch.Tensor],
-    *,
-    prompt_tokens: int = 40,
-    new_tokens: int = 60,
-    seed: int = 0,
-) -> list[dict[str, str]]:
-    """Continuations of a held-out prompt of each domain, by public alone and by all experts, with the same seed."""
-    records = []
-    for domain, ids_NL in tokens.items():
-        prompt_1L = ids_NL[len(ids_NL) // 2, :prompt_tokens][None]
-        record = {"domain": domain, "prompt": tokenizer.decode(prompt_1L[0])}
-        for label, experts in {"experts_off": [PUBLIC], "experts_on": list(model.expert_names)}.items():
-            record[label] = tokenizer.decode(_sample(model, prompt_1L, experts, new_tokens, seed)[prompt_tokens:])
-        records.append(record)
-    return records
+    return losses, shares
 
 
 def prompts(tokens: Mapping[str, torch.Tensor], length: int = 64, per_domain: int = 2) -> torch.Tensor:
     """The first tokens of some held-out sequences of every domain, int64 [B, L]."""
     return torch.cat([ids_NL[:per_domain, :length] for ids_NL in tokens.values()])
-
-
-def _sample(
-    model: FlexMoeForCausalLM, prompt_1L: torch.Tensor, experts: list[str], new_tokens: int, seed: int
-) -> torch.Tensor:
-    torch.manual_seed(seed)
-    return model.generate(
-        prompt_1L,
-        attention_mask=torch.ones_like(prompt_1L),
-        experts=experts,
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=True,
-        temperature=0.7,
-        top_k=0,
-        top_p=0.9,
-    )[0]

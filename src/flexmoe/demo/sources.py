@@ -19,7 +19,7 @@ import platform
 import re
 import sysconfig
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -135,13 +135,15 @@ def english(characters: int) -> Iterator[Document]:
     """Python's help topics, the descriptions of all installed packages, and the prose of docstrings."""
     from pydoc_data.topics import topics
 
-    for name in sorted(topics):
-        yield Document(f"help: {name}", without_examples(topics[name]))
-    for distribution in sorted(importlib.metadata.distributions(), key=lambda d: d.metadata["Name"].lower()):
+    texts = {f"help: {name}": text for name, text in topics.items()}
+    for distribution in importlib.metadata.distributions():
         metadata = distribution.metadata
-        yield from _parts(f"description: {metadata['Name']}", without_examples(str(metadata.json.get("description"))))
-    for path, name in _in_hash_order(_python_files(_DOCSTRING_PACKAGES)):
-        yield from _parts(f"docstrings: {name}", "\n\n".join(_docstrings(path)))
+        texts[f"description: {metadata['Name']}"] = str(metadata.json.get("description"))
+    for name in in_hash_order(texts):
+        yield from _parts(name, without_examples(texts[name]))
+    files = _python_files(_DOCSTRING_PACKAGES)
+    for name in in_hash_order(files):
+        yield from _parts(f"docstrings: {name}", "\n\n".join(_docstrings(files[name])))
 
 
 @source("math")
@@ -155,19 +157,20 @@ def mathematics(characters: int) -> Iterator[Document]:
 def python_source(characters: int) -> Iterator[Document]:
     """Modules of the Python standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        (p, str(p.relative_to(root))) for p in root.rglob("*.py") if not _NOT_SOURCE & set(p.relative_to(root).parts)
-    ]
-    for path, name in _in_hash_order([f for f in files if not f[1].startswith("_sysconfigdata")]):
-        yield Document(name, _read(path))
+    files = {
+        str(p.relative_to(root)): p for p in root.rglob("*.py") if not _NOT_SOURCE & set(p.relative_to(root).parts)
+    }
+    for name in in_hash_order(name for name in files if not name.startswith("_sysconfigdata")):
+        yield Document(name, _read(files[name]))
 
 
 @source("unicode")
 def character_tables(characters: int) -> Iterator[Document]:
     """Python's Unicode character database, sixteen consecutive characters per document."""
     assigned = [chr(code) for code in range(0xA0, 0x20000) if _has_own_name(chr(code))]
-    documents = [assigned[i : i + 16] for i in range(0, len(assigned), 16)]
-    for group in sorted(documents, key=lambda group: hashlib.sha256(group[0].encode()).digest()):
+    documents = {assigned[i]: assigned[i : i + 16] for i in range(0, len(assigned), 16)}
+    for first in in_hash_order(documents):
+        group = documents[first]
         yield Document(f"U+{ord(group[0]):04X}", "\n".join(map(_character_entry, group)))
 
 
@@ -175,13 +178,13 @@ def character_tables(characters: int) -> Iterator[Document]:
 def cpp_headers(characters: int) -> Iterator[Document]:
     """The C++ headers of torch."""
     root = _package_folder("torch") / "include"
-    files = [
-        (p, str(p.relative_to(root)))
+    files = {
+        str(p.relative_to(root)): p
         for p in root.rglob("*.h")
         if not _GENERATED_HEADERS & set(p.relative_to(root).parts)
-    ]
-    for path, name in _in_hash_order(files):
-        yield Document(name, _header_body(_read(path)))
+    }
+    for name in in_hash_order(files):
+        yield Document(name, _header_body(_read(files[name])))
 
 
 def without_examples(text: str) -> str:
@@ -258,13 +261,13 @@ def _header_body(text: str) -> str:
     return re.sub(r"\A\s*(/\*.*?\*/\s*|(?://[^\n]*\n\s*)+)+", "", text, flags=re.S)
 
 
-def _python_files(packages: tuple[str, ...]) -> list[tuple[Path, str]]:
-    files = []
+def _python_files(packages: tuple[str, ...]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
     for package in packages:
         if importlib.util.find_spec(package) is not None:
             folder = _package_folder(package)
             found = (p for p in folder.rglob("*.py") if not {"tests", "testing", "__pycache__"} & set(p.parts))
-            files += [(p, f"{package}/{p.relative_to(folder)}") for p in found]
+            files |= {f"{package}/{p.relative_to(folder)}": p for p in found}
     return files
 
 
@@ -275,9 +278,9 @@ def _package_folder(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _in_hash_order(files: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
+def in_hash_order(names: Iterable[str]) -> list[str]:
     """A fixed pseudo-random order, independent of the file system."""
-    return sorted(files, key=lambda f: hashlib.sha256(f[1].encode()).digest())
+    return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
 def _read(path: Path) -> str:
