@@ -35,7 +35,7 @@ from flexmoe.tokenization import load_tokenizer
 from flexmoe.training import experts
 from flexmoe.training.defaults import choose
 from flexmoe.training.settings import TrainingSettings
-from flexmoe.training.text import OWN, PUBLIC_SIDE, SplitText, pack_text, read_text
+from flexmoe.training.text import OWN, PUBLIC_SIDE, SplitText, pack_text, read_sides
 
 RESULT = Path(__file__).parents[1] / "docs" / "benchmarks" / "defaults.json"
 OWNERS = ("unicode", "cpp")
@@ -128,7 +128,7 @@ def read_documents(name: str, owner: str, grafted: Path, work: Path) -> dict[str
     own = read_texts(work / "corpus" / "owners" / f"{owner}.jsonl")
     public = read_texts(work / "corpus" / "public.jsonl")
     options = {"validation_fraction": 0.05, "seed": 0, "vocab_size": config.get_text_config().vocab_size}
-    return read_text({OWN: own, PUBLIC_SIDE: public[:1500]}, load_tokenizer(grafted), **options)
+    return read_sides({OWN: own, PUBLIC_SIDE: public[:1500]}, load_tokenizer(grafted), **options)
 
 
 def train(name: str, owner: str, grafted: Path, read: Mapping[str, SplitText], run: Run) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from flexmoe.io.strict_json import read_json_object
 from flexmoe.modeling import FlexMoeConfig
 from flexmoe.tokenization import load_tokenizer
 from flexmoe.training.next_token_loss import next_token_loss
-from flexmoe.training.text import OWN, PUBLIC_SIDE, pack_text, read_text
+from flexmoe.training.text import OWN, PUBLIC_SIDE, pack_text, read_sides
 from flexmoe.training.trainer import Mixture
 
 PART_TOKENS = 512  # of a forward pass
@@ -51,7 +51,7 @@ def tokens_of(package: Path, documents: Path, grafted: Path) -> OwnersTokens:
     assert config.public_sample is not None
     sides = {OWN: read_texts(documents), PUBLIC_SIDE: read_public_sample(grafted, config.public_sample)}
     text = pack_text(
-        read_text(
+        read_sides(
             sides,
             load_tokenizer(grafted),
             validation_fraction=settings["validation_fraction"],

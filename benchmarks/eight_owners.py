@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -148,9 +149,9 @@ class EightOwners:
 
 
 def kept(losses: Mapping[str, Losses], name: str, owner: str) -> float:
-    """The share of an owner's gain that a composition keeps; the gain is that of the expert alone."""
+    """The share of an owner's gain that a composition keeps; the gain is that of the expert alone. NaN without one."""
     anchor, alone = losses["anchor"][owner], losses[f"{name}, each expert alone"][owner]
-    return (anchor - losses[name][owner]) / (anchor - alone)
+    return (anchor - losses[name][owner]) / (anchor - alone) if alone < anchor else math.nan
 
 
 def bars(seeds: Mapping[str, Any], owners: tuple[str, ...]) -> list[Threshold]:
@@ -191,7 +192,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         "# Eight owners on SmolLM2-135M-Instruct\n",
         f"Written by `make results`, with seed(s) {', '.join(seeds)}. Loss in nats per token on held-out text, mean "
         "over seeds; ± is the standard deviation of the mean over domains. Nothing was set by hand but the "
-        f"duration, half a pass over {result['own_tokens']:,} own tokens per owner.\n",
+        f"duration, 0.4 passes over {result['own_tokens']:,} own tokens per owner.\n",
         markdown_table(["system", *domains, "mean"], rows),
         "Share of the gain of an expert alone (with public) that the composition of all keeps:\n",
         markdown_table(["", *owners], shares),

@@ -23,7 +23,11 @@ RESULTS, BENCHMARKS, ARCHITECTURE = "README.md", "docs/benchmarks.md", "ARCHITEC
 def figures(docs: Path) -> dict[str, dict[str, str]]:
     """{file: {marker: Markdown that ends in a newline}}."""
     return {
-        RESULTS: {"results": _results(json.loads((docs / "results.json").read_text(encoding="utf-8")))},
+        RESULTS: {
+            "results": _demo(json.loads((docs / "demo" / "report.json").read_text(encoding="utf-8")))
+            + "\n"
+            + _results(json.loads((docs / "results.json").read_text(encoding="utf-8")))
+        },
         BENCHMARKS: {
             "benchmarks": _benchmarks(docs / "benchmarks"),
             "routing": _routing(docs / "benchmarks" / "routing.json"),
@@ -32,30 +36,41 @@ def figures(docs: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def _results(result: dict[str, Any]) -> str:
-    domains, owners, systems = result["domains"], result["owners"], result["systems"]
-    names = ["anchor", *(f"two-expert-{owner}" for owner in owners), "soup", "composed", "true-domain", "opted-out"]
+def _demo(report: dict[str, Any]) -> str:
+    """The systems of the demo's run on SmolLM2-135M, and what it shows."""
+    domains, owners, systems = report["domains"], report["owners"], report["systems"]
     lines = [f"| system | {' | '.join(domains)} | mean |", f"|---|{'---:|' * (len(domains) + 1)}"]
-    for name in names:
+    for name in ("anchor", "soup", "composed", "opted-out", "true-domain"):
         cells = [f"{systems[name]['loss'][domain]:.3f}" for domain in domains]
         bold = "**" if name == "composed" else ""
         lines.append(f"| {bold}{name}{bold} | {' | '.join(cells)} | {systems[name]['mean']:.3f} |")
-    return "\n".join([*lines, "", _summary(result)]) + "\n"
+    kept = ", ".join(f"{owner} {report['kept'][owner]:.0%}" for owner in owners)
+    public = systems["composed"]["loss"]["public"] / systems["anchor"]["loss"]["public"] - 1
+    exact = all(value for key, value in report["opt_out"].items() if key.endswith("_equal"))
+    summary = (
+        f"Share of each expert's gain that the composed model keeps: {kept}. Change on public text: {public:+.1%}. "
+        "`true-domain` routes each text to its owner's expert, `soup` is one dense model with the experts' average, "
+        "`opted-out` the composed model without "
+        f"{report['opt_out']['owner']}: {'equal' if exact else 'NOT EQUAL'}, bit for bit, to one composed without it. "
+        f"{report['seconds'] / 60:.0f} minutes, {report['peak_bytes'] / 1e9:.1f} GB."
+    )
+    return "\n".join([*lines, "", summary]) + "\n"
 
 
-def _summary(result: dict[str, Any]) -> str:
-    systems, verdicts = result["systems"], result["opt_out"]
+def _results(result: dict[str, Any]) -> str:
+    """What the demo with its own anchor shows, over several seeds."""
+    systems, verdicts, anchor = result["systems"], result["opt_out"], result["systems"]["anchor"]["mean"]
     kept = ", ".join(f"{owner} {result['kept'][owner]:.0%}" for owner in result["owners"])
     public = mean(result["public_change"])
     above = systems["composed"]["mean"] / systems["true-domain"]["mean"] - 1
     paper = mean(result["trained"]["paper's recipe"]["composed"].values())
     exact = sum(verdict["state_dict_equal"] and verdict["logits_equal"] for verdict in verdicts)
     return (
-        f"Share of each expert's gain that the composed model keeps: {kept}. Change of the loss on public text: "
-        f"{public:+.1%}. The composed model is {above:.1%} above the ceiling `true-domain`, where an oracle routes "
-        "each text to its owner's two-expert model. The recipe of the FlexOlmo paper, trained on the same tokens, "
-        f"reaches a mean of {paper:.3f}. `opted-out` is the composed model without {verdicts[0]['owner']}; it equals "
-        f"a model composed without it, bit for bit, in {exact} of {len(verdicts)} runs."
+        "On an anchor trained from nothing on 5 MB, with three seeds (mathematics, Python, Unicode tables): mean loss "
+        f"{anchor:.3f} for the anchor, {systems['soup']['mean']:.3f} for the soup, {paper:.3f} for the "
+        f"recipe of the FlexOlmo paper, {systems['composed']['mean']:.3f} composed, {above:.1%} above an oracle that "
+        f"routes each text to its owner's expert. Kept gain: {kept}. Change on public text: {public:+.1%}. Opt-outs "
+        f"that are exact: {exact} of {len(verdicts)}.\n"
     )
 
 

@@ -33,7 +33,7 @@ def demo(
         int | None,
         typer.Option(
             help="Training steps of each expert; with --anchor tiny, the anchor gets four times as many. "
-            "Default: half a pass over the text, or 125 with --anchor tiny."
+            "Default: 0.4 passes over the text, or 125 with --anchor tiny."
         ),
     ] = None,
     as_json: Json = False,

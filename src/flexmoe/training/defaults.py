@@ -118,7 +118,10 @@ def choose(settings: TrainingSettings, situation: Situation) -> tuple[ChosenSett
     own_sequences = situation.own_tokens // length
     steps = chosen(
         "max_steps",
-        Choice(math.ceil(passes.value * own_sequences * length / (step * (1 - settings.public_ratio))), passes.reason),
+        Choice(
+            max(1, math.ceil(passes.value * own_sequences * length / (step * (1 - settings.public_ratio)))),
+            passes.reason,
+        ),
     )
     values["epochs"] = None  # counted in steps from here on
     if settings.method == "low_rank":

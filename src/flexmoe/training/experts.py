@@ -61,7 +61,7 @@ from flexmoe.training.resume import (
     work_folder,
 )
 from flexmoe.training.settings import ChosenSettings, TrainingSettings
-from flexmoe.training.text import OWN, PUBLIC_SIDE, SplitText, TrainingText, pack_text, read_text
+from flexmoe.training.text import OWN, PUBLIC_SIDE, SplitText, TrainingText, pack_text, read_sides
 from flexmoe.training.trainer import (
     EXPERTS_PER_TOKEN,
     ExpertTrainer,
@@ -140,7 +140,7 @@ def train_expert(
         check_apart(written, folder, *data_paths(read), *filter(None, [given.embedder]))
         check_output_apart(written, read)
     _check_limits(config, given)
-    read_sides = read_text(
+    texts = read_sides(
         sides,
         load_tokenizer(folder),
         validation_fraction=given.validation_fraction,
@@ -148,9 +148,9 @@ def train_expert(
         vocab_size=config.get_text_config().vocab_size,
         keep_documents=row_method(given.router).needs == "embeddings",
     )
-    chosen, choices = choose(given, _situation(config, read_sides))
+    chosen, choices = choose(given, _situation(config, texts))
     text = pack_text(
-        read_sides,
+        texts,
         sequence_length=chosen.sequence_length,
         validation_tokens=chosen.validation_tokens,
         seed=chosen.seed,
@@ -255,6 +255,14 @@ def _take_best(trainer: ExpertTrainer, work: Path, settings: ChosenSettings) -> 
     trainer.accelerator.wait_for_everyone()
     if best.step < step:
         load_best(work, trained_parameters(trainer.accelerator.unwrap_model(trainer.model)), best.step)
+    start = validations(trainer.state.log_history)[0].losses[OWN]
+    if best.losses[OWN] >= start:
+        warnings.warn(
+            f"The expert is no better than public: the loss on held-out own text was {start:.4f} before training and "
+            f"is {best.losses[OWN]:.4f}. Give more text, or lower the learning rate "
+            f"({trainer.args.learning_rate:g}).",
+            stacklevel=3,
+        )
 
 
 def _checked_config(folder: Path, name: str) -> FlexMoeConfig:

@@ -83,7 +83,7 @@ def probed_rate(trainer: ExpertTrainer, work: Path, *, given: bool, show: Show) 
                 stacklevel=2,
             )
             break
-        show(f"--learning-rate {rate:.2g} is too high for this anchor: {found}. Training with {rate / LOWER:.2g}.")
+        show(f"learning_rate={rate:.2g} is too high for this anchor: {found}. Training with {rate / LOWER:.2g}.")
         rate /= LOWER
         losses |= probe(trainer, [rate / LOWER], work)
     write_file(file, json.dumps({"learning_rate": rate}).encode(), overwrite=True)

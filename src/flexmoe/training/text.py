@@ -96,7 +96,7 @@ class SplitText:
     tokens_sha256: str
 
 
-def read_text(
+def read_sides(
     sides: Mapping[str, Documents | Sequence[str]],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -152,7 +152,7 @@ def read_text(
 def pack_text(
     read: Mapping[str, SplitText], *, sequence_length: int, validation_tokens: int, seed: int
 ) -> TrainingText:
-    """Packs what `read_text` read into sequences; at most `validation_tokens` of each side for validation.
+    """Packs what `read_sides` read into sequences; at most `validation_tokens` of each side for validation.
 
     Raises:
         ValueError: a side has less text than one sequence.
