@@ -134,7 +134,7 @@ class TestTables:
 
     @pytest.mark.parametrize("width", [70, 80, 140])
     def test_the_report_of_the_demo(self, width: int) -> None:
-        report = json.loads((ROOT / "docs" / "demo" / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((ROOT / "docs" / "demo-tiny" / "report.json").read_text(encoding="utf-8"))
         console = Console(file=io.StringIO(), width=width)
         print_report(report, console)
         shown = console.file.getvalue()

@@ -110,7 +110,11 @@ def choose(settings: TrainingSettings, situation: Situation) -> tuple[ChosenSett
 
     length = chosen("sequence_length", _sequence_length(situation))
     given = settings.max_steps is not None or settings.epochs is not None
-    passes = _passes(situation) if not given else Choice(settings.epochs or 1, f"--epochs {settings.epochs or 1:g}")
+    passes = (
+        _passes(situation)
+        if not given
+        else Choice(settings.epochs or 1, f"{settings.epochs or 1:g} passes were given")
+    )
     per_pass = situation.own_tokens / (1 - settings.public_ratio)
     trained = None if settings.max_steps is not None else passes.value * per_pass
     step = situation.processes * settings.gradient_accumulation_steps * length
