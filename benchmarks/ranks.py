@@ -59,7 +59,7 @@ def compressed(demo: Demo, rank: int) -> dict[str, Any]:
 
 def trained(demo: Demo, rank: int) -> dict[str, Any]:
     """The losses of experts trained at a rank on the demo's tokens."""
-    settings = replace(demo.settings.owner, method="low_rank", rank=rank)
+    settings = replace(demo.settings.owner, method="low_rank", rank=rank, learning_rate=None)
     owners = demo.train_all(settings, below=f"rank-{rank}-owners")
 
     def make(folder: Path) -> None:
