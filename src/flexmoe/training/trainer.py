@@ -27,6 +27,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from flexmoe.training.best import trained_parameters
 from flexmoe.training.head import HeadCall, capture_states, head_call
 from flexmoe.training.messages import Show, TimeEstimate
 from flexmoe.training.next_token_loss import next_token_loss, next_token_loss_of_states
@@ -55,14 +56,19 @@ class Mixture(Dataset):
         counts = (torch.arange(length + 1, dtype=torch.float64) * public_ratio + 1e-9).floor().long()
         self._is_public = counts[1:] > counts[:-1]
         self._counts = counts
-        self.public_count = int(counts[-1])
         self._sides = (own, own if public is None else public)
         self._index = torch.empty(length, dtype=torch.int64)  # position within its side
-        self._index[~self._is_public] = _shuffled(len(own), length - self.public_count, seed)
-        self._index[self._is_public] = _shuffled(len(self._sides[1]), self.public_count, seed + 1)
+        public_count = int(counts[-1])
+        self._index[~self._is_public] = _shuffled(len(own), length - public_count, seed)
+        self._index[self._is_public] = _shuffled(len(self._sides[1]), public_count, seed + 1)
 
     def __len__(self) -> int:
         return len(self._index)
+
+    @property
+    def public_count(self) -> int:
+        """The number of public sequences."""
+        return self.public_among(len(self))
 
     def public_among(self, sequences: int) -> int:
         """The number of public sequences among the first ones."""
@@ -177,12 +183,12 @@ class ExpertTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
-        trained = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+        trained = {name: value.detach() for name, value in trained_parameters(model).items()}
         save_file(trained, folder / CHECKPOINT_WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = load_file(Path(resume_from_checkpoint) / CHECKPOINT_WEIGHTS)
-        trained = {name: value for name, value in (model or self.model).named_parameters() if value.requires_grad}
+        trained = trained_parameters(model or self.model)
         if saved.keys() != trained.keys():
             differing = ", ".join(sorted(saved.keys() ^ trained.keys())[:3])
             raise ValueError(f"{resume_from_checkpoint} belongs to another run: it differs in {differing}.")
