@@ -23,4 +23,5 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("command", COUNTS)
 def test_a_kill_leaves_the_old_folder_or_the_new_one(command: str, world: Path, tmp_path: Path) -> None:
     results = list(kills.kill(command, COUNTS[command], world, tmp_path))
-    assert sum(kill.writing for kill in results) >= len(results) / 3, results
+    at_points = [kill for kill in results if not kill.timed]  # how many of the others write is up to the machine
+    assert sum(kill.writing for kill in at_points) >= len(at_points) / 2, results
