@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
-import transformers
+import transformers.integrations.gguf.reader
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+import flexmoe.io.gguf
 from flexmoe.io.dense import CheckpointNamesError
 from flexmoe.io.gguf import convert_gguf, is_gguf, open_gguf
 from flexmoe.io.gguf_header import GgufError
@@ -85,6 +87,39 @@ def test_a_family_that_transformers_loads_as_a_whole(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(loaded(file, torch.float32)))
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[Any]:
+    """The first arguments of the calls of `owner.name` from now on."""
+    original, calls = getattr(owner, name), []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[0])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, call)
+    return calls
+
+
+@pytest.mark.skipif(transformers.__version__ < "5.23", reason="builds the tokenizers of most families in another way")
+@pytest.mark.parametrize("architecture", ["llama", "bloom"])  # names of the causal LM, names of the model in it
+def test_reads_and_tables_of_names_do_not_grow_with_the_tensors(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {n: write_gguf(tmp_path / f"{n}.gguf", architecture=architecture, num_hidden_layers=n) for n in (1, 4)}
+    tables = counted(monkeypatch, gguf, "get_tensor_name_map")
+    slow = counted(monkeypatch, gguf, "GGUFReader")
+    fast = counted(monkeypatch, transformers.integrations.gguf.reader, "read_gguf_metadata")
+    own = counted(monkeypatch, flexmoe.io.gguf, "read_header")
+    counts = set()
+    for layers, file in files.items():
+        convert_gguf(file, tmp_path / f"dense-{layers}")
+        assert str(file) not in map(str, slow)  # which reads a vocabulary in seconds
+        counts.add(tuple(len(calls) for calls in (tables, slow, fast, own)))
+        for calls in (tables, slow, fast, own):
+            calls.clear()
+    assert len(counts) == 1, f"(tables, slow, fast, own reads) by file: {counts}"
+    assert counts.pop()[1:] == (1, 1, 1)
+
+
 def test_a_dtype_can_be_chosen(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "tiny.gguf", "Q4_1")
     model = AutoModelForCausalLM.from_pretrained(convert_gguf(file, tmp_path / "dense", dtype=torch.float32))
@@ -125,6 +160,18 @@ def test_tokens_are_those_of_transformers(tmp_path: Path) -> None:
     assert ids(folder, "<|turn|>") == [TURN]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello<|turn|>"
+
+
+def test_a_tokenizer_config_next_to_the_file_is_considered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may name the class of the tokenizer, so `AutoTokenizer` chooses, although that reads the file slowly."""
+    file = write_gguf(tmp_path / "tiny.gguf")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    reference = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with monkeypatch.context() as patched:
+        calls = counted(patched, AutoTokenizer, "from_pretrained")
+        folder = convert_gguf(file, tmp_path / "dense")
+    assert calls == [tmp_path]
+    assert [ids(folder, text) for text in TEXTS] == [reference(text)["input_ids"] for text in TEXTS]
 
 
 def test_digits_are_split_where_the_file_says_so(tmp_path: Path) -> None:
@@ -236,6 +283,10 @@ def written(file: Path, data: bytes) -> Path:
     return file
 
 
+def replaced(file: Path, old: bytes, new: bytes) -> Path:
+    return written(file, file.read_bytes().replace(old, new))
+
+
 ONES = np.ones(16, dtype=np.float32)
 
 REFUSED: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
@@ -293,6 +344,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], type[Exception], str]] = {
         lambda file: write_gguf(file, entries={"llama.rope.scaling.factor": float("nan")}),
         GgufError,
         "'llama.rope.scaling.factor' is nan",
+    ),
+    "two entries": (
+        lambda file: replaced(write_gguf(file, entries={"general.a": 1, "general.b": 2}), b"general.b", b"general.a"),
+        GgufError,
+        "two entries 'general.a'",
     ),
     "no heads": (
         lambda file: write_gguf(file, entries={"llama.attention.head_count": 0}),

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any
 
@@ -29,7 +30,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from flexmoe.io.dense import CheckpointNamesError, DenseCheckpoint
 from flexmoe.io.folders import atomic_folder, scratch_folder
-from flexmoe.io.gguf_header import MAGIC, GgufError, GgufTensor, check_complete, read_header
+from flexmoe.io.gguf_header import (
+    MAGIC,
+    GgufError,
+    GgufHeader,
+    GgufTensor,
+    check_complete,
+    read_header,
+    write_outline,
+)
 from flexmoe.io.gguf_tokenizer import convert_tokenizer, special_ids
 from flexmoe.io.hashing import sha256_of
 from flexmoe.io.lfs import refuse_pointers
@@ -49,6 +58,8 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}  # numpy has no bfloat16
 DEFAULT_DTYPE = torch.bfloat16
 """Of quantised files. The rounding is small beside their own error (docs/grafting.md), and float16, which is more
 exact, overflows in the activations of models that were trained in bfloat16."""
+
+_BLOCKS_PER_ROW = 512
 
 _SPLIT_NAME = re.compile(r"-\d{5}-of-\d{5}\.gguf", re.IGNORECASE)
 
@@ -80,14 +91,22 @@ class GgufFile:
     Attributes:
         path: the file.
         architecture: llama.cpp's name of the model's family.
-        metadata: its entries.
-        tensors: the table of its tensors.
+        header: its metadata and the table of its tensors.
     """
 
     path: Path
     architecture: str
-    metadata: dict[str, Any]
-    tensors: list[GgufTensor]
+    header: GgufHeader
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Its entries."""
+        return self.header.metadata
+
+    @property
+    def tensors(self) -> list[GgufTensor]:
+        """The table of its tensors."""
+        return self.header.tensors
 
     @property
     def weights_by_type(self) -> dict[str, int]:
@@ -125,7 +144,9 @@ class GgufFile:
         )
         if kind.name in _NUMPY:
             return stored.view(_NUMPY[kind.name]).astype(np.float32)
-        values: np.ndarray = _gguf().dequantize(stored, kind)
+        # `dequantize` takes 16 rows at a time: longer ones cost fewer calls, and blocks do not depend on each other
+        blocks = math.gcd(stored.size // nbytes, _BLOCKS_PER_ROW)
+        values: np.ndarray = _gguf().dequantize(np.asarray(stored).reshape(-1, blocks * nbytes), kind)
         return values.reshape(tensor.shape)
 
     def describe_types(self) -> str:
@@ -183,16 +204,16 @@ def open_gguf(path: str | Path) -> GgufFile:
         raise FileNotFoundError(f"no file {path}")
     refuse_pointers([path])
     with _errors_naming(path):
-        metadata, tensors = read_header(path)
-        is_part = metadata.get("split.count", 0) > 1
+        header = read_header(path)
+        is_part = header.metadata.get("split.count", 0) > 1
     if is_part or _SPLIT_NAME.search(path.name):
         raise GgufError(
             f"{path} is one part of a model that is split into several files. Merge them first: "
             f"`llama-gguf-split --merge {path.name} merged.gguf`, with the first part."
         )
-    architecture = metadata.get("general.architecture")
-    check_complete(path, tensors, {int(kind): sizes for kind, sizes in _gguf().GGML_QUANT_SIZES.items()})
-    opened = GgufFile(path, str(architecture), metadata, tensors)
+    architecture = header.metadata.get("general.architecture")
+    check_complete(path, header.tensors, {int(kind): sizes for kind, sizes in _gguf().GGML_QUANT_SIZES.items()})
+    opened = GgufFile(path, str(architecture), header)
     if opened.setting("expert_count") or any("_exps." in tensor.name for tensor in opened.tensors):
         raise UnsupportedAnchorError(
             f"{path} holds a mixture of experts ({architecture}, {opened.setting('expert_count')} experts). An anchor "
@@ -306,7 +327,7 @@ def _write_dense(file: GgufFile, folder: Path, dtype: torch.dtype, max_shard_siz
             sources = _streamed_sources(file, model, settings, dtype, rounding)
         write_checkpoint(folder, sources, max_shard_size=max_shard_size, flush=False)
         config.architectures, config.dtype = [type(model).__name__], dtype
-        convert_tokenizer(file.path, file.metadata, folder)
+        convert_tokenizer(file.path, file.metadata, type(config), folder)
         ids = special_ids(file.metadata)
         GenerationConfig(**{key: value for key, value in ids.items() if key != "unk_token_id"}).save_pretrained(folder)
         config.save_pretrained(folder)
@@ -340,7 +361,10 @@ def _transformers_settings(file: GgufFile) -> dict[str, Any]:
     else:
         from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-        settings = load_gguf_checkpoint(str(file.path))["config"]
+        with TemporaryDirectory() as scratch:
+            outline = Path(scratch, file.path.name)
+            write_outline(file.path, file.header, outline)
+            settings = load_gguf_checkpoint(str(outline))["config"]
     # the file's float32 as the number that was written: 1e-05, not 9.999999747378752e-06
     written = {key: float(str(np.float32(value))) for key, value in settings.items() if isinstance(value, float)}
     title = "_model_name_or_path"  # not a place that the model is loaded from
@@ -468,7 +492,7 @@ def _streamed_sources(
 
     processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=settings)
     try:
-        names = get_gguf_hf_weights_map(model, processor)
+        names = get_gguf_hf_weights_map(_Distinct(model, {frozenset()}), processor)
     except NotImplementedError as error:
         raise UnsupportedAnchorError(f"{file.path}: {error}") from error
     names.setdefault("output.weight", "lm_head.weight")  # GPT-2's processor renames it itself
@@ -486,6 +510,28 @@ def _streamed_sources(
             f"would leave out: {listed(unknown)}. Graft the original checkpoint instead."
         )
     return sources
+
+
+class _Distinct:
+    """A module as `get_gguf_hf_weights_map` reads it, with fewer submodules: each set of parameter names once.
+
+    That function builds a table of all names of the family for each submodule, and of the entries that it finds for
+    several, it keeps the first. So a second layer, or a second linear one, adds nothing.
+
+    Args:
+        seen: the sets of names that are left out.
+    """
+
+    def __init__(self, module: torch.nn.Module, seen: set[frozenset[str]]) -> None:
+        self.config = getattr(module, "config", None)
+        self.state_dict = module.state_dict
+        self.module, self.seen = module, seen
+
+    def named_children(self) -> Iterator[tuple[str, _Distinct]]:
+        for name, child in self.module.named_children():
+            if (names := frozenset(child.state_dict())) not in self.seen:
+                self.seen.add(names)
+                yield name, _Distinct(child, self.seen)
 
 
 def _dequantized(

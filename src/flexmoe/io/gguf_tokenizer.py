@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFast
 
 from flexmoe.io.tensors import listed
 
@@ -62,11 +62,14 @@ def special_ids(entries: Mapping[str, Any]) -> dict[str, Any]:
     return ids
 
 
-def convert_tokenizer(file: Path, entries: Mapping[str, Any], folder: Path) -> None:
+def convert_tokenizer(
+    file: Path, entries: Mapping[str, Any], config_class: type[PreTrainedConfig], folder: Path
+) -> None:
     """Writes the tokenizer and the chat template of a GGUF file into `folder`.
 
     Args:
         entries: the file's metadata.
+        config_class: of the file's model, for which transformers has a class of tokenizers.
 
     Raises:
         ValueError: transformers builds a tokenizer that gives tokens other ids than the file.
@@ -79,7 +82,7 @@ def convert_tokenizer(file: Path, entries: Mapping[str, Any], folder: Path) -> N
         warnings.warn(f"{file.name} holds no tokenizer: copy one into the folder that is written.", stacklevel=7)
         return
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+        tokenizer = _load(file, config_class)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file}: transformers cannot build its tokenizer {kind!r} ({type(error).__name__}: {error}). Graft the "
@@ -90,6 +93,18 @@ def convert_tokenizer(file: Path, entries: Mapping[str, Any], folder: Path) -> N
     tokenizer = _with_the_files_tokens(tokenizer, entries)
     _check_ids(tokenizer, entries, file)
     tokenizer.save_pretrained(folder)
+
+
+def _load(file: Path, config_class: type[PreTrainedConfig]) -> Any:
+    """transformers' tokenizer of the file, of the class that `AutoTokenizer` chooses.
+
+    `AutoTokenizer` itself builds the config again, for which it reads the whole vocabulary with the gguf package.
+    """
+    chosen = TOKENIZER_MAPPING.get(config_class, PreTrainedTokenizerFast)
+    reads_gguf = isinstance(chosen, type) and issubclass(chosen, PreTrainedTokenizerFast)
+    if not reads_gguf or (file.parent / "tokenizer_config.json").exists():  # which may name another class
+        return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    return chosen.from_pretrained(file.parent, gguf_file=file.name)
 
 
 def _with_the_files_tokens(tokenizer: Any, entries: Mapping[str, Any]) -> PreTrainedTokenizerFast:
