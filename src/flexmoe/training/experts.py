@@ -346,7 +346,7 @@ def _training_arguments(
     return TrainingArguments(
         output_dir=str(work),
         per_device_train_batch_size=part,
-        per_device_eval_batch_size=part,
+        per_device_eval_batch_size=max(part, _most_sequences(settings)),
         gradient_accumulation_steps=settings.batch_size // part * settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
         adam_beta1=0.9,
@@ -377,11 +377,14 @@ def _training_arguments(
 
 
 def _sequences_at_a_time(settings: ChosenSettings) -> int:
-    """Sequences of a forward pass: `batch_size`, and on a CPU the largest divisor of it within `CPU_TOKENS`."""
-    if torch.accelerator.is_available():
-        return settings.batch_size
-    most = max(1, CPU_TOKENS // settings.sequence_length)
+    """Sequences of a forward pass in training: the largest divisor of `batch_size` that fits in one."""
+    most = _most_sequences(settings)
     return max(size for size in range(1, settings.batch_size + 1) if size <= most and settings.batch_size % size == 0)
+
+
+def _most_sequences(settings: ChosenSettings) -> int:
+    """Sequences that fit in a forward pass: `batch_size`, and on a CPU as many as have `CPU_TOKENS`."""
+    return settings.batch_size if torch.accelerator.is_available() else max(1, CPU_TOKENS // settings.sequence_length)
 
 
 def _runs_in_bfloat16(config: FlexMoeConfig, settings: ChosenSettings) -> bool:
