@@ -89,6 +89,7 @@ RECORD_KEYS = (
     "rank",
     "alpha",
     "intermediate",
+    "evidence",
     "version",
     "license",
     "data_statement",
@@ -98,6 +99,7 @@ RECORD_KEYS = (
 )
 """Keys of an expert's record in `FlexMoeConfig.experts`; absent means unknown."""
 
+MOST_DECAYS = 16  # of an expert's evidence
 _CHOSEN_BY_CALLER = frozenset({"attn_implementation", "experts_implementation"})
 _NAME = re.compile(r"[a-z][a-z0-9]*([_-][a-z0-9]+)*")
 _NAME_LENGTH = 64
@@ -148,6 +150,7 @@ def expert_record(expert: str | dict[str, Any]) -> dict[str, Any]:
     record.setdefault("kind", "full")
     record = {key: record[key] for key in RECORD_KEYS if record.get(key) is not None}
     _check_size(record)
+    _check_evidence(record)
     return record
 
 
@@ -169,6 +172,24 @@ def _check_size(record: dict[str, Any]) -> None:
         )
     if record["name"] == PUBLIC and (is_low_rank or widths is not None):
         raise ValueError(f"{what} a size of its own; {PUBLIC!r} is the anchor's own network.")
+
+
+def _check_evidence(record: dict[str, Any]) -> None:
+    if (evidence := record.get("evidence")) is None:
+        return
+    decays = evidence.get("decays") if isinstance(evidence, dict) else None
+    are_decays = isinstance(decays, list) and 0 < len(decays) <= MOST_DECAYS and all(map(_is_decay, decays))
+    if not are_decays or not is_counts([evidence.get("tokens"), evidence.get("window")]):
+        raise ValueError(
+            f"Expert {record['name']!r} has the evidence {str(evidence)[:200]}: it needs 'tokens' and 'window', "
+            f"positive integers, and 'decays', a list of 1 to {MOST_DECAYS} numbers between 0 and 1."
+        )
+    if record["name"] == PUBLIC:
+        raise ValueError(f"{PUBLIC!r} has no evidence: that of others is relative to public text.")
+
+
+def _is_decay(value: Any) -> bool:
+    return is_finite_number(value) and 0 < value < 1
 
 
 def is_count(value: Any) -> bool:
@@ -423,6 +444,7 @@ FlexMoeConfig.register_for_auto_class()
 __all__ = [
     "AUTO_MAP",
     "EXPERTS_FORWARDS",
+    "MOST_DECAYS",
     "PUBLIC",
     "RECORD_KEYS",
     "FlexMoeConfig",

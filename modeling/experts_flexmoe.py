@@ -25,6 +25,7 @@ from transformers.utils.generic import maybe_autocast
 
 from .configuration_flexmoe import EXPERTS_FORWARDS, PUBLIC, FlexMoeConfig
 from .distributed_flexmoe import must_run_on_all_ranks
+from .evidence_flexmoe import EvidenceRow
 from .low_rank_flexmoe import Dispatch, LowRankExpert, is_low_rank, is_unwrapped, mix_sharing
 from .masking_flexmoe import ForwardContext, forward_context, is_capturing
 from .routing_flexmoe import route_logits
@@ -77,14 +78,21 @@ def make_expert(ffn: nn.Module, record: Mapping[str, Any], *, layer: int, hidden
 
 
 def router_row(
-    hidden_size: int, device: torch.device | None = None, dtype: torch.dtype | None = torch.float32
+    hidden_size: int,
+    evidence: Mapping[str, Any] | None = None,
+    layer: int = 0,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = torch.float32,
 ) -> nn.Linear:
     """A router row [1, H] with a bias [1], both zero: the expert is then as likely as the public one.
+
+    With `evidence` of its record, also the weights of the evidence and, in layer 0, its table.
 
     Rows are float32 even if the model is not, because they are tiny and decide everything. Each is a Linear of its
     own, not a row of a matrix, so that a logit has the same bits whatever other experts there are.
     """
-    row = nn.Linear(hidden_size, 1, device=device, dtype=dtype)
+    at: dict[str, Any] = {"device": device, "dtype": dtype}
+    row = nn.Linear(hidden_size, 1, **at) if evidence is None else EvidenceRow(hidden_size, evidence, layer, **at)
     nn.init.zeros_(row.weight)
     nn.init.zeros_(row.bias)
     for part in (row, *row.parameters()):
@@ -166,13 +174,17 @@ def has_quantized_weights(module: nn.Module) -> bool:
 class FlexMoeRouter(nn.ModuleDict):
     """One row and one bias per expert."""
 
-    def forward(self, x_TH: Tensor, names: Iterable[str]) -> Tensor:
-        """Logits of the experts `names`, float32 [T, A], regardless of autocast."""
+    def forward(self, x_TH: Tensor, names: Iterable[str], evidence: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits of the experts `names`, float32 [T, A], regardless of autocast.
+
+        `evidence`: the sums [T, D] of the experts that have it.
+        """
         rows = [self[name] for name in names]
         dtypes = [floating_dtype(row) or torch.float32 for row in rows]
         with maybe_autocast(x_TH.device.type, enabled=False):
             x_as = {dtype: x_TH.to(dtype) for dtype in set(dtypes)}
-            logits = [row(x_as[dtype]).float() for row, dtype in zip(rows, dtypes, strict=True)]
+            given = [(evidence[name],) if evidence and name in evidence else () for name in names]
+            logits = [row(x_as[dtype], *e).float() for row, dtype, e in zip(rows, dtypes, given, strict=True)]
         return torch.cat(logits, -1)
 
 
@@ -194,7 +206,7 @@ class FlexMoeBlock(nn.Module):
             name = record["name"]
             at = {"layer": layer_index, "hidden_size": hidden_size}
             self.experts[name] = ffn if name == PUBLIC else make_expert(ffn, record, **at)
-            self.router[name] = router_row(hidden_size)
+            self.router[name] = router_row(hidden_size, record.get("evidence"), layer_index)
 
     def forward(self, hidden_states: Tensor, *residual: Tensor) -> Tensor:
         """The mixture of the experts' outputs for `hidden_states` [B, S, H] (or [T, H], as OPT passes it).
@@ -211,7 +223,7 @@ class FlexMoeBlock(nn.Module):
 
     def route(self, x_TH: Tensor, names: Sequence[str], context: ForwardContext) -> Tensor:
         """Routing weights float32 [T, A]: router logits, mask, softmax, top-k."""
-        logits_TA = self.router(x_TH, names)
+        logits_TA = self.router(x_TH, names, context.evidence)
         if (allowed_TA := self.allowed(context, x_TH)) is not None:
             logits_TA = logits_TA.masked_fill(~allowed_TA, float("-inf"))  # also where a row computes NaN
         weights_TA = route_logits(logits_TA, self.num_chosen(context), self.renormalizes(context))

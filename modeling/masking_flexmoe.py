@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,6 +72,7 @@ class ForwardContext:
     usage: tuple[Any, ...] = ()  # objects whose `record` each block calls with its routing weights
     token_mask: Tensor | None = None  # bool [tokens], False for padding
     stamp: CacheStamp | None = None  # of the KV cache that this pass fills
+    evidence: Mapping[str, Tensor] | None = None  # sums [tokens, decays] of the experts that have it
 
 
 _NO_CONTEXT = ForwardContext()

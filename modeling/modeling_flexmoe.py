@@ -29,6 +29,7 @@ from .adapters_flexmoe import AdapterWatch, refuse_wrapped
 from .anchors_flexmoe import ANCHOR_PREFIX, NameMap, find_ffn_sites
 from .configuration_flexmoe import EXPERTS_FORWARDS, FlexMoeConfig, check_top_k, optional_flexmoe, require_flexmoe
 from .distributed_flexmoe import class_without_fsdp, is_sharded
+from .evidence_flexmoe import read_evidence, remember_tokens, token_ids
 from .experts_flexmoe import FlexMoeBlock
 from .fingerprint_flexmoe import align_tensors, refresh_fingerprint
 from .lifecycle_flexmoe import ExpertLifecycle
@@ -315,11 +316,14 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
                 usage=scoped_values(self, "usage"),
                 token_mask=_token_mask(tokens, inputs.get("attention_mask")),
                 stamp=self._stamp(selection),
+                evidence=read_evidence(self, selection.names, inputs),
             )
             stamp_cache(past_key_values, context.stamp)
             with forward_scope(context):
                 out = module(return_dict=True, **inputs)
         stamp_cache(out.get("past_key_values"), context.stamp)
+        if context.evidence:
+            remember_tokens(out.get("past_key_values"), token_ids(inputs))
         # GPT-2 and others also return `cross_attentions`, which are dropped
         moe: Any = output_class(**{name: out[name] for name in out if name in output_class.__dataclass_fields__})
         if context.router_logits:

@@ -98,7 +98,7 @@ class IncomingExpert:
         """
         record = next(record for record in config.expert_records if record["name"] == self.name)
         networks = {layer: publics.expert(record, layer) for layer in publics.layers}
-        check_shapes(self.package, expected_shapes(networks, publics.hidden_size))
+        check_shapes(self.package, expected_shapes(networks, record, publics.hidden_size))
         self.outputs = StreamedOutputs(self.name, self.package.folder, networks, publics) if verify else None
 
     def record(self, widths: Sequence[int]) -> dict[str, object]:

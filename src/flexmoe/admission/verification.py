@@ -263,7 +263,7 @@ class _Checks:
             self.record = expert_record({**record, "name": self.name})
             networks = fresh_experts(self.host.config, self.record, publics)
             by_layer = {block.layer_index: network for block, network in zip(blocks, networks, strict=True)}
-            check_shapes(package, expected_shapes(by_layer, blocks[0].hidden_size))
+            check_shapes(package, expected_shapes(by_layer, self.record, blocks[0].hidden_size))
         except ValueError as error:
             self.refuse("shapes", error)
             return None

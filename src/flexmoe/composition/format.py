@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from flexmoe.io.strict_json import read_json_object
 from flexmoe.io.tensors import TensorFile, TensorInfo, empty_tensor
 from flexmoe.io.writer import source_from_tensor, write_checkpoint
 from flexmoe.modeling.configuration_flexmoe import PUBLIC, FlexMoeConfig
+from flexmoe.modeling.evidence_flexmoe import row_shapes
 from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.packages.package import CARD_FILE, CONFIG_FILE
 
@@ -274,22 +276,23 @@ def rows_of(rows: Mapping[str, Tensor], experts: str | Iterable[str]) -> Rows:
 def _check_header(file: TensorFile, config: FlexMoeConfig) -> None:
     """Checks the header alone: names, shapes and dtypes are those of router rows, and there are not too many."""
     text: Any = config.get_text_config()
-    shapes = {"weight": (1, text.hidden_size), "bias": (1,)}
-    own = re.compile(rf"[\w.]+\.router\.({'|'.join(map(re.escape, config.expert_names))})\.(weight|bias)", re.ASCII)
+    shapes = {record["name"]: row_shapes(record, text.hidden_size, 0) for record in config.expert_records}
+    own = re.compile(rf"[\w.]+\.router\.({'|'.join(map(re.escape, shapes))})\.(\w+)", re.ASCII)
 
     def is_row(info: TensorInfo) -> bool:
         match = own.fullmatch(info.name)
         floating = TORCH_DTYPES[info.dtype].is_floating_point
-        return match is not None and floating and info.shape == shapes[match[2]]
+        return match is not None and floating and info.shape == shapes[match[1]].get(match[2])
 
     if unknown := [info for info in file.infos.values() if not is_row(info)]:
         name, shape = unknown[0].name[:200], list(unknown[0].shape)
         raise ValueError(
             f"{file.path}: {name!r} {shape} {unknown[0].dtype} is not a router row of this model; those are "
-            f"floating-point, ....router.<expert>.weight [1, {text.hidden_size}] and .bias [1], for the experts "
-            f"{config.expert_names}."
+            f"floating-point, ....router.<expert>.weight [1, {text.hidden_size}] and .bias [1] (and .evidence and "
+            f".table, as in its config), for the experts {config.expert_names}."
         )
-    most = text.num_hidden_layers * len(config.expert_names) * (text.hidden_size + 1) * _MAX_ITEM_BYTES
+    elements = sum(math.prod(shape) for row in shapes.values() for shape in row.values())
+    most = text.num_hidden_layers * elements * _MAX_ITEM_BYTES
     if (found := sum(info.nbytes for info in file.infos.values())) > most:
         raise ValueError(f"{file.path}: rows of {found:,} bytes; those of all experts take at most {most:,}.")
 

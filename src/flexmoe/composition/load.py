@@ -272,7 +272,7 @@ class Sources:
 
     def _check_package(self, package: ExpertPackage, record: dict[str, Any]) -> None:
         check_anchor(self.config, package.manifest)
-        for key in ("kind", "rank", "alpha"):  # shapes do not always show these
+        for key in ("kind", "rank", "alpha", "evidence"):  # shapes do not always show these
             if (theirs := getattr(package.manifest, key)) != (ours := record.get(key)):
                 raise ValueError(f"{package.folder}: its {key} is {theirs!r}, the model's expert has {ours!r}.")
         hidden_size = self.config.get_text_config().hidden_size
@@ -280,7 +280,7 @@ class Sources:
             site.index: make_expert(site.ffn(self.anchor.model), record, layer=site.index, hidden_size=hidden_size)
             for site in self.anchor.sites
         }
-        check_shapes(package, expected_shapes(networks, hidden_size))
+        check_shapes(package, expected_shapes(networks, record, hidden_size))
 
 
 def _sha256(tensor: Tensor) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ def cpu_experts_forward(
 def _one_token(
     block: FlexMoeBlock, x_1H: Tensor, names: Sequence[str], context: ForwardContext, packs: Prepacked | None
 ) -> Tensor:
-    logits_A = _router_logits(block.router, x_1H[0], names)
+    logits_A = _router_logits(block.router, x_1H[0], names, context.evidence)
     weights = route_one(logits_A.tolist(), block.num_chosen(context), block.renormalizes(context))
     if context.router_logits is not None or context.usage:
         block.record(context, names, logits_A[None], torch.tensor([weights]))
@@ -87,7 +87,9 @@ def _as_row(x_1H: Tensor) -> Tensor:
     return x_1H if x_1H.dtype in HALVES and has_instructions(x_1H.dtype) else x_1H[0]
 
 
-def _router_logits(router: nn.ModuleDict, x_H: Tensor, names: Sequence[str]) -> Tensor:
+def _router_logits(
+    router: nn.ModuleDict, x_H: Tensor, names: Sequence[str], evidence: Mapping[str, Tensor] | None
+) -> Tensor:
     """The logits [A] of one token; plain float32 rows are multiplied without calling their modules."""
     rows: list[Any] = [router._modules[name] for name in names]
     if all(is_plain_linear(row) and _is_parameter(row.weight) for row in rows) and all(
@@ -95,7 +97,7 @@ def _router_logits(router: nn.ModuleDict, x_H: Tensor, names: Sequence[str]) -> 
     ):
         x32_H = x_H.float()
         return torch.cat([torch.addmv(row.bias, row.weight, x32_H) for row in rows])
-    return router(x_H[None], names)[0]
+    return router(x_H[None], names, evidence)[0]
 
 
 def _bind(block: FlexMoeBlock, name: str, like: Tensor, packs: Prepacked | None) -> Run:

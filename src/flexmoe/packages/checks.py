@@ -16,6 +16,7 @@ from torch import nn
 from flexmoe.io.strict_json import MAX_JSON_BYTES
 from flexmoe.io.tensors import TensorInfo
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
+from flexmoe.modeling.evidence_flexmoe import row_shapes
 from flexmoe.modeling.experts_flexmoe import intermediate_size
 from flexmoe.modeling.low_rank_flexmoe import is_low_rank
 from flexmoe.packages.manifest import ExpertManifest
@@ -111,8 +112,10 @@ def check_row_shape(info: TensorInfo, hidden_size: int, where: object) -> None:
         )
 
 
-def expected_shapes(networks: Mapping[int, nn.Module], hidden_size: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors in the package of an expert, by name.
+def expected_shapes(
+    networks: Mapping[int, nn.Module], record: Mapping[str, Any], hidden_size: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in the package of an expert with this record, by name.
 
     Args:
         networks: the expert's networks by layer, without weights (`flexmoe.packages.modules.fresh_experts`).
@@ -122,7 +125,7 @@ def expected_shapes(networks: Mapping[int, nn.Module], hidden_size: int) -> dict
         at = f"layers.{layer}"
         for key, tensor in network.state_dict().items():
             shapes[f"{at}.ffn.{name_in_package(network, key)}"] = tuple(tensor.shape)
-        shapes |= {f"{at}.router.weight": (1, hidden_size), f"{at}.router.bias": (1,)}
+        shapes |= {f"{at}.router.{part}": shape for part, shape in row_shapes(record, hidden_size, layer).items()}
     return shapes
 
 

@@ -39,7 +39,7 @@ def save_expert(model: Any, name: str, folder: str | Path, *, overwrite: bool = 
     """
     record = next(record for record in model.config.expert_records if record["name"] == name)
     networks = fresh_networks(model.config)
-    tensors = dict(expert_tensors(model.flexmoe_blocks(), name, fresh_experts(model.config, record, networks)))
+    tensors = dict(expert_tensors(model.flexmoe_blocks(), record, fresh_experts(model.config, record, networks)))
     manifest = expert_manifest(model.config, networks, {**record, **manifest_fields}, tensors)
     if is_sharded(model):
         _on_rank_zero(lambda: write_package(folder, manifest, tensors.items(), overwrite=overwrite))
@@ -48,9 +48,9 @@ def save_expert(model: Any, name: str, folder: str | Path, *, overwrite: bool = 
 
 
 def expert_tensors(
-    blocks: Sequence[FlexMoeBlock], name: str, networks: Sequence[nn.Module]
+    blocks: Sequence[FlexMoeBlock], record: Mapping[str, Any], networks: Sequence[nn.Module]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields (name in a package, CPU tensor) for the expert `name`, gathered from shards; router rows in float32.
+    """Yields (name in a package, CPU tensor) of the expert with this record, gathered from shards; rows in float32.
 
     Args:
         networks: the expert's, without weights, made from the same record (`flexmoe.packages.modules.fresh_experts`).
@@ -58,6 +58,7 @@ def expert_tensors(
     Raises:
         ValueError: the expert is quantised, or has other tensors than these (an adapter or a parametrisation).
     """
+    name = record["name"]
     for block, network in zip(blocks, networks, strict=True):
         at = f"layers.{block.layer_index}"
         if has_quantized_weights(block.experts[name]):
@@ -65,7 +66,8 @@ def expert_tensors(
                 f"Expert {name!r} is quantised: its weights are rounded, and a package must hold its owner's original "
                 "weights. Load the model without quantization_config, and save the expert from there."
             )
-        for part, expected in ((block.experts[name], network), (block.router[name], fresh_row(block))):
+        row = fresh_row(block, record.get("evidence"))
+        for part, expected in ((block.experts[name], network), (block.router[name], row)):
             if differing := sorted(set(part.state_dict()) ^ set(expected.state_dict())):
                 raise ValueError(
                     f"Expert {name!r} has other tensors than its class, such as {differing[:3]}: it has an adapter or "

@@ -40,6 +40,7 @@ class ExpertManifest:
         kind: "full" (a network of the anchor's class) or "low_rank" (a difference from the public network).
         rank: per layer, for "low_rank" only.
         alpha: a "low_rank" difference is scaled by `alpha / rank`; None is a scale of 1.
+        evidence: what the expert's table of scores was made with, and `tokens`, `decays` and `window`; None without.
         layers: indices of the anchor's decoder layers that the expert has a network for, ascending.
         ffn: `class`, `hidden` (H) and `intermediate` (one width, or one per layer) of the network.
         dtype: torch's name of the networks' dtype ("bfloat16"), or "mixed".
@@ -62,6 +63,7 @@ class ExpertManifest:
     kind: str = "full"
     rank: list[int] | None = None
     alpha: float | None = None
+    evidence: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     license: str | None = None
     data_statement: str | None = None
@@ -99,7 +101,8 @@ class ExpertManifest:
         """The manifest as it is written to the file, with every key."""
         order = ["format_version", "name", "version", "kind", "rank", "alpha", "layers", "ffn", "dtype", "anchor"]
         order += ["training", "license", "data_statement", "sha256"]
-        return {key: getattr(self, key) for key in order}
+        values = {key: getattr(self, key) for key in order}
+        return values if self.evidence is None else {**values, "evidence": self.evidence}  # for earlier versions
 
     def record(self) -> dict[str, Any]:
         """The expert's record in a model's config: the known values, without those about the files."""

@@ -57,9 +57,10 @@ def fresh_experts(
     return [make_expert(ffn, record, layer=layer, hidden_size=hidden_size) for layer, ffn in enumerate(networks)]
 
 
-def fresh_row(block: FlexMoeBlock) -> nn.Linear:
-    """A router row of zeros, on the device and in the dtype of the block's public row."""
-    return router_row(block.hidden_size, device=execution_device(block), dtype=floating_dtype(block.router[PUBLIC]))
+def fresh_row(block: FlexMoeBlock, evidence: Mapping[str, Any] | None = None) -> nn.Linear:
+    """A router row of zeros, on the device and in the dtype of the block's public row; `evidence` of its record."""
+    like: dict[str, Any] = {"device": execution_device(block), "dtype": floating_dtype(block.router[PUBLIC])}
+    return router_row(block.hidden_size, evidence, block.layer_index, **like)
 
 
 def parts_from_public(blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Module]) -> list[ExpertPart]:
@@ -95,9 +96,11 @@ def parts_from_package(
         ValueError: a tensor is missing, unknown, of another shape, or overflows in the model's dtype; or the package
             is damaged (`PackageError`).
     """
-    parts = [(network, fresh_row(block)) for block, network in zip(blocks, networks, strict=True)]
+    record = package.manifest.record()
+    evidence = record.get("evidence")
+    parts = [(network, fresh_row(block, evidence)) for block, network in zip(blocks, networks, strict=True)]
     by_layer = {block.layer_index: network for block, network in zip(blocks, networks, strict=True)}
-    check_shapes(package, expected_shapes(by_layer, blocks[0].hidden_size))
+    check_shapes(package, expected_shapes(by_layer, record, blocks[0].hidden_size))
     targets: dict[str, tuple[FlexMoeBlock, nn.Module, nn.Module, str]] = {}  # block, public's part, module, key
     for block, (network, row) in zip(blocks, parts, strict=True):
         at = f"layers.{block.layer_index}"

@@ -2,7 +2,9 @@
 
     expert_config.json   the manifest: name, kind, anchor, training, and the SHA-256 of each weight file
     expert.safetensors   `layers.<i>.ffn.<parameter of the anchor's network>`, `layers.<i>.router.weight` [1, H] and
-                         `layers.<i>.router.bias` [1]; shards and an index above 5 GB
+                         `layers.<i>.router.bias` [1]; of an expert with evidence also its weights
+                         `layers.<i>.router.evidence` [D] and its table `layers.0.router.table` [V]; shards and an
+                         index above 5 GB
     README.md            the card
     config.json          lets the Auto classes report that this is not a model
 
@@ -32,6 +34,7 @@ from flexmoe.io.package_config import ExpertPackageConfig
 from flexmoe.io.strict_json import json_text, parse_json_object
 from flexmoe.io.tensors import FILL_BYTES, Chunk, TensorFile, TensorInfo, empty_tensor
 from flexmoe.io.writer import TensorSource, finite_source, source_from_tensor, write_checkpoint
+from flexmoe.modeling.evidence_flexmoe import row_shapes
 from flexmoe.modeling.fingerprint_flexmoe import TORCH_DTYPES
 from flexmoe.packages.manifest import MANIFEST_FILE, MAX_DEPTH, WEIGHT_FILE, ExpertManifest, PackageError
 
@@ -52,7 +55,7 @@ PACKAGE_FILES = (
 """Patterns of the files of a package: these are pushed, fetched, signed and copied."""
 
 _TENSOR_NAME = re.compile(
-    r"layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<part>ffn\.[\w.]{1,200}|router\.weight|router\.bias)", re.ASCII
+    r"layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<part>ffn\.[\w.]{1,200}|router\.(weight|bias|evidence|table))", re.ASCII
 )
 
 
@@ -264,22 +267,25 @@ def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, Tenso
     """Checks names, layers, row shapes and dtypes against the manifest. Network shapes are checked against a model."""
     rows: dict[str, tuple[int, ...]] = {}
     for layer in manifest.layers:
-        rows |= {f"layers.{layer}.router.weight": (1, manifest.ffn["hidden"]), f"layers.{layer}.router.bias": (1,)}
+        shapes = row_shapes(manifest.record(), manifest.ffn["hidden"], layer)
+        rows |= {f"layers.{layer}.router.{part}": shape for part, shape in shapes.items()}
+    router = dict(rows)
     expected, layers, dtypes = set(manifest.layers), set(), set()
     for name, info in infos.items():
         match = _TENSOR_NAME.fullmatch(name)
-        if match is None or int(match["layer"]) not in expected:
+        has_no_place = match is None or int(match["layer"]) not in expected
+        if has_no_place or (match["part"].startswith("router.") and name not in router):
             raise PackageError(
                 f"{where}: tensor {name[:200]!r} has no place in an expert with layers {_span(manifest.layers)}; "
-                "names are layers.<i>.ffn.<parameter>, layers.<i>.router.weight and layers.<i>.router.bias."
+                "names are layers.<i>.ffn.<parameter>, layers.<i>.router.weight and layers.<i>.router.bias, with "
+                "evidence also layers.<i>.router.evidence and layers.0.router.table."
             )
         dtype = TORCH_DTYPES[info.dtype]
         if not dtype.is_floating_point:
             raise PackageError(f"{where}: tensor {name!r} is {info.dtype}; tensors of experts are floating-point.")
         if name in rows and info.shape != rows.pop(name):
             raise PackageError(
-                f"{where}: tensor {name!r} has shape {list(info.shape)}; a row is [1, {manifest.ffn['hidden']}], "
-                "a bias [1]."
+                f"{where}: tensor {name!r} has shape {list(info.shape)}; the manifest implies {list(router[name])}."
             )
         if match["part"].startswith("ffn."):
             layers.add(int(match["layer"]))

@@ -12,12 +12,15 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+from flexmoe.modeling.configuration_flexmoe import MOST_DECAYS
+
 FORMAT_VERSION = 1
 KINDS = ("full", "low_rank")
 
 _END = r"$(?!\n)"  # Python's `$` also matches before a final newline
 _DIGEST = {"type": "string", "pattern": f"^[0-9a-f]{{64}}{_END}"}
 _SIZE = {"type": "integer", "minimum": 1, "maximum": (1 << 31) - 1}
+_TOKENS = {**_SIZE, "maximum": 1 << 24}  # far above any vocabulary or context
 _LAYERS = 10_000  # far above any model; bounds the cost of a list in an untrusted file
 _HIDDEN = {**_SIZE, "maximum": 1 << 20}  # far above any model; bounds the router rows, which are read before all else
 
@@ -45,6 +48,25 @@ SCHEMA: dict[str, Any] = {
             "type": ["number", "null"],
             "minimum": -1e6,
             "maximum": 1e6,
+        },
+        "evidence": {
+            "description": "an object with tokens and window (positive integers, at most 16,777,216), decays (1 to "
+            f"{MOST_DECAYS} numbers between 0 and 1), and numbers or text on how its table was made",
+            "type": ["object", "null"],
+            "required": ["tokens", "decays", "window"],
+            "maxProperties": 32,
+            "propertyNames": {"maxLength": 64},
+            "properties": {
+                "tokens": _TOKENS,
+                "window": _TOKENS,
+                "decays": {
+                    "type": "array",
+                    "minItems": 1,
+                    "maxItems": MOST_DECAYS,
+                    "items": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                },
+            },
+            "additionalProperties": {"type": ["number", "string", "null"], "maxLength": 200},
         },
         "layers": {
             "description": "an ascending list of layer numbers, at least one",

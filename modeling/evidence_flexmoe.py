@@ -1,0 +1,232 @@
+"""Evidence: what the tokens so far say about whose text this is, added to the logit of an expert's router row.
+
+One token seldom says whose text it is, the tokens before it do. An expert may have a table of scores s over the
+vocabulary: how much more often a token occurs in its owner's text than in public text, as a log ratio. For each decay
+g, e_g(t) = sum of g^(t - i) s(x_i) over the tokens i <= t of the sequence, at most `window` of them. A layer adds
+<w, e(t)> to the expert's logit, with weights w of its own.
+
+It is a pure function of the token ids. Ids that a KV cache has seen are in a layer of that cache, so whatever reorders,
+crops or repeats the cache does so with them. Padding, and tokens whose ids are unknown, have the score 0.
+
+Does not cover fitting (`flexmoe.routers.evidence`), or paged caches (`flexmoe.batching`).
+
+Shapes: B batch, S tokens of this pass, Q of them at a time, K tokens so far, T = B * S, D decays, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.utils import logging
+from transformers.utils.generic import maybe_autocast
+
+UNKNOWN = -1  # the id of a token that was given as an embedding
+QUERIES = 256  # tokens whose sums are computed at a time
+
+logger = logging.get_logger(__name__)
+
+
+class EvidenceRow(nn.Linear):
+    """A router row [1, H] with a bias, and the weights [D] of the evidence; in the first layer also the table [V]."""
+
+    def __init__(self, hidden_size: int, evidence: Mapping[str, Any], layer: int, **factory: Any) -> None:
+        super().__init__(hidden_size, 1, **factory)
+        self.evidence = nn.Parameter(torch.zeros(len(evidence["decays"]), **factory))
+        if layer == 0:
+            self.register_buffer("table", torch.zeros(evidence["tokens"], **factory))
+
+    def forward(self, x: Tensor, sums: Tensor | None = None) -> Tensor:
+        """The logits [T, 1] of `x` [T, H]; `sums` [T, D] are those of `read_evidence`."""
+        logits = super().forward(x)
+        return logits if sums is None else logits + (sums * self.evidence).sum(-1, keepdim=True)
+
+
+def row_shapes(record: Mapping[str, Any], hidden_size: int, layer: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors of an expert's router row in a layer: {"weight": (1, H), "bias": (1,), ...}."""
+    shapes: dict[str, tuple[int, ...]] = {"weight": (1, hidden_size), "bias": (1,)}
+    if (evidence := record.get("evidence")) is not None:
+        shapes["evidence"] = (len(evidence["decays"]),)
+        if layer == 0:
+            shapes["table"] = (evidence["tokens"],)
+    return shapes
+
+
+class _TokenIds:
+    """Ids [B, 1, K, 1] of the tokens that a cache has seen, as a further layer of it."""
+
+    def use(self, cache: Any) -> Any:
+        """Makes `self` the last layer of `cache`."""
+        # masks are made for the first layer of a kind, and an offloaded cache fetches all but the sliding ones
+        self.is_sliding = cache.layers[0].is_sliding or getattr(cache, "offloading", False)
+        cache.layers.append(self)
+        return self
+
+    def remember(self, ids_BS: Tensor) -> None:
+        """Adds the tokens of a forward pass."""
+        ids = ids_BS[:, None, :, None]
+        self.update(ids, ids)  # type: ignore[attr-defined]
+
+
+class GrowingIds(_TokenIds, DynamicLayer):
+    """The ids of a cache that grows."""
+
+    def so_far(self, ids_BS: Tensor) -> tuple[Tensor, int]:
+        """All ids [B, K], those of this pass last, and the index of its first one."""
+        if not self.get_seq_length():
+            return ids_BS, 0
+        return torch.cat([self.keys[:, 0, :, 0].to(ids_BS.device), ids_BS], 1), self.get_seq_length()
+
+
+class StaticIds(_TokenIds, StaticLayer):
+    """The ids of a cache of a fixed length, whose number of tokens is on the device."""
+
+    def lazy_initialization(self, *states: Tensor) -> None:
+        super().lazy_initialization(*states)
+        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
+        if not torch.compiler.is_compiling():
+            torch._dynamo.mark_static_address(self.seen)
+
+    def so_far(self, ids_BS: Tensor) -> tuple[Tensor, int | Tensor]:
+        """All ids [B, K], zeros after those of this pass, and the index of its first one."""
+        if not self.is_initialized:
+            return ids_BS, 0
+        slots_S = self.seen + torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        return self.keys[:, 0, :, 0].index_copy(1, slots_S, ids_BS), self.seen
+
+    def update(self, ids: Tensor, *_: Any, **__: Any) -> Any:
+        if not self.is_initialized:
+            self.lazy_initialization(ids, ids)
+        self.keys.index_copy_(2, self.seen + torch.arange(ids.shape[2], device=ids.device), ids)
+        self.seen.add_(ids.shape[2])
+        return self.keys, self.values
+
+    def get_seq_length(self) -> Any:
+        return self.seen if self.is_initialized else 0
+
+    def reset(self) -> None:
+        super().reset()
+        if self.is_initialized:
+            self.seen.zero_()
+
+
+def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The sums float32 [T, D] of each expert with a table, for the tokens of a forward pass.
+
+    Args:
+        model: the FlexMoE that runs.
+        names: the allowed experts.
+        inputs: the arguments of the forward pass.
+
+    Raises:
+        ValueError: the cache holds tokens whose ids it has not seen.
+    """
+    records = [record for record in model.config.expert_records if "evidence" in record and record["name"] in names]
+    if not records:
+        return {}
+    ids_BS, cache = token_ids(inputs), _self_attention(inputs.get("past_key_values"))
+    layer = _layer_of(cache)
+    if layer is None and cache is not None and isinstance(length := cache.get_seq_length(), int) and length:
+        raise ValueError(
+            f"This KV cache holds {length} tokens without their ids, by which {[r['name'] for r in records]} are "
+            "chosen: start with a fresh cache, and fill it with this model."
+        )
+    ids_BK, first = (ids_BS, 0) if layer is None else layer.so_far(ids_BS)
+    mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+    mask_BK = mask if isinstance(mask, Tensor) and mask.shape == ids_BK.shape else None
+    positions_BS = positions.expand(ids_BS.shape) if positions is not None and positions.dim() == 2 else None
+    weights = _Weights(ids_BK, ids_BS.shape[1], first, positions_BS)
+    rows, found = model.flexmoe_blocks()[0].router, {}
+    with torch.no_grad(), maybe_autocast(ids_BS.device.type, enabled=False):
+        for record in records:
+            name, evidence = record["name"], record["evidence"]
+            scores_BK = scores(rows[name].table, ids_BK, mask_BK)
+            found[name] = weights.sums(scores_BK, evidence["decays"], evidence["window"])
+    return found
+
+
+def token_ids(inputs: Mapping[str, Any]) -> Tensor:
+    """The ids int64 [B, S] of a forward pass; `UNKNOWN` for tokens that are given as embeddings."""
+    if (ids_BS := inputs.get("input_ids")) is not None:
+        return ids_BS.long()
+    logger.warning_once(
+        "inputs_embeds are given instead of input_ids, so routers with evidence cannot tell which tokens these are and "
+        "route them by their hidden states alone."
+    )
+    states = inputs["inputs_embeds"]
+    return torch.full(states.shape[:2], UNKNOWN, dtype=torch.int64, device=states.device)
+
+
+def remember_tokens(cache: Any, ids_BS: Tensor) -> None:
+    """Adds the ids of a forward pass to the cache that it has filled."""
+    cache = _self_attention(cache)
+    if cache is None or not cache.layers:
+        return
+    layer = _layer_of(cache)
+    if layer is None:
+        length = cache.get_max_length() if cache.is_compileable else -1
+        layer = (GrowingIds() if length < 0 else StaticIds(max_cache_len=length)).use(cache)
+    layer.remember(ids_BS)
+
+
+def scores(table_V: Tensor, ids_BK: Tensor, mask_BK: Tensor | None = None) -> Tensor:
+    """The scores float32 [B, K] of tokens; 0 where the mask is 0, and for ids that the table does not have."""
+    table_V = table_V.to(ids_BK.device)
+    is_known_BK = (ids_BK >= 0) & (ids_BK < len(table_V))
+    if mask_BK is not None:
+        is_known_BK = is_known_BK & mask_BK.bool()
+    return torch.where(is_known_BK, table_V[ids_BK.clamp(0, len(table_V) - 1)].float(), 0.0)
+
+
+class _Weights:
+    """The weights g^(t - i) of all tokens so far in the sums of the tokens of this pass, shared by experts."""
+
+    def __init__(self, ids_BK: Tensor, queries: int, first: int | Tensor, positions_BS: Tensor | None) -> None:
+        self._length, self._device = ids_BK.shape[1], ids_BK.device
+        self._queries, self._first, self._positions_BS = queries, first, positions_BS
+        self._made: dict[Any, Tensor] = {}
+
+    def sums(self, scores_BK: Tensor, decays: Sequence[float], window: int) -> Tensor:
+        """The sums float32 [T, D]. Each expert's are computed on their own, so that no bit depends on another."""
+        parts = []
+        for start in range(0, self._queries, QUERIES):
+            end = min(start + QUERIES, self._queries)
+            low, high = 0, self._length
+            if isinstance(self._first, int):
+                low, high = max(0, self._first + start - window + 1), self._first + end
+            weights_BNK = self._weights(start, end, low, high, tuple(decays), window)
+            sums_BN = (weights_BNK @ scores_BK[:, low:high, None]).squeeze(-1)
+            parts.append(sums_BN.unflatten(1, (end - start, len(decays))))
+        return torch.cat(parts, 1).flatten(0, 1)
+
+    def _weights(self, start: int, end: int, low: int, high: int, decays: tuple[float, ...], window: int) -> Tensor:
+        """[1 or B, Q * D, K] for the tokens from `start` to `end` of this pass and those from `low` to `high` of all."""
+        key = (start, decays, window)
+        if key not in self._made:
+            slots_Q = self._first + torch.arange(start, end, device=self._device)
+            distance_QK = slots_Q[:, None] - torch.arange(low, high, device=self._device)
+            inside_BQK = ((distance_QK >= 0) & (distance_QK < window))[None]
+            if self._positions_BS is not None:  # the sequence of a token may begin later: packed, or padded
+                inside_BQK = inside_BQK & (distance_QK <= self._positions_BS[:, start:end, None])
+            logs_D1 = torch.tensor([[math.log(decay)] for decay in decays], device=self._device)
+            powers_QDK = (distance_QK.clamp(min=0)[:, None] * logs_D1).exp()
+            self._made[key] = torch.where(inside_BQK[:, :, None], powers_QDK, 0.0).flatten(1, 2)
+        return self._made[key]
+
+
+def _self_attention(cache: Any) -> Any:
+    """The part of a cache that grows with the tokens; None without one."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    return cache if hasattr(cache, "layers") else None
+
+
+def _layer_of(cache: Any) -> Any:
+    layers = () if cache is None else cache.layers[-1:]
+    return next((layer for layer in layers if isinstance(layer, _TokenIds)), None)
+
+
+__all__ = ["EvidenceRow", "read_evidence", "remember_tokens", "row_shapes", "scores", "token_ids"]
