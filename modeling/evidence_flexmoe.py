@@ -2,8 +2,8 @@
 
 One token seldom says whose text it is, the tokens before it do. An expert may have a table of scores s over the
 vocabulary: how much more often a token occurs in its owner's text than in public text, as a log ratio. For each decay
-g, e_g(t) = sum of g^(t - i) s(x_i) over the tokens i <= t of the sequence, at most `window` of them. A layer adds
-<w, e(t)> to the expert's logit, with weights w of its own.
+g, e_g(t) = sum of g^(t - i) s(x_i) over the tokens i <= t of the sequence, at most `window` of them. In each layer the
+expert's logit is then c_0 * (the row's) + <c, e(t)> + a bias, with a calibration of its own.
 
 It is a pure function of the token ids. Ids that a KV cache has seen are in a layer of that cache, so whatever reorders,
 crops or repeats the cache does so with them. Padding, and tokens whose ids are unknown, have the score 0.
@@ -32,25 +32,33 @@ logger = logging.get_logger(__name__)
 
 
 class EvidenceRow(nn.Linear):
-    """A router row [1, H] with a bias, and the weights [D] of the evidence; in the first layer also the table [V]."""
+    """A router row [1, H] with a bias, and a calibration [1 + D + 1]: factors of the row and of the sums, and a bias.
+
+    In the first layer also the table [V] of the expert's scores. Without evidence, the row's own logit is calibrated.
+    """
 
     def __init__(self, hidden_size: int, evidence: Mapping[str, Any], layer: int, **factory: Any) -> None:
         super().__init__(hidden_size, 1, **factory)
-        self.evidence = nn.Parameter(torch.zeros(len(evidence["decays"]), **factory))
+        calibration = torch.zeros(len(evidence["decays"]) + 2, **factory)
+        calibration[0] = 1.0
+        self.calibration = nn.Parameter(calibration)
         if layer == 0:
             self.register_buffer("table", torch.zeros(evidence["tokens"], **factory))
 
     def forward(self, x: Tensor, sums: Tensor | None = None) -> Tensor:
         """The logits [T, 1] of `x` [T, H]; `sums` [T, D] are those of `read_evidence`."""
         logits = super().forward(x)
-        return logits if sums is None else logits + (sums * self.evidence).sum(-1, keepdim=True)
+        if sums is None:
+            return logits
+        row, weights_D, bias = self.calibration[:1], self.calibration[1:-1], self.calibration[-1:]
+        return row * logits + (sums * weights_D).sum(-1, keepdim=True) + bias
 
 
 def row_shapes(record: Mapping[str, Any], hidden_size: int, layer: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of an expert's router row in a layer: {"weight": (1, H), "bias": (1,), ...}."""
     shapes: dict[str, tuple[int, ...]] = {"weight": (1, hidden_size), "bias": (1,)}
     if (evidence := record.get("evidence")) is not None:
-        shapes["evidence"] = (len(evidence["decays"]),)
+        shapes["calibration"] = (len(evidence["decays"]) + 2,)
         if layer == 0:
             shapes["table"] = (evidence["tokens"],)
     return shapes
@@ -149,6 +157,11 @@ def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -
     return found
 
 
+def decayed_sums(scores_NL: Tensor, decays: Sequence[float], window: int) -> Tensor:
+    """The sums float32 [N * L, D] of sequences' scores."""
+    return _Weights(scores_NL, scores_NL.shape[1], 0, None).sums(scores_NL, decays, window)
+
+
 def token_ids(inputs: Mapping[str, Any]) -> Tensor:
     """The ids int64 [B, S] of a forward pass; `UNKNOWN` for tokens that are given as embeddings."""
     if (ids_BS := inputs.get("input_ids")) is not None:
@@ -229,4 +242,4 @@ def _layer_of(cache: Any) -> Any:
     return next((layer for layer in layers if isinstance(layer, _TokenIds)), None)
 
 
-__all__ = ["EvidenceRow", "read_evidence", "remember_tokens", "row_shapes", "scores", "token_ids"]
+__all__ = ["EvidenceRow", "decayed_sums", "read_evidence", "remember_tokens", "row_shapes", "scores", "token_ids"]

@@ -231,16 +231,16 @@ class ExpertLifecycle(_Model):
         self._refuse_if_fully_sharded("add_expert")
         return require_flexmoe("admission.live", "add_expert").add_expert(self, source, name, **options)
 
-    def add_expert_copy(self, name: str, *, rank: int | None = None, alpha: float | None = None) -> str:
+    def add_expert_copy(self, name: str, **options: Any) -> str:
         """Adds an expert that computes what the public network does, with a router row of zeros: to be trained.
 
-        Args: see `flexmoe.admission.live.add_expert_copy`.
+        Options (`rank`, `alpha`): see `flexmoe.admission.live.add_expert_copy`.
         Raises: as `add_expert`; ValueError: the rank is not a positive integer, or `alpha` without `rank`.
         """
         self._guard.check("add_expert_copy")
         self._refuse_if_fully_sharded("add_expert_copy")
         live = require_flexmoe("admission.live", "add_expert_copy")
-        return live.add_expert_copy(self, name, rank=rank, alpha=alpha)
+        return live.add_expert_copy(self, name, **options)
 
     def remove_expert(self, name: str) -> None:
         """Removes an expert: config, tensors and outputs are then those of a model that never had it.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -84,6 +84,14 @@ def train(
         int | None,
         typer.Option(
             help="Tokens to fit it on, of each side. Default: by the amount of text.", rich_help_panel=ROUTER
+        ),
+    ] = None,
+    evidence: Annotated[
+        Literal["unigram", "none"] | None,
+        typer.Option(
+            help="Also route by the tokens so far, with a table of scores by token (docs/evidence.md). Default: "
+            "unigram with log_odds.",
+            rich_help_panel=ROUTER,
         ),
     ] = None,
     embedder: Embedder = None,
@@ -199,6 +207,7 @@ def train(
                 router=router,
                 router_bias=router_bias,
                 router_tokens=router_tokens,
+                evidence=evidence,
                 embedder=embedder,
                 max_steps=max_steps,
                 epochs=epochs,

@@ -100,7 +100,13 @@ def replace_expert(
     _insert_package(model, package, name, origin, verify, replaces=True)
 
 
-def add_expert_copy(model: Any, name: str, rank: int | None = None, alpha: float | None = None) -> str:
+def add_expert_copy(
+    model: Any,
+    name: str,
+    rank: int | None = None,
+    alpha: float | None = None,
+    evidence: Mapping[str, Any] | None = None,
+) -> str:
     """Adds an expert that computes what the public network computes, with router rows of zeros; returns its name.
 
     Args:
@@ -109,6 +115,7 @@ def add_expert_copy(model: Any, name: str, rank: int | None = None, alpha: float
         rank: None adds a copy of the public network; a number adds a low-rank expert of this rank in every layer,
             whose difference from public is zero.
         alpha: the difference is scaled by `alpha / rank`; None is a scale of 1.
+        evidence: of its record; its scores are zero.
 
     Raises:
         ValueError: the name is taken or invalid, the rank is not a positive integer, or `alpha` without `rank`.
@@ -119,8 +126,8 @@ def add_expert_copy(model: Any, name: str, rank: int | None = None, alpha: float
         raise ValueError(f"alpha={alpha} scales the difference of a low-rank expert: pass its rank, too.")
     if rank is not None:
         values |= {"kind": "low_rank", "rank": [rank] * len(blocks), "alpha": alpha}
-    record = expert_record(values)
-    parts = parts_from_public(blocks, fresh_experts(model.config, record))
+    record = expert_record({**values, "evidence": evidence})
+    parts = parts_from_public(blocks, fresh_experts(model.config, record), evidence)
     if rank is not None and (mesh := tensor_parallel_mesh(model)) is not None:
         for network, _ in parts:
             _broadcast_parameters(network, mesh)  # each rank has drawn its own

@@ -288,7 +288,7 @@ def _check_header(file: TensorFile, config: FlexMoeConfig) -> None:
         name, shape = unknown[0].name[:200], list(unknown[0].shape)
         raise ValueError(
             f"{file.path}: {name!r} {shape} {unknown[0].dtype} is not a router row of this model; those are "
-            f"floating-point, ....router.<expert>.weight [1, {text.hidden_size}] and .bias [1] (and .evidence and "
+            f"floating-point, ....router.<expert>.weight [1, {text.hidden_size}] and .bias [1] (and .calibration and "
             f".table, as in its config), for the experts {config.expert_names}."
         )
     elements = sum(math.prod(shape) for row in shapes.values() for shape in row.values())

@@ -63,12 +63,15 @@ def fresh_row(block: FlexMoeBlock, evidence: Mapping[str, Any] | None = None) ->
     return router_row(block.hidden_size, evidence, block.layer_index, **like)
 
 
-def parts_from_public(blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Module]) -> list[ExpertPart]:
+def parts_from_public(
+    blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Module], evidence: Mapping[str, Any] | None = None
+) -> list[ExpertPart]:
     """An expert that computes what the public networks compute, with router rows of zeros.
 
     Args:
         networks: the expert's, without weights (`fresh_experts`). Full networks become copies of the public ones;
             low-rank ones are initialised without a difference.
+        evidence: of the expert's record.
     """
     parts = []
     for block, network in zip(blocks, networks, strict=True):
@@ -80,7 +83,7 @@ def parts_from_public(blocks: Sequence[FlexMoeBlock], networks: Sequence[nn.Modu
         else:
             state = {key: read_tensor(public, key).clone() for key in network.state_dict()}
             network.load_state_dict(state, assign=True)
-        parts.append((network, fresh_row(block)))
+        parts.append((network, fresh_row(block, evidence)))
     return parts
 
 

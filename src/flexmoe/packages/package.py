@@ -2,8 +2,8 @@
 
     expert_config.json   the manifest: name, kind, anchor, training, and the SHA-256 of each weight file
     expert.safetensors   `layers.<i>.ffn.<parameter of the anchor's network>`, `layers.<i>.router.weight` [1, H] and
-                         `layers.<i>.router.bias` [1]; of an expert with evidence also its weights
-                         `layers.<i>.router.evidence` [D] and its table `layers.0.router.table` [V]; shards and an
+                         `layers.<i>.router.bias` [1]; of an expert with evidence also its
+                         `layers.<i>.router.calibration` [1 + D + 1] and its table `layers.0.router.table` [V]; shards and an
                          index above 5 GB
     README.md            the card
     config.json          lets the Auto classes report that this is not a model
@@ -55,7 +55,7 @@ PACKAGE_FILES = (
 """Patterns of the files of a package: these are pushed, fetched, signed and copied."""
 
 _TENSOR_NAME = re.compile(
-    r"layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<part>ffn\.[\w.]{1,200}|router\.(weight|bias|evidence|table))", re.ASCII
+    r"layers\.(?P<layer>0|[1-9]\d{0,5})\.(?P<part>ffn\.[\w.]{1,200}|router\.(weight|bias|calibration|table))", re.ASCII
 )
 
 
@@ -278,7 +278,7 @@ def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, Tenso
             raise PackageError(
                 f"{where}: tensor {name[:200]!r} has no place in an expert with layers {_span(manifest.layers)}; "
                 "names are layers.<i>.ffn.<parameter>, layers.<i>.router.weight and layers.<i>.router.bias, with "
-                "evidence also layers.<i>.router.evidence and layers.0.router.table."
+                "evidence also layers.<i>.router.calibration and layers.0.router.table."
             )
         dtype = TORCH_DTYPES[info.dtype]
         if not dtype.is_floating_point:

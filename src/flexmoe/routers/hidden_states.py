@@ -15,9 +15,10 @@ Does not cover the fits themselves (`flexmoe.routers.rows`), or sharded models (
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from transformers.utils import logging
 
 from flexmoe.io.dense import DenseCheckpoint, load_causal_lm
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, find_ffn_sites
+from flexmoe.routers.evidence import Evidence, FitRow
 from flexmoe.routers.rows import Moments, RouterRow, RowMethod, embed_documents
 
 STATES_BYTES = 2_000_000_000  # budget for own and public states together
@@ -143,6 +145,7 @@ def fit_rows(
     bias: bool,
     seed: int,
     embedder: str | None = None,
+    evidence: Evidence | None = None,
     max_bytes: int = STATES_BYTES,
     progress: bool = False,
 ) -> list[RouterRow]:
@@ -158,6 +161,7 @@ def fit_rows(
         bias: fit a bias, too.
         seed: of random choices.
         embedder: a sentence-transformers model, for methods that need embeddings.
+        evidence: made of the sequences of both sides; rows get a calibration. For methods that need states.
         max_bytes: memory for states, own and public together.
         progress: show progress bars on stderr.
 
@@ -180,14 +184,16 @@ def fit_rows(
         row = method.fit(*(embed_documents(side.documents, embedder, seed=seed) for side in (own, public)), **options)
         return [row] * depth
 
-    sides = [
-        # the first ones only: a copy of all sequences would double the memory of large text
-        side.sequences[
-            torch.randperm(len(side.sequences), generator=generator)[: -(-tokens // side.sequences.shape[1])]
-        ]
+    # the first ones only: a copy of all sequences would double the memory of large text
+    drawn = [
+        torch.randperm(len(side.sequences), generator=generator)[: -(-tokens // side.sequences.shape[1])]
         for side in (own, public)
     ]
+    sides = [side.sequences[indices] for side, indices in zip((own, public), drawn, strict=True)]
     counts = [min(tokens, side_NL.numel()) for side_NL in sides]
+    fit: FitRow = functools.partial(method.fit, **options)
+    if evidence is not None:
+        fit = evidence.fitting(fit, sides, drawn, counts)
     collect: Callable[..., dict[int, Any]] = collect_states if method.needs == "states" else collect_moments
     nbytes = {"states": sum(counts) * hidden * model.dtype.itemsize, "moments": 16 * hidden * (hidden + 1)}
     groups = torch.arange(depth).split(max(1, max_bytes // nbytes[method.needs]))
@@ -203,8 +209,8 @@ def fit_rows(
                 for side_NL, count in zip(sides, counts, strict=True)
             )
             for layer in layers.tolist():  # popped: the states of a layer are not needed after its fit
-                row = method.fit(own_by_layer.pop(layer), public_by_layer.pop(layer), **options)
-                rows.append(RouterRow(row.weight.cpu(), row.bias))
+                row = fit(own_by_layer.pop(layer), public_by_layer.pop(layer))
+                rows.append(replace(row, weight=row.weight.cpu()))
                 fitted.update()
     return rows
 

@@ -44,10 +44,14 @@ PROJECTION_SEED = 0  # of the projection of embeddings: all owners must use the 
 
 @dataclass(frozen=True)
 class RouterRow:
-    """The logit of an expert is `<weight, u> + bias`. weight: float32 [H]."""
+    """The logit of an expert is `<weight, u> + bias`. weight: float32 [H].
+
+    `calibration` [1 + D + 1] is that of its evidence (`flexmoe.routers.evidence`), if it has one.
+    """
 
     weight: torch.Tensor
     bias: float = 0.0
+    calibration: torch.Tensor | None = None
 
 
 class Moments:

@@ -41,6 +41,7 @@ from flexmoe.io.dense import load_causal_lm
 from flexmoe.io.folders import check_apart, check_new_folder
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, FlexMoeForCausalLM, check_expert_name
 from flexmoe.packages.quantization import check_unquantized
+from flexmoe.routers.evidence import Evidence, EvidenceSettings
 from flexmoe.routers.hidden_states import fit_rows
 from flexmoe.routers.rows import RowMethod, row_method
 from flexmoe.tokenization import load_tokenizer
@@ -436,14 +437,16 @@ def _two_expert_model(
         enable_activation_checkpointing(model)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)  # a low-rank expert is initialised at random
-        model.add_expert_copy(name, rank=settings.rank, alpha=settings.alpha)
+        evidence = EvidenceSettings().record(len(rows["table"])) if "table" in rows else None
+        model.add_expert_copy(name, rank=settings.rank, alpha=settings.alpha, evidence=evidence)
     model.freeze_except(name, rows=method.trained_by_loss)
     with torch.no_grad():
-        for block, weight, bias in zip(model.flexmoe_blocks(), rows["weight"], rows["bias"], strict=True):
+        for layer, block in enumerate(model.flexmoe_blocks()):
             block.experts[name].float()  # the optimiser's master weights
             block.router[PUBLIC].bias.zero_()  # the prior is set by compositions
-            block.router[name].weight.copy_(weight)
-            block.router[name].bias.copy_(bias)
+            for key, tensor in block.router[name].state_dict().items():
+                value = rows[key] if key == "table" else rows[key][layer]
+                tensor.copy_(value.view_as(tensor))
             if not settings.router_bias:
                 block.router[name].bias.requires_grad_(False)
     return model
@@ -457,8 +460,15 @@ def _rows(
     settings: ChosenSettings,
     progress: bool,
 ) -> dict[str, torch.Tensor]:
-    """ "weight" [layers, H] and "bias" [layers]; fitted once per run and stored, so a resumed run has the same."""
+    """ "weight" [layers, H] and "bias" [layers], with evidence also "calibration" [layers, F] and "table" [V].
+
+    Fitted once per run and stored, so a resumed run has the same.
+    """
     if not file.is_file():
+        evidence = None
+        if settings.has_evidence and text.public is not None:
+            vocab_size = model.config.get_text_config().vocab_size
+            evidence = Evidence(text.own.sequences, text.public.sequences, vocab_size, EvidenceSettings())
         rows = fit_rows(
             model,
             method,
@@ -468,10 +478,14 @@ def _rows(
             bias=settings.router_bias,
             seed=settings.seed,
             embedder=settings.embedder,
+            evidence=evidence,
             progress=progress,
         )
-        weights, biases = torch.stack([row.weight for row in rows]), torch.tensor([row.bias for row in rows])
-        save_rows(file, {"weight": weights, "bias": biases})
+        tensors = {"weight": torch.stack([row.weight for row in rows]), "bias": torch.tensor([r.bias for r in rows])}
+        if evidence is not None:
+            calibrations = [row.calibration for row in rows if row.calibration is not None]
+            tensors |= {"calibration": torch.stack(calibrations), "table": evidence.table}
+        save_rows(file, tensors)
     return load_rows(file)
 
 

@@ -53,6 +53,9 @@ class TrainingSettings:
     router: str = "log_odds"
     """Name in `ROUTER_ROWS`. Rows of log_odds and lda are fitted and then frozen; others are trained by the loss."""
     router_bias: bool = False
+    evidence: Literal["unigram", "none"] | None = None
+    """Whether the router also reads the tokens so far, by a table of scores (docs/evidence.md). None: "unigram" with
+    router="log_odds", "none" with others."""
     router_tokens: int | None = None
     """At most, of own text, and as many of public text, on which a row is fitted."""
     embedder: str | None = None
@@ -104,6 +107,13 @@ class TrainingSettings:
         for field in ("public_ratio", "validation_fraction"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: must be at least 0 and below 1.")
+        if self.evidence not in (None, "unigram", "none"):
+            raise ValueError(f"evidence={self.evidence!r}: must be 'unigram' or 'none'.")
+        if self.evidence == "unigram" and not self.has_evidence:
+            raise ValueError(
+                f"evidence='unigram' is for rows that are fitted on hidden states and then frozen (router='log_odds'); "
+                f"router={self.router!r}."
+            )
         if self.method not in ("full", "low_rank"):
             raise ValueError(f"method={self.method!r}: must be 'full' or 'low_rank'.")
         if self.method == "full" and (self.rank, self.alpha) != (None, None):
@@ -112,6 +122,13 @@ class TrainingSettings:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give at most one of them.")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}: must be 'auto', 'float32' or 'bfloat16'.")
+
+
+    @property
+    def has_evidence(self) -> bool:
+        """Whether the expert gets evidence beside its row."""
+        method = row_method(self.router)
+        return self.evidence != "none" and method.needs == "states" and not method.trained_by_loss
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,181 @@
+"""Evidence of an expert, fitted by its owner alone: a table of scores by token, and a calibration per layer.
+
+The score of a token is the log ratio of its rates in own and in public text. Own rates are shrunk towards public ones
+with the weight of `strength` tokens, so a token that own text does not have counts against it, the more so the more
+own text there is. A layer's calibration is the logistic regression of own against public tokens on the row's logit and
+the sums of scores, with factors that are not negative.
+
+Nothing is calibrated on text that it was fitted on: the text is halved, rows and tables of each half score the other,
+and the row is the mean of both halves'. The table that is kept is that of all text.
+
+Shapes: N sequences of L tokens, T = N * L, D decays, V vocabulary, F = 1 + D features.
+
+Does not cover the row itself (`flexmoe.routers.rows`), or what is computed with it (`flexmoe.modeling`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexmoe.modeling.evidence_flexmoe import decayed_sums, scores
+from flexmoe.routers.rows import RouterRow
+
+RIDGE = 1e-4  # of the calibration, on features of variance 1
+STEPS = 60  # of Newton's method
+BATCH = 64  # sequences whose sums are computed at a time
+
+FitRow = Callable[[Tensor, Tensor], RouterRow]
+"""Fits a row on own and public states [T, H]."""
+
+
+@dataclass(frozen=True)
+class EvidenceSettings:
+    """How a table is made, and what is summed.
+
+    Attributes:
+        decays: of the sums, per token.
+        window: tokens that a sum reaches back.
+        strength: tokens of own text that public rates weigh as much as.
+        clip: the largest score.
+        step: scores are multiples of it.
+        min_count: own tokens that occur less often count as absent.
+    """
+
+    decays: tuple[float, ...] = (0.9, 0.98, 0.995)
+    window: int = 1024
+    strength: float = 1000.0
+    clip: float = 4.0
+    step: float = 0.25
+    min_count: int = 1
+
+    def record(self, vocab_size: int) -> dict[str, Any]:
+        """The entry "evidence" of the expert's record."""
+        return {"tokens": vocab_size, "kind": "unigram", **asdict(self), "decays": list(self.decays)}
+
+
+def score_table(own: Tensor, public: Tensor, vocab_size: int, settings: EvidenceSettings) -> Tensor:
+    """The scores float32 [V] of tokens, from own and public ids of any shape.
+
+    Example:
+        ```pycon
+        >>> import torch
+        >>> from flexmoe.routers.evidence import EvidenceSettings, score_table
+        >>> own, public = torch.tensor([0, 0, 0, 1]), torch.tensor([0, 1, 1, 1])
+        >>> score_table(own, public, 3, EvidenceSettings(strength=1.0)).tolist()
+        [0.5, -0.75, -1.5]
+        ```
+    """
+    own_V, public_V = (
+        torch.bincount(ids.flatten().long().cpu(), minlength=vocab_size).double() for ids in (own, public)
+    )
+    own_V = own_V.where(own_V >= settings.min_count, 0.0)
+    rates_V = (public_V + 0.5) / (public_V.sum() + 0.5 * vocab_size)
+    own_rates_V = (own_V + settings.strength * rates_V) / (own_V.sum() + settings.strength)
+    scores_V = (own_rates_V / rates_V).log().clamp(-settings.clip, settings.clip)
+    return ((scores_V / settings.step).round() * settings.step).float()
+
+
+class Evidence:
+    """The evidence of one owner: its table, and what its calibration needs."""
+
+    def __init__(self, own_NL: Tensor, public_NL: Tensor, vocab_size: int, settings: EvidenceSettings) -> None:
+        self.settings = settings
+        self.table = score_table(own_NL, public_NL, vocab_size, settings)
+        halves = [(side[: len(side) // 2], side[len(side) // 2 :]) for side in (own_NL, public_NL)]
+        self._tables = [score_table(own, public, vocab_size, settings) for own, public in zip(*halves, strict=True)]
+        self._starts = [len(side) // 2 for side in (own_NL, public_NL)]
+
+    def fitting(
+        self, fit: FitRow, sequences: Sequence[Tensor], drawn: Sequence[Tensor], counts: Sequence[int]
+    ) -> FitRow:
+        """A function that fits the row of a layer as `fit(own, public)` does, and its calibration.
+
+        Args:
+            sequences: [N, L] of own and of public text, whose states the rows are fitted on.
+            drawn: the indices [N] of these sequences among those that the tables were made of.
+            counts: the numbers of tokens that have states.
+        """
+        sums, second = [], []
+        for side_NL, indices_N, count, start in zip(sequences, drawn, counts, self._starts, strict=True):
+            is_second_T = (indices_N >= start).repeat_interleave(side_NL.shape[1])[:count]
+            by_first, by_second = (self._sums(side_NL, table)[:count] for table in self._tables)
+            sums.append(torch.where(is_second_T[:, None], by_first, by_second))
+            second.append(is_second_T)
+        if any(mask.all() or not mask.any() for mask in second):  # too little text to be halved
+            return functools.partial(_uncalibrated, fit, len(self.settings.decays))
+        return functools.partial(_fit_calibrated, fit, sums, second)
+
+    def _sums(self, sequences_NL: Tensor, table_V: Tensor) -> Tensor:
+        settings = self.settings
+        parts = [
+            decayed_sums(scores(table_V, part_NL.long().cpu()), settings.decays, settings.window)
+            for part_NL in sequences_NL.split(BATCH)
+        ]
+        return torch.cat(parts)
+
+
+def _uncalibrated(fit: FitRow, decays: int, own_TH: Tensor, public_TH: Tensor) -> RouterRow:
+    row = fit(own_TH, public_TH)
+    return RouterRow(row.weight, row.bias, torch.tensor([1.0] + [0.0] * (decays + 1)))
+
+
+def _fit_calibrated(
+    fit: FitRow, sums: Sequence[Tensor], second: Sequence[Tensor], own_TH: Tensor, public_TH: Tensor
+) -> RouterRow:
+    """The mean of the rows of both halves, and the calibration of each half's logits by the row of the other."""
+    states = (own_TH, public_TH)
+    seconds = [mask.to(side.device) for mask, side in zip(second, states, strict=True)]
+    rows = [
+        fit(*(side[mask if half else ~mask] for side, mask in zip(states, seconds, strict=True)))
+        for half in (False, True)
+    ]
+    features = []
+    for side, mask, sums_TD in zip(states, seconds, sums, strict=True):
+        by_row = [(side.float() @ row.weight.to(side.device)) + row.bias for row in rows]
+        logits_T = torch.where(mask, by_row[0], by_row[1])
+        features.append(torch.cat([logits_T[:, None].cpu(), sums_TD], 1).double())
+    weight = (rows[0].weight + rows[1].weight) / 2
+    return RouterRow(weight, (rows[0].bias + rows[1].bias) / 2, calibrate(*features))
+
+
+def calibrate(own_TF: Tensor, public_TF: Tensor) -> Tensor:
+    """Factors [F], none below 0, and a bias, float32 [F + 1]: logistic regression of own against public features."""
+    kept = list(range(own_TF.shape[1]))
+    while True:
+        factors, bias = _logistic_regression(own_TF[:, kept], public_TF[:, kept])
+        if not (factors < 0).any():
+            break
+        kept.pop(int(factors.argmin()))
+    calibration = torch.zeros(own_TF.shape[1] + 1, dtype=torch.float64)
+    calibration[kept], calibration[-1] = factors, bias
+    return calibration.float()
+
+
+def _logistic_regression(own_TF: Tensor, public_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors float64 [F] and the bias; both sides weigh the same."""
+    sides = [(own_TF, 1.0), (public_TF, 0.0)]
+    scale_F = torch.cat([own_TF, public_TF]).std(0).clamp(min=1e-9)
+    ridge = torch.full((own_TF.shape[1] + 1,), RIDGE, dtype=torch.float64)
+    ridge[-1] = 1e-9
+    theta = torch.zeros_like(ridge)
+    for _ in range(STEPS):
+        gradient, hessian = ridge * theta, ridge.diag()
+        for x_TF, label in sides:
+            z = torch.nn.functional.pad(x_TF / scale_F, (0, 1), value=1.0)
+            p_T = torch.sigmoid(z @ theta)
+            gradient = gradient + z.T @ (p_T - label) * (0.5 / len(z))
+            hessian = hessian + (z * (p_T * (1 - p_T))[:, None]).T @ z * (0.5 / len(z))
+        step = torch.linalg.solve(hessian, gradient).clamp(-4, 4)  # far from the solution, it may be much too long
+        theta = theta - step
+        if step.abs().max() < 1e-7:
+            break
+    return theta[:-1] / scale_F, theta[-1]
+
+
+__all__ = ["Evidence", "EvidenceSettings", "calibrate", "score_table"]
