@@ -3,14 +3,16 @@
 One token seldom says whose text it is, the tokens before it do. An expert may have a table of scores s over the
 vocabulary: how much more often a token occurs in its owner's text than in public text, as a log ratio. For each decay
 g, e_g(t) = sum of g^(t - i) s(x_i) over the tokens i <= t of the sequence, at most `window` of them. In each layer the
-expert's logit is then c_0 * (the row's) + <c, e(t)> + a bias, with a calibration of its own.
+expert's logit is then c_0 * (the row's) + <c, e(t)> + a bias, with a calibration of its own. Where little has been read,
+sums are small whatever the text, so the bias is another one there: a term fades with the number of tokens.
 
 It is a pure function of the token ids. Ids that a KV cache has seen are in a layer of that cache, so whatever reorders,
 crops or repeats the cache does so with them. Padding, and tokens whose ids are unknown, have the score 0.
 
 Does not cover fitting (`flexmoe.routers.evidence`), or paged caches (`flexmoe.batching`).
 
-Shapes: B batch, S tokens of this pass, Q of them at a time, K tokens so far, T = B * S, D decays, V vocabulary.
+Shapes: B batch, S tokens of this pass, Q of them at a time, K tokens so far, T = B * S, D decays, V vocabulary, and
+F = D + 1 features: the sums, and what fades.
 """
 
 from __future__ import annotations
@@ -26,39 +28,45 @@ from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
 UNKNOWN = -1  # the id of a token that was given as an embedding
+FADING = 0.8  # per token, of the term that replaces the bias where little has been read
 QUERIES = 256  # tokens whose sums are computed at a time
 
 logger = logging.get_logger(__name__)
 
 
 class EvidenceRow(nn.Linear):
-    """A router row [1, H] with a bias, and a calibration [1 + D + 1]: factors of the row and of the sums, and a bias.
+    """A router row [1, H] with a bias, and a calibration [1 + F + 1]: factors of the row and of features, and a bias.
 
     In the first layer also the table [V] of the expert's scores. Without evidence, the row's own logit is calibrated.
     """
 
     def __init__(self, hidden_size: int, evidence: Mapping[str, Any], layer: int, **factory: Any) -> None:
         super().__init__(hidden_size, 1, **factory)
-        calibration = torch.zeros(len(evidence["decays"]) + 2, **factory)
+        calibration = torch.zeros(calibration_size(evidence), **factory)
         calibration[0] = 1.0
         self.calibration = nn.Parameter(calibration)
         if layer == 0:
             self.register_buffer("table", torch.zeros(evidence["tokens"], **factory))
 
-    def forward(self, x: Tensor, sums: Tensor | None = None) -> Tensor:
-        """The logits [T, 1] of `x` [T, H]; `sums` [T, D] are those of `read_evidence`."""
+    def forward(self, x: Tensor, features: Tensor | None = None) -> Tensor:
+        """The logits [T, 1] of `x` [T, H]; `features` [T, F] are those of `read_evidence`."""
         logits = super().forward(x)
-        if sums is None:
+        if features is None:
             return logits
-        row, weights_D, bias = self.calibration[:1], self.calibration[1:-1], self.calibration[-1:]
-        return row * logits + (sums * weights_D).sum(-1, keepdim=True) + bias
+        row, factors_F, bias = self.calibration[:1], self.calibration[1:-1], self.calibration[-1:]
+        return row * logits + (features * factors_F).sum(-1, keepdim=True) + bias
+
+
+def calibration_size(evidence: Mapping[str, Any]) -> int:
+    """The entries of a calibration: factors of the row and of the features, and a bias."""
+    return len(evidence["decays"]) + 3
 
 
 def row_shapes(record: Mapping[str, Any], hidden_size: int, layer: int) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors of an expert's router row in a layer: {"weight": (1, H), "bias": (1,), ...}."""
     shapes: dict[str, tuple[int, ...]] = {"weight": (1, hidden_size), "bias": (1,)}
     if (evidence := record.get("evidence")) is not None:
-        shapes["calibration"] = (len(evidence["decays"]) + 2,)
+        shapes["calibration"] = (calibration_size(evidence),)
         if layer == 0:
             shapes["table"] = (evidence["tokens"],)
     return shapes
@@ -123,7 +131,7 @@ class StaticIds(_TokenIds, StaticLayer):
 
 
 def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The sums float32 [T, D] of each expert with a table, for the tokens of a forward pass.
+    """The features float32 [T, F] of each expert with a table, for the tokens of a forward pass.
 
     Args:
         model: the FlexMoE that runs.
@@ -147,19 +155,29 @@ def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
     mask_BK = mask if isinstance(mask, Tensor) and mask.shape == ids_BK.shape else None
     positions_BS = positions.expand(ids_BS.shape) if positions is not None and positions.dim() == 2 else None
-    weights = _Weights(ids_BK, ids_BS.shape[1], first, positions_BS)
-    rows, found = model.flexmoe_blocks()[0].router, {}
+    weights, rows = _Weights(ids_BK, ids_BS.shape[1], first, positions_BS), model.flexmoe_blocks()[0].router
     with torch.no_grad(), maybe_autocast(ids_BS.device.type, enabled=False):
-        for record in records:
-            name, evidence = record["name"], record["evidence"]
-            scores_BK = scores(rows[name].table, ids_BK, mask_BK)
-            found[name] = weights.sums(scores_BK, evidence["decays"], evidence["window"])
-    return found
+        return {
+            record["name"]: _features(weights, rows[record["name"]].table, ids_BK, mask_BK, record["evidence"])
+            for record in records
+        }
 
 
-def decayed_sums(scores_NL: Tensor, decays: Sequence[float], window: int) -> Tensor:
-    """The sums float32 [N * L, D] of sequences' scores."""
-    return _Weights(scores_NL, scores_NL.shape[1], 0, None).sums(scores_NL, decays, window)
+def sequence_features(table_V: Tensor, ids_NL: Tensor, evidence: Mapping[str, Any]) -> Tensor:
+    """The features float32 [N * L, F] of whole sequences, for calibration."""
+    return _features(_Weights(ids_NL, ids_NL.shape[1], 0, None), table_V, ids_NL, None, evidence)
+
+
+def _features(
+    weights: _Weights, table_V: Tensor, ids_BK: Tensor, mask_BK: Tensor | None, evidence: Mapping[str, Any]
+) -> Tensor:
+    is_read_BK = ids_BK >= 0 if mask_BK is None else (ids_BK >= 0) & mask_BK.bool()
+    table_V = table_V.to(ids_BK.device)
+    has_score_BK = is_read_BK & (ids_BK < len(table_V))
+    scores_BK = torch.where(has_score_BK, table_V[ids_BK.clamp(0, len(table_V) - 1)].float(), 0.0)
+    sums_TD = weights.sums(scores_BK, evidence["decays"], evidence["window"])
+    fading_T1 = 1 - (1 - FADING) * weights.sums(is_read_BK.float(), [FADING], evidence["window"])
+    return torch.cat([sums_TD, fading_T1], 1)
 
 
 def token_ids(inputs: Mapping[str, Any]) -> Tensor:
@@ -184,15 +202,6 @@ def remember_tokens(cache: Any, ids_BS: Tensor) -> None:
         length = cache.get_max_length() if cache.is_compileable else -1
         layer = (GrowingIds() if length < 0 else StaticIds(max_cache_len=length)).use(cache)
     layer.remember(ids_BS)
-
-
-def scores(table_V: Tensor, ids_BK: Tensor, mask_BK: Tensor | None = None) -> Tensor:
-    """The scores float32 [B, K] of tokens; 0 where the mask is 0, and for ids that the table does not have."""
-    table_V = table_V.to(ids_BK.device)
-    is_known_BK = (ids_BK >= 0) & (ids_BK < len(table_V))
-    if mask_BK is not None:
-        is_known_BK = is_known_BK & mask_BK.bool()
-    return torch.where(is_known_BK, table_V[ids_BK.clamp(0, len(table_V) - 1)].float(), 0.0)
 
 
 class _Weights:
@@ -242,4 +251,12 @@ def _layer_of(cache: Any) -> Any:
     return next((layer for layer in layers if isinstance(layer, _TokenIds)), None)
 
 
-__all__ = ["EvidenceRow", "decayed_sums", "read_evidence", "remember_tokens", "row_shapes", "scores", "token_ids"]
+__all__ = [
+    "EvidenceRow",
+    "calibration_size",
+    "read_evidence",
+    "remember_tokens",
+    "row_shapes",
+    "sequence_features",
+    "token_ids",
+]

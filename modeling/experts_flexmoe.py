@@ -177,7 +177,7 @@ class FlexMoeRouter(nn.ModuleDict):
     def forward(self, x_TH: Tensor, names: Iterable[str], evidence: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits of the experts `names`, float32 [T, A], regardless of autocast.
 
-        `evidence`: the sums [T, D] of the experts that have it.
+        `evidence`: the features [T, F] of the experts that have it.
         """
         rows = [self[name] for name in names]
         dtypes = [floating_dtype(row) or torch.float32 for row in rows]

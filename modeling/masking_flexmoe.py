@@ -72,7 +72,7 @@ class ForwardContext:
     usage: tuple[Any, ...] = ()  # objects whose `record` each block calls with its routing weights
     token_mask: Tensor | None = None  # bool [tokens], False for padding
     stamp: CacheStamp | None = None  # of the KV cache that this pass fills
-    evidence: Mapping[str, Tensor] | None = None  # sums [tokens, decays] of the experts that have it
+    evidence: Mapping[str, Tensor] | None = None  # features [tokens, F] of the experts that have it
 
 
 _NO_CONTEXT = ForwardContext()

@@ -15,8 +15,8 @@ signatures (`flexmoe.packages.trust`) or uploads (`flexmoe.hub`).
 from __future__ import annotations
 
 import hashlib
-import os
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace

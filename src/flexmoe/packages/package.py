@@ -2,9 +2,8 @@
 
     expert_config.json   the manifest: name, kind, anchor, training, and the SHA-256 of each weight file
     expert.safetensors   `layers.<i>.ffn.<parameter of the anchor's network>`, `layers.<i>.router.weight` [1, H] and
-                         `layers.<i>.router.bias` [1]; of an expert with evidence also its
-                         `layers.<i>.router.calibration` [1 + D + 1] and its table `layers.0.router.table` [V]; shards and an
-                         index above 5 GB
+                         `layers.<i>.router.bias` [1]; with evidence also `layers.<i>.router.calibration`
+                         [D + 3] and the table `layers.0.router.table` [V]; shards and an index above 5 GB
     README.md            the card
     config.json          lets the Auto classes report that this is not a model
 

@@ -3,12 +3,12 @@
 The score of a token is the log ratio of its rates in own and in public text. Own rates are shrunk towards public ones
 with the weight of `strength` tokens, so a token that own text does not have counts against it, the more so the more
 own text there is. A layer's calibration is the logistic regression of own against public tokens on the row's logit and
-the sums of scores, with factors that are not negative.
+the sums of scores, whose factors are not negative, and on what fades at the start of a text.
 
 Nothing is calibrated on text that it was fitted on: the text is halved, rows and tables of each half score the other,
 and the row is the mean of both halves'. The table that is kept is that of all text.
 
-Shapes: N sequences of L tokens, T = N * L, D decays, V vocabulary, F = 1 + D features.
+Shapes: N sequences of L tokens, T = N * L, D decays, V vocabulary, F = D + 1 features (sums, and what fades).
 
 Does not cover the row itself (`flexmoe.routers.rows`), or what is computed with it (`flexmoe.modeling`).
 """
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexmoe.modeling.evidence_flexmoe import decayed_sums, scores
+from flexmoe.modeling.evidence_flexmoe import calibration_size, sequence_features
 from flexmoe.routers.rows import RouterRow
 
 RIDGE = 1e-4  # of the calibration, on features of variance 1
@@ -85,7 +85,7 @@ class Evidence:
     """The evidence of one owner: its table, and what its calibration needs."""
 
     def __init__(self, own_NL: Tensor, public_NL: Tensor, vocab_size: int, settings: EvidenceSettings) -> None:
-        self.settings = settings
+        self.record = settings.record(vocab_size)
         self.table = score_table(own_NL, public_NL, vocab_size, settings)
         halves = [(side[: len(side) // 2], side[len(side) // 2 :]) for side in (own_NL, public_NL)]
         self._tables = [score_table(own, public, vocab_size, settings) for own, public in zip(*halves, strict=True)]
@@ -101,32 +101,29 @@ class Evidence:
             drawn: the indices [N] of these sequences among those that the tables were made of.
             counts: the numbers of tokens that have states.
         """
-        sums, second = [], []
+        features, second = [], []
         for side_NL, indices_N, count, start in zip(sequences, drawn, counts, self._starts, strict=True):
             is_second_T = (indices_N >= start).repeat_interleave(side_NL.shape[1])[:count]
-            by_first, by_second = (self._sums(side_NL, table)[:count] for table in self._tables)
-            sums.append(torch.where(is_second_T[:, None], by_first, by_second))
+            by_first, by_second = (self._features(side_NL, table)[:count] for table in self._tables)
+            features.append(torch.where(is_second_T[:, None], by_first, by_second))
             second.append(is_second_T)
         if any(mask.all() or not mask.any() for mask in second):  # too little text to be halved
-            return functools.partial(_uncalibrated, fit, len(self.settings.decays))
-        return functools.partial(_fit_calibrated, fit, sums, second)
+            return functools.partial(_uncalibrated, fit, calibration_size(self.record))
+        return functools.partial(_fit_calibrated, fit, features, second)
 
-    def _sums(self, sequences_NL: Tensor, table_V: Tensor) -> Tensor:
-        settings = self.settings
-        parts = [
-            decayed_sums(scores(table_V, part_NL.long().cpu()), settings.decays, settings.window)
-            for part_NL in sequences_NL.split(BATCH)
-        ]
-        return torch.cat(parts)
+    def _features(self, sequences_NL: Tensor, table_V: Tensor) -> Tensor:
+        """[T, F]."""
+        parts = (part_NL.long().cpu() for part_NL in sequences_NL.split(BATCH))
+        return torch.cat([sequence_features(table_V, part_NL, self.record) for part_NL in parts])
 
 
-def _uncalibrated(fit: FitRow, decays: int, own_TH: Tensor, public_TH: Tensor) -> RouterRow:
+def _uncalibrated(fit: FitRow, size: int, own_TH: Tensor, public_TH: Tensor) -> RouterRow:
     row = fit(own_TH, public_TH)
-    return RouterRow(row.weight, row.bias, torch.tensor([1.0] + [0.0] * (decays + 1)))
+    return RouterRow(row.weight, row.bias, torch.tensor([1.0] + [0.0] * (size - 1)))
 
 
 def _fit_calibrated(
-    fit: FitRow, sums: Sequence[Tensor], second: Sequence[Tensor], own_TH: Tensor, public_TH: Tensor
+    fit: FitRow, features: Sequence[Tensor], second: Sequence[Tensor], own_TH: Tensor, public_TH: Tensor
 ) -> RouterRow:
     """The mean of the rows of both halves, and the calibration of each half's logits by the row of the other."""
     states = (own_TH, public_TH)
@@ -135,39 +132,42 @@ def _fit_calibrated(
         fit(*(side[mask if half else ~mask] for side, mask in zip(states, seconds, strict=True)))
         for half in (False, True)
     ]
-    features = []
-    for side, mask, sums_TD in zip(states, seconds, sums, strict=True):
+    found = []
+    for side, mask, features_TF in zip(states, seconds, features, strict=True):
         by_row = [(side.float() @ row.weight.to(side.device)) + row.bias for row in rows]
         logits_T = torch.where(mask, by_row[0], by_row[1])
-        features.append(torch.cat([logits_T[:, None].cpu(), sums_TD], 1).double())
+        found.append(torch.cat([logits_T[:, None].cpu(), features_TF], 1).double())
     weight = (rows[0].weight + rows[1].weight) / 2
-    return RouterRow(weight, (rows[0].bias + rows[1].bias) / 2, calibrate(*features))
+    return RouterRow(weight, (rows[0].bias + rows[1].bias) / 2, calibrate(*found))
 
 
-def calibrate(own_TF: Tensor, public_TF: Tensor) -> Tensor:
-    """Factors [F], none below 0, and a bias, float32 [F + 1]: logistic regression of own against public features."""
-    kept = list(range(own_TF.shape[1]))
+def calibrate(own: Tensor, public: Tensor) -> Tensor:
+    """A calibration float32 [1 + F + 1]: logistic regression of own against public tokens, [T, 1 + F] each.
+
+    The factors of the row's logit and of the sums are not negative: one that would be is left out.
+    """
+    *kept, fading = range(own.shape[1])
     while True:
-        factors, bias = _logistic_regression(own_TF[:, kept], public_TF[:, kept])
-        if not (factors < 0).any():
+        factors, bias = _logistic_regression(own[:, [*kept, fading]], public[:, [*kept, fading]])
+        if not (factors[:-1] < 0).any():
             break
-        kept.pop(int(factors.argmin()))
-    calibration = torch.zeros(own_TF.shape[1] + 1, dtype=torch.float64)
-    calibration[kept], calibration[-1] = factors, bias
+        kept.pop(int(factors[:-1].argmin()))
+    calibration = torch.zeros(own.shape[1] + 1, dtype=torch.float64)
+    calibration[[*kept, fading]], calibration[-1] = factors, bias
     return calibration.float()
 
 
-def _logistic_regression(own_TF: Tensor, public_TF: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors float64 [F] and the bias; both sides weigh the same."""
-    sides = [(own_TF, 1.0), (public_TF, 0.0)]
-    scale_F = torch.cat([own_TF, public_TF]).std(0).clamp(min=1e-9)
-    ridge = torch.full((own_TF.shape[1] + 1,), RIDGE, dtype=torch.float64)
+def _logistic_regression(own: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors float64 of the columns, and the bias; both sides weigh the same."""
+    sides = [(own, 1.0), (public, 0.0)]
+    scale = torch.cat([own, public]).std(0).clamp(min=1e-9)
+    ridge = torch.full((own.shape[1] + 1,), RIDGE, dtype=torch.float64)
     ridge[-1] = 1e-9
     theta = torch.zeros_like(ridge)
     for _ in range(STEPS):
         gradient, hessian = ridge * theta, ridge.diag()
-        for x_TF, label in sides:
-            z = torch.nn.functional.pad(x_TF / scale_F, (0, 1), value=1.0)
+        for x, label in sides:
+            z = torch.nn.functional.pad(x / scale, (0, 1), value=1.0)
             p_T = torch.sigmoid(z @ theta)
             gradient = gradient + z.T @ (p_T - label) * (0.5 / len(z))
             hessian = hessian + (z * (p_T * (1 - p_T))[:, None]).T @ z * (0.5 / len(z))
@@ -175,7 +175,7 @@ def _logistic_regression(own_TF: Tensor, public_TF: Tensor) -> tuple[Tensor, Ten
         theta = theta - step
         if step.abs().max() < 1e-7:
             break
-    return theta[:-1] / scale_F, theta[-1]
+    return theta[:-1] / scale, theta[-1]
 
 
 __all__ = ["Evidence", "EvidenceSettings", "calibrate", "score_table"]

@@ -111,8 +111,8 @@ class TrainingSettings:
             raise ValueError(f"evidence={self.evidence!r}: must be 'unigram' or 'none'.")
         if self.evidence == "unigram" and not self.has_evidence:
             raise ValueError(
-                f"evidence='unigram' is for rows that are fitted on hidden states and then frozen (router='log_odds'); "
-                f"router={self.router!r}."
+                "evidence='unigram' is for rows that are fitted on hidden states and then frozen, as with "
+                f"router='log_odds'; router={self.router!r}."
             )
         if self.method not in ("full", "low_rank"):
             raise ValueError(f"method={self.method!r}: must be 'full' or 'low_rank'.")
@@ -122,7 +122,6 @@ class TrainingSettings:
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give at most one of them.")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}: must be 'auto', 'float32' or 'bfloat16'.")
-
 
     @property
     def has_evidence(self) -> bool:
