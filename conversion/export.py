@@ -63,6 +63,7 @@ class Options:
 
     expert: str | None = None
     drop_bias: bool = False
+    drop_evidence: bool = False
     densify: bool = False
 
 
@@ -80,6 +81,7 @@ def export(
     to: str,
     expert: str | None = None,
     drop_bias: bool = False,
+    drop_evidence: bool = False,
     densify: bool = False,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -97,6 +99,8 @@ def export(
             (Llama and Mistral anchors) or "qwen3_moe" (Qwen3 anchors).
         expert: for "dense", the expert whose networks are written; "public" is the anchor itself.
         drop_bias: leave out biases of router rows and the public prior, which no format has. This changes the model.
+        drop_evidence: leave out the evidence of experts, which no format has: they are then routed by their rows
+            alone, as those trained with evidence="none". This changes the model.
         densify: merge low-rank experts into public's networks, summed in float32 and rounded once.
         max_shard_size: bytes per weight file.
         overwrite: replace an existing `out`.
@@ -105,8 +109,8 @@ def export(
     Raises:
         FileExistsError: `out` exists and `overwrite` is False.
         FileNotFoundError: no such model.
-        ValueError: no such format or expert, or the format cannot represent the model: biases, masked or low-rank
-            experts, weights that are not normalised, another family, missing config fields.
+        ValueError: no such format or expert, or the format cannot represent the model: biases, evidence, masked or
+            low-rank experts, weights that are not normalised, another family, missing config fields.
 
     Example:
         ```pycon
@@ -124,7 +128,7 @@ def export(
     stored = StoredModel(model, "exported")
     check_apart(target, stored.folder)
     tokenizer = check_tokenizer(stored.folder)
-    exported = TARGETS[to](stored, Options(expert, drop_bias, densify))
+    exported = TARGETS[to](stored, Options(expert, drop_bias, drop_evidence, densify))
     durable = overwrite  # a new folder can be written again; one that replaces another must not be lost
     with atomic_folder(target, overwrite, durable=durable) as folder:
         write_checkpoint(
@@ -168,6 +172,8 @@ def as_native(native: NativeFormat, stored: StoredModel, options: Options) -> Ex
     config = native_config(native, stored.config)
     if not options.drop_bias:
         _check_bias_free(native, stored)
+    if not options.drop_evidence:
+        _check_evidence_free(native, stored)
     dense, sites = build_on_meta(_anchor_config(stored))
     with torch.device("meta"):
         target = AutoModelForCausalLM.from_config(config)
@@ -353,6 +359,16 @@ def _check_bias_free(native: NativeFormat, stored: StoredModel) -> None:
         "text (flexmoe export --data NAME=FILE) to measure by how much. Experts that were trained without biases and "
         "composed with a prior of 0 can be exported unchanged."
     )
+
+
+def _check_evidence_free(native: NativeFormat, stored: StoredModel) -> None:
+    if names := [record["name"] for record in stored.config.expert_records if "evidence" in record]:
+        raise ValueError(
+            f"{native.model_type} routes each token by its hidden state alone; {', '.join(names)} are also routed by "
+            "the tokens so far. --drop-evidence (drop_evidence=True) leaves that out and changes the model: give text "
+            "(flexmoe export --data NAME=FILE) to measure by how much. Experts that were trained with --evidence none "
+            "(evidence='none') can be exported unchanged."
+        )
 
 
 def _check_equal_outside_blocks(

@@ -3,11 +3,11 @@
 One token seldom says whose text it is, the tokens before it do. An expert may have a table of scores s over the
 vocabulary: how much more often a token occurs in its owner's text than in public text, as a log ratio. For each decay
 g, e_g(t) = sum of g^(t - i) s(x_i) over the tokens i <= t of the sequence, at most `window` of them. In each layer the
-expert's logit is then c_0 * (the row's) + <c, e(t)> + a bias, with a calibration of its own. Where little has been read,
-sums are small whatever the text, so the bias is another one there: a term fades with the number of tokens.
+expert's logit is then c_0 * (the row's) + <c, e(t)> + a bias, calibrated for that layer. Where little has been read,
+sums are small whatever the text, so the bias is another one there: one factor is of a term that fades.
 
-It is a pure function of the token ids. Ids that a KV cache has seen are in a layer of that cache, so whatever reorders,
-crops or repeats the cache does so with them. Padding, and tokens whose ids are unknown, have the score 0.
+It is a pure function of the token ids. Ids that a KV cache has seen are in a layer of that cache, so whatever
+reorders, crops or repeats it does so with them. Padding, and tokens whose ids are unknown, have the score 0.
 
 Does not cover fitting (`flexmoe.routers.evidence`), or paged caches (`flexmoe.batching`).
 
@@ -29,6 +29,10 @@ from transformers.utils.generic import maybe_autocast
 
 UNKNOWN = -1  # the id of a token that was given as an embedding
 FADING = 0.8  # per token, of the term that replaces the bias where little has been read
+PAGED = (
+    "Continuous batching keeps no token ids in its paged cache, by which {} are chosen: call generate, leave these experts "
+    "out (experts=[...]), or train them with --evidence none (evidence='none')."
+)
 QUERIES = 256  # tokens whose sums are computed at a time
 
 logger = logging.get_logger(__name__)
@@ -139,11 +143,13 @@ def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -
         inputs: the arguments of the forward pass.
 
     Raises:
-        ValueError: the cache holds tokens whose ids it has not seen.
+        ValueError: the cache holds tokens whose ids it has not seen, or is a paged one, which keeps none.
     """
     records = [record for record in model.config.expert_records if "evidence" in record and record["name"] in names]
     if not records:
         return {}
+    if inputs.get("read_index") is not None:
+        raise ValueError(PAGED.format([record["name"] for record in records]))
     ids_BS, cache = token_ids(inputs), _self_attention(inputs.get("past_key_values"))
     layer = _layer_of(cache)
     if layer is None and cache is not None and isinstance(length := cache.get_seq_length(), int) and length:
@@ -185,8 +191,8 @@ def token_ids(inputs: Mapping[str, Any]) -> Tensor:
     if (ids_BS := inputs.get("input_ids")) is not None:
         return ids_BS.long()
     logger.warning_once(
-        "inputs_embeds are given instead of input_ids, so routers with evidence cannot tell which tokens these are and "
-        "route them by their hidden states alone."
+        "inputs_embeds are given instead of input_ids: which tokens these are is unknown, so no evidence is read from "
+        "them, and experts with evidence are chosen by the hidden states and by what was read before."
     )
     states = inputs["inputs_embeds"]
     return torch.full(states.shape[:2], UNKNOWN, dtype=torch.int64, device=states.device)
@@ -226,7 +232,7 @@ class _Weights:
         return torch.cat(parts, 1).flatten(0, 1)
 
     def _weights(self, start: int, end: int, low: int, high: int, decays: tuple[float, ...], window: int) -> Tensor:
-        """[1 or B, Q * D, K] for the tokens from `start` to `end` of this pass and those from `low` to `high` of all."""
+        """[1 or B, Q * D, K] for the tokens `start` to `end` of this pass and `low` to `high` of all."""
         key = (start, decays, window)
         if key not in self._made:
             slots_Q = self._first + torch.arange(start, end, device=self._device)
@@ -252,6 +258,7 @@ def _layer_of(cache: Any) -> Any:
 
 
 __all__ = [
+    "PAGED",
     "EvidenceRow",
     "calibration_size",
     "read_evidence",

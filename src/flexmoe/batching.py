@@ -17,6 +17,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from flexmoe.modeling.evidence_flexmoe import PAGED
 from flexmoe.modeling.masking_flexmoe import model_scope, scoped_values, select_experts
 
 _KEYWORDS = frozenset(
@@ -48,13 +49,16 @@ def start_manager(
             `only_experts` allow now.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or an expert with evidence.
         RuntimeError: a persistent manager with other experts runs.
     """
     if experts is None:
         experts = getattr(_generation_config(model, args, kwargs), "experts", None)
     with _only(model, experts):
-        allowed = tuple(model.serial_of(name) for name in select_experts(model, None, None).names)
+        names = select_experts(model, None, None).names
+        if with_evidence := [r["name"] for r in model.config.expert_records if "evidence" in r and r["name"] in names]:
+            raise ValueError(PAGED.format(with_evidence))  # before the manager's thread fails
+        allowed = tuple(model.serial_of(name) for name in names)
         cached = getattr(model, "_cached_continuous_batching_manager", None)
         if cached is not None and getattr(cached, "_flexmoe_experts", allowed) != allowed:
             if cached.is_running():

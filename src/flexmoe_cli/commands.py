@@ -248,12 +248,15 @@ def export(
     drop_bias: Annotated[
         bool, typer.Option("--drop-bias", help="Leave out router biases and the public prior. Changes the model.")
     ] = False,
+    drop_evidence: Annotated[
+        bool, typer.Option("--drop-evidence", help="Route by the rows alone, without evidence. Changes the model.")
+    ] = False,
     densify: Annotated[bool, typer.Option("--densify", help="Merge low-rank experts into full ones.")] = False,
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME=FILE",
-            help="Text on which model and export are compared, by domain: the cost of --drop-bias.",
+            help="Text on which model and export are compared, by domain: the cost of --drop-....",
         ),
     ] = None,
     text_column: TextColumn = "text",
@@ -277,6 +280,7 @@ def export(
             to=to,
             expert=expert,
             drop_bias=drop_bias,
+            drop_evidence=drop_evidence,
             densify=densify,
             max_shard_size=max_shard_size,
             overwrite=overwrite,

@@ -6,12 +6,13 @@ Does not cover stored models (`flexmoe.admission.stored_rows`, `flexmoe.admissio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from flexmoe.admission.evidence import check_evidence, routed_row
 from flexmoe.admission.findings import Finding, not_checked
 from flexmoe.admission.measures import unreadable_reason
 from flexmoe.admission.outputs import EMPTY, NOT_FINITE, OUTPUT, OutputCheck, Probes, Reference, filled, zeros
@@ -24,7 +25,11 @@ from flexmoe.packages.modules import execution_device, fresh_networks, read_tens
 
 
 def check_expert(
-    model: Any, parts: Sequence[tuple[nn.Module, nn.Module]], *, replaced: str | None = None
+    model: Any,
+    parts: Sequence[tuple[nn.Module, nn.Module]],
+    *,
+    replaced: str | None = None,
+    evidence: Mapping[str, Any] | None = None,
 ) -> list[Finding]:
     """Checks an expert before it is added to a model, which does not change; the expert is put in eval mode.
 
@@ -32,9 +37,11 @@ def check_expert(
         model: a FlexMoE model.
         parts: the expert's network and router row in each of its blocks.
         replaced: the expert that it replaces, which is no reference for it.
+        evidence: of its record.
     """
     blocks = model.flexmoe_blocks()
     names = [name for name in blocks[0].router if name not in (PUBLIC, replaced)]
+    rows: list[Any] = [beneath_adapter(row) for _, row in parts]
     return [
         *check_rows(
             [_live_row(row) for _, row in parts],
@@ -42,6 +49,7 @@ def check_expert(
             others={name: [_live_row(block.router[name]) for block in blocks] for name in names},
             inputs=inputs_of_live(model),
         ),
+        *([check_evidence(rows[0].table, [row.calibration.detach() for row in rows], evidence)] if evidence else ()),
         *_check_outputs(blocks, [network for network, _ in parts], model.config),
     ]
 
@@ -87,7 +95,10 @@ def _public_of(block: FlexMoeBlock, fresh: nn.Module, probes: Probes) -> tuple[n
 
 def _live_row(row: nn.Module) -> Row:
     unwrapped: Any = beneath_adapter(row)
-    return unwrapped.weight.detach(), unwrapped.bias.detach()
+    calibration = getattr(unwrapped, "calibration", None)
+    return routed_row(
+        unwrapped.weight.detach(), unwrapped.bias.detach(), None if calibration is None else calibration.detach()
+    )
 
 
 __all__ = ["check_expert"]

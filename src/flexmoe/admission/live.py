@@ -9,6 +9,7 @@ Does not cover the same changes on disk (`flexmoe.conversion.compose`), or pushi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,9 @@ def _insert_package(
         check_config_size(model.config, record)
         parts = parts_from_package(blocks, fresh_experts(model.config, record, networks), package)
     if verify:
-        refuse_unless_admitted(name, check_expert(model, parts, replaced=name), package.folder)
+        refuse_unless_admitted(
+            name, check_expert(model, parts, replaced=name, evidence=record.get("evidence")), package.folder
+        )
     model.insert_expert(record, _quantize(model, name, parts), replaces, position)
 
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from flexmoe.admission.evidence import routed_row
 from flexmoe.admission.findings import Finding, Worst, not_checked
 from flexmoe.admission.measures import norm, unreadable_reason
 from flexmoe.admission.router_inputs import RouterInput
@@ -56,11 +57,12 @@ def check_row_tensors(
     incoming: Mapping[str, Mapping[str, Tensor]] | None = None,
     inputs: Sequence[RouterInput] | None = None,
 ) -> list[Finding]:
-    """`check_rows` for rows by their names in a package, `layers.<i>.router.weight` and `.bias`."""
+    """`check_rows` for rows by their names in a package, `layers.<i>.router.weight` and so on."""
     layers = sorted(int(name.split(".")[1]) for name in rows if name.endswith(".router.weight"))
 
     def by_layer(tensors: Mapping[str, Tensor]) -> list[Row]:
-        return [(tensors[f"layers.{i}.router.weight"], tensors[f"layers.{i}.router.bias"]) for i in layers]
+        parts = ("weight", "bias", "calibration")
+        return [routed_row(*(tensors.get(f"layers.{i}.router.{part}") for part in parts)) for i in layers]
 
     return check_rows(
         by_layer(rows),

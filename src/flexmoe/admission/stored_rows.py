@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 
+from flexmoe.admission.evidence import check_evidence
 from flexmoe.admission.findings import refuse_unless_admitted
 from flexmoe.admission.incoming import IncomingExpert
 from flexmoe.admission.router_inputs import RouterInput
@@ -55,6 +56,10 @@ def check_incoming_rows(
             incoming={other.name: other.rows for other in incoming if other is not expert},
             inputs=inputs,
         )
+        manifest = expert.package.manifest
+        if manifest.evidence is not None:
+            calibrations = [expert.rows[f"layers.{layer}.router.calibration"] for layer in manifest.layers]
+            findings.append(check_evidence(expert.rows["layers.0.router.table"], calibrations, manifest.evidence))
         refuse_unless_admitted(expert.name, findings, expert.package.folder)
 
 

@@ -230,7 +230,9 @@ class _Checks:
         if self.parts is None:
             self.skip("rows and outputs", "the package does not fit the model, or is damaged")
         else:
-            self.findings += check_expert(self.host, self.parts, replaced=self.name)
+            self.findings += check_expert(
+                self.host, self.parts, replaced=self.name, evidence=self.record.get("evidence")
+            )
 
     def check_text(self, text_NL: torch.Tensor | None, batch_size: int) -> None:
         """The effect on public text, int64 [N, L]."""

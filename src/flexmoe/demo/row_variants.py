@@ -19,6 +19,7 @@ from flexmoe.data import pack, read_documents, read_public_sample
 from flexmoe.demo.corpus import PUBLIC
 from flexmoe.demo.scoring import load
 from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.modeling.evidence_flexmoe import EvidenceRow
 from flexmoe.routers.hidden_states import RowText, fit_rows
 from flexmoe.routers.rows import RouterRow, row_method
 from flexmoe.tokenization import load_tokenizer
@@ -50,3 +51,5 @@ def put_rows(model: FlexMoeForCausalLM, rows: Mapping[str, Sequence[RouterRow]],
             row, target = layers[block.layer_index], cast(nn.Linear, block.router[owner])
             target.weight.copy_(row.weight[None])
             target.bias.fill_(row.bias)
+            if isinstance(target, EvidenceRow):  # these rows are compared without evidence
+                target.calibration.zero_()[0] = 1.0

@@ -1,0 +1,90 @@
+"""Evidence fitted from text: scores of tokens, calibration, and that each half is judged by the fit of the other."""
+
+import functools
+
+import pytest
+import torch
+
+from flexmoe.modeling.evidence_flexmoe import FADING, sequence_features
+from flexmoe.routers.evidence import Evidence, EvidenceSettings, calibrate, score_table
+from flexmoe.routers.rows import RouterRow, log_odds
+
+V, L, H = 50, 16, 6
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def text(seed: int, favourite: int, sequences: int = 40) -> torch.Tensor:
+    """Sequences [N, L] in which a fourth of the tokens is `favourite`."""
+    ids = torch.randint(0, V, (sequences, L), generator=generator(seed))
+    return ids.masked_fill(torch.rand(ids.shape, generator=generator(seed + 100)) < 0.25, favourite)
+
+
+def test_scores_are_log_ratios_shrunk_to_public_rates() -> None:
+    own, public = torch.tensor([0] * 30 + [1] * 10), torch.tensor([0] * 10 + [1] * 10 + [2] * 20)
+    settings = EvidenceSettings(strength=10.0, step=1e-6)
+    rates = (torch.tensor([10.0, 10.0, 20.0]) + 0.5) / 41.5
+    expected = ((torch.tensor([30.0, 10.0, 0.0]) + 10 * rates) / 50 / rates).log()
+    assert torch.allclose(score_table(own, public, 3, settings), expected, atol=1e-4)
+
+
+def test_scores_are_clipped_rounded_and_without_rare_tokens() -> None:
+    own, public = torch.tensor([0] * 1000 + [1] * 3), torch.tensor([1] * 1000 + [2])
+    table = score_table(own, public, 4, EvidenceSettings(strength=1.0))
+    assert table.abs().max() == 4.0
+    assert torch.equal(table % 0.25, torch.zeros(4))
+    rare = score_table(own, public, 4, EvidenceSettings(strength=1.0, min_count=4))
+    absent = score_table(own[:1000], public, 4, EvidenceSettings(strength=1.0))
+    assert torch.equal(rare, absent)
+
+
+def test_calibration_is_the_logistic_regression() -> None:
+    """Features that are log-odds already need a factor of 1 and no bias; a useless one gets none, nor a negative."""
+    label = (torch.arange(40_000) % 2).bool()
+    logits = torch.randn(40_000, dtype=torch.float64, generator=generator(1)) + label * 1.0 - 0.5
+    useless = -logits + torch.randn(40_000, dtype=torch.float64, generator=generator(2)) * 0.01
+    features = torch.stack([logits, useless, torch.zeros_like(logits)], 1)
+    calibration = calibrate(features[label], features[~label])
+    assert calibration[0] == pytest.approx(1.0, abs=0.05)
+    assert calibration[1] == 0.0
+    assert calibration[-1] == pytest.approx(0.0, abs=0.05)
+
+
+def test_each_half_is_judged_by_the_fit_of_the_other() -> None:
+    """States without any information, with more units than tokens: a row separates the tokens that it is fitted on."""
+    own, public = text(1, favourite=3), text(2, favourite=9)
+    evidence = Evidence(own, public, V, EvidenceSettings(strength=20.0))
+    fit = functools.partial(log_odds, hidden_size=400, bias=False, generator=generator(0))
+    indices = [torch.randperm(len(side), generator=generator(3)) for side in (own, public)]
+    drawn = [side[order] for side, order in zip((own, public), indices, strict=True)]
+    states = [torch.randn(side.numel(), 400, generator=generator(4 + i)) for i, side in enumerate(drawn)]
+    calibrated = evidence.fitting(fit, drawn, indices, [side.numel() for side in drawn])
+    row = calibrated(*states)
+    assert abs(row.calibration[0]) < 0.1  # nothing is in the states, however well each half is separated
+    assert row.calibration[1:-2].sum() > 0.05  # all is in the tokens
+    score = sequence_features(evidence.table, own, evidence.record) @ row.calibration[1:-1] + row.calibration[-1]
+    assert (score > 0).float().mean() > 0.7
+
+
+def test_text_that_cannot_be_halved_is_not_calibrated() -> None:
+    evidence = Evidence(text(1, 3, sequences=1), text(2, 9, sequences=8), V, EvidenceSettings())
+    calls = []
+
+    def fit(own_TH: torch.Tensor, public_TH: torch.Tensor) -> RouterRow:
+        calls.append((len(own_TH), len(public_TH)))
+        return RouterRow(torch.ones(H))
+
+    drawn = [text(1, 3, sequences=1), text(2, 9, sequences=8)]
+    row = evidence.fitting(fit, drawn, [torch.arange(1), torch.arange(8)], [L, 8 * L])(
+        torch.zeros(L, H), torch.zeros(8 * L, H)
+    )
+    assert calls == [(L, 8 * L)]
+    assert row.calibration.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_what_fades_is_one_before_anything_is_read() -> None:
+    evidence = EvidenceSettings().record(V)
+    features = sequence_features(torch.zeros(V), torch.zeros(1, L, dtype=torch.long), evidence)
+    assert torch.allclose(features[:, -1], FADING ** torch.arange(1, L + 1).float(), atol=1e-6)
