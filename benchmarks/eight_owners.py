@@ -31,6 +31,7 @@ from flexmoe.demo.corpus import PUBLIC
 from flexmoe.demo.owners import PACKAGE
 from flexmoe.demo.pipeline import MODEL, SCORING_CODE, Demo, DemoSettings, without_loading_bars
 from flexmoe.demo.report import Threshold, markdown_table
+from flexmoe.demo.row_variants import drop_evidence
 from flexmoe.demo.scoring import domain_losses, load, soup, two_expert_model
 from flexmoe.demo.stages import Stage
 from flexmoe.evaluation import token_losses
@@ -75,6 +76,8 @@ class EightOwners:
         found = {"anchor": domain_losses(load(demo.folder("anchor")), tokens)}
         found |= self._with_experts("composed", demo.packages, demo.folder("composed") / MODEL)
         composed = load(demo.folder("composed") / MODEL)
+        k = len(composed.expert_names)
+        found["composed, rows alone"] = domain_losses(drop_evidence(composed), tokens, num_experts_per_tok=k)
         found["soup"] = domain_losses(soup(load(demo.folder("anchor")), composed), tokens)
         return found
 
@@ -150,7 +153,7 @@ class EightOwners:
 
 def kept(losses: Mapping[str, Losses], name: str, owner: str) -> float:
     """The share of an owner's gain that a composition keeps; the gain is that of the expert alone. NaN without one."""
-    anchor, alone = losses["anchor"][owner], losses[f"{name}, each expert alone"][owner]
+    anchor, alone = losses["anchor"][owner], losses[f"{name.removesuffix(', rows alone')}, each expert alone"][owner]
     return (anchor - losses[name][owner]) / (anchor - alone) if alone < anchor else math.nan
 
 
@@ -183,7 +186,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells = [f"{statistics.mean(losses[domain] for losses in have):.3f}" for domain in domains]
         rows.append([f"**{name}**" if name == "composed" else name, *cells, f"{statistics.mean(means):.3f}{spread}"])
     shares = []
-    for name in ("composed", *RECIPES):
+    for name in ("composed", "composed, rows alone", *RECIPES):
         have = [seed["losses"] for seed in seeds.values() if name in seed["losses"]]
         if have:
             cells = [f"{statistics.mean(kept(losses, name, owner) for losses in have):.0%}" for owner in owners]

@@ -30,8 +30,8 @@ from transformers.utils.generic import maybe_autocast
 UNKNOWN = -1  # the id of a token that was given as an embedding
 FADING = 0.8  # per token, of the term that replaces the bias where little has been read
 PAGED = (
-    "Continuous batching keeps no token ids in its paged cache, by which {} are chosen: call generate, leave these experts "
-    "out (experts=[...]), or train them with --evidence none (evidence='none')."
+    "Continuous batching keeps no token ids in its paged cache, by which {} are chosen: call generate, leave these "
+    "experts out (experts=[...]), or train them with --evidence none (evidence='none')."
 )
 QUERIES = 256  # tokens whose sums are computed at a time
 
@@ -82,7 +82,7 @@ class _TokenIds:
     def use(self, cache: Any) -> Any:
         """Makes `self` the last layer of `cache`."""
         # masks are made for the first layer of a kind, and an offloaded cache fetches all but the sliding ones
-        self.is_sliding = cache.layers[0].is_sliding or getattr(cache, "offloading", False)
+        self.is_sliding = getattr(cache.layers[0], "is_sliding", False) or getattr(cache, "offloading", False)
         cache.layers.append(self)
         return self
 

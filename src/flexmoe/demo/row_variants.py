@@ -44,12 +44,21 @@ def owner_rows(
 
 @torch.no_grad()
 def put_rows(model: FlexMoeForCausalLM, rows: Mapping[str, Sequence[RouterRow]], public_prior: float) -> None:
-    """Sets the rows, biases and the public prior of a composed model, in place."""
+    """Sets the rows, biases and the public prior of a composed model, in place; it is then without evidence."""
+    drop_evidence(model)
     for block in model.flexmoe_blocks():
         cast(nn.Linear, block.router[PUBLIC]).bias.fill_(public_prior)
         for owner, layers in rows.items():
             row, target = layers[block.layer_index], cast(nn.Linear, block.router[owner])
             target.weight.copy_(row.weight[None])
             target.bias.fill_(row.bias)
-            if isinstance(target, EvidenceRow):  # these rows are compared without evidence
-                target.calibration.zero_()[0] = 1.0
+
+
+@torch.no_grad()
+def drop_evidence(model: FlexMoeForCausalLM) -> FlexMoeForCausalLM:
+    """Routes a model by its rows alone, in place; returns it."""
+    for block in model.flexmoe_blocks():
+        for row in block.router.values():
+            if isinstance(row, EvidenceRow):
+                row.calibration.zero_()[0] = 1.0
+    return model
