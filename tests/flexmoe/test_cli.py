@@ -251,7 +251,7 @@ class TestCalls:
 
     def test_training_options_and_settings_are_the_same(self, call) -> None:
         calls = call("flexmoe.training.experts.train_expert")
-        values = {"router": "lda", "embedder": "e", "text_column": "body", "dtype": "float32"}
+        values = {"router": "lda", "evidence": "none", "embedder": "e", "text_column": "body", "dtype": "float32"}
         values["text_template"] = "{a}"
         flags = {"router_bias", "gradient_checkpointing", "skip_empty"}
         options = []

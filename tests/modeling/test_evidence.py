@@ -159,6 +159,20 @@ def test_a_cache_without_ids_is_refused(model: FlexMoeForCausalLM, ids: torch.Te
         model(input_ids=ids[:, 5:6], past_key_values=cache)
 
 
+@pytest.mark.parametrize("implementation", ["flexmoe_triton", "flexmoe_cpu", "flexmoe_training"])
+def test_implementations_read_the_same_evidence(
+    model: FlexMoeForCausalLM, ids: torch.Tensor, logits: torch.Tensor, implementation: str
+) -> None:
+    other = copy.deepcopy(model)
+    other.set_experts_implementation(implementation)
+    if implementation == "flexmoe_triton" and model.config.anchor_config.model_type == "llama":
+        assert {path.fuses_router for path in other.implementation_paths()} == {True}
+    assert close(other(input_ids=ids).logits, logits)
+    assert close(other(input_ids=ids[:1, :1]).logits, logits[:1, :1])
+    mask = other.expert_mask([["public", "law"], None])
+    assert close(other(input_ids=ids, expert_mask=mask).logits, model(input_ids=ids, expert_mask=mask).logits)
+
+
 def test_continuous_batching_is_refused(model: FlexMoeForCausalLM, ids: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"keeps no token ids.*math.*--evidence none"):
         model.generate_batch([ids[0, :5].tolist()], max_new_tokens=2)

@@ -40,9 +40,9 @@ def triton_experts_forward(
     path = choose_path(block, names, Inputs.of(x_TH), sharing)
     if not path.fuses_router:
         return eager_experts_forward(block, x_TH, names, context)
-    rows = [block.router[name] for name in names]
-    allowed_TA = block.allowed(context, x_TH)
-    routing = fused_route(x_TH, rows, allowed_TA, block.num_chosen(context), block.renormalizes(context))
+    rows = {name: block.router[name] for name in names}
+    allowed_TA, k = block.allowed(context, x_TH), block.num_chosen(context)
+    routing = fused_route(x_TH, rows, allowed_TA, k, block.renormalizes(context), context.evidence)
     block.record(context, names, routing.logits_TE, routing.weights_TE)
     if path.fuses_experts:
         return _mix_fused(block, x_TH, names, routing, sharing, path)

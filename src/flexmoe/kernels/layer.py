@@ -7,7 +7,7 @@ Shapes: T tokens, H hidden, A allowed experts, K slots. Does not cover whether t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,19 +21,37 @@ from flexmoe.kernels.route.reference import Routing
 
 
 def fused_route(
-    x_TH: Tensor, rows: Sequence[nn.Module], allowed_TA: Tensor | None, k: int, renormalize: bool
+    x_TH: Tensor,
+    rows: Mapping[str, nn.Module],
+    allowed_TA: Tensor | None,
+    k: int,
+    renormalize: bool,
+    evidence: Mapping[str, Tensor] | None = None,
 ) -> Routing:
     """Routes each token in one launch. The mask is data: a captured graph sees it change.
 
     Args:
-        rows: the router row of each allowed expert.
+        rows: the router row of each allowed expert, by name.
         allowed_TA: bool [tokens, allowed], or None: all.
+        evidence: the features [tokens, F] of the experts that have it, which offset their logits.
     """
-    linears: list[Any] = list(rows)
-    offset_TA = None
+    weights, biases, offset_TA = [], [], None
+    if evidence:
+        offset_TA = torch.zeros(len(x_TH), len(rows), device=x_TH.device)
+    for column, (name, row) in enumerate(rows.items()):
+        linear: Any = row
+        weight, bias = linear.weight, linear.bias
+        if evidence and name in evidence:
+            assert offset_TA is not None, "made above"
+            factor, factors_F = linear.calibration[:1], linear.calibration[1:-1]
+            weight, bias = weight * factor, bias * factor + linear.calibration[-1:]
+            offset_TA[:, column] = (evidence[name] * factors_F).sum(-1)
+        weights.append(weight)
+        biases.append(bias)
     if allowed_TA is not None:
-        offset_TA = torch.zeros(allowed_TA.shape, device=x_TH.device).masked_fill(~allowed_TA, -math.inf)
-    return route(x_TH, [r.weight for r in linears], [r.bias for r in linears], offset_TA, k, renormalize)
+        offset_TA = torch.zeros(allowed_TA.shape, device=x_TH.device) if offset_TA is None else offset_TA
+        offset_TA = offset_TA.masked_fill(~allowed_TA, -math.inf)
+    return route(x_TH, weights, biases, offset_TA, k, renormalize)
 
 
 def fused_mix(

@@ -262,6 +262,11 @@ def _check_files(folder: Path, manifest: ExpertManifest) -> None:
         raise PackageError(f"{folder}: {MANIFEST_FILE} does not name the weight file {unknown[0]!r}.")
 
 
+def _described(manifest: ExpertManifest) -> str:
+    row, *others = row_shapes(manifest.record(), manifest.ffn["hidden"], 0).items()
+    return ", ".join([f"a row is {list(row[1])}", *(f"a {part} {list(shape)}" for part, shape in others)])
+
+
 def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, TensorInfo]) -> None:
     """Checks names, layers, row shapes and dtypes against the manifest. Network shapes are checked against a model."""
     rows: dict[str, tuple[int, ...]] = {}
@@ -283,9 +288,7 @@ def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, Tenso
         if not dtype.is_floating_point:
             raise PackageError(f"{where}: tensor {name!r} is {info.dtype}; tensors of experts are floating-point.")
         if name in rows and info.shape != rows.pop(name):
-            raise PackageError(
-                f"{where}: tensor {name!r} has shape {list(info.shape)}; the manifest implies {list(router[name])}."
-            )
+            raise PackageError(f"{where}: tensor {name!r} has shape {list(info.shape)}; {_described(manifest)}.")
         if match["part"].startswith("ffn."):
             layers.add(int(match["layer"]))
             dtypes.add(str(dtype).removeprefix("torch."))
