@@ -36,7 +36,7 @@ from tests.support.hub.server import HubServer  # noqa: E402
 from tests.support.letters import letter_tokenizer  # noqa: E402
 
 RESULT = ROOT / "docs" / "benchmarks" / "structure.json"
-LIMITS = {"files": 12, "lines": 3200, "calls": 500}
+LIMITS = {"files": 12, "lines": 3520, "calls": 500}
 FOLDERS = ("modeling", "conversion", "model_cards", "src/flexmoe", "src/flexmoe_cli")
 LAZY_IMPORTS = "src/flexmoe/__init__.py"  # `__getattr__` of the package runs wherever a name is looked up
 TOKENS = torch.tensor([[5, 6, 7, 8]])
