@@ -61,8 +61,8 @@ def check_row_tensors(
     layers = sorted(int(name.split(".")[1]) for name in rows if name.endswith(".router.weight"))
 
     def by_layer(tensors: Mapping[str, Tensor]) -> list[Row]:
-        parts = ("weight", "bias", "calibration")
-        return [routed_row(*(tensors.get(f"layers.{i}.router.{part}") for part in parts)) for i in layers]
+        at = [f"layers.{i}.router" for i in layers]
+        return [routed_row(tensors[f"{a}.weight"], tensors[f"{a}.bias"], tensors.get(f"{a}.calibration")) for a in at]
 
     return check_rows(
         by_layer(rows),

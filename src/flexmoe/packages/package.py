@@ -277,8 +277,11 @@ def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, Tenso
     expected, layers, dtypes = set(manifest.layers), set(), set()
     for name, info in infos.items():
         match = _TENSOR_NAME.fullmatch(name)
-        has_no_place = match is None or int(match["layer"]) not in expected
-        if has_no_place or (match["part"].startswith("router.") and name not in router):
+        if (
+            match is None
+            or int(match["layer"]) not in expected
+            or (match["part"].startswith("router.") and name not in router)
+        ):
             raise PackageError(
                 f"{where}: tensor {name[:200]!r} has no place in an expert with layers {_span(manifest.layers)}; "
                 "names are layers.<i>.ffn.<parameter>, layers.<i>.router.weight and layers.<i>.router.bias, with "
