@@ -314,14 +314,10 @@ def measure(anchor: Anchor, owner: str, *, required_only: bool) -> Iterator[tupl
                 yield name, {"check": variant.check, "has_to_be_refused": variant.refused, **found}
 
 
-ACCEPTED = {
-    (
-        "olmo2-128",
-        "unicode",
-        "last matrix times 30",
-    ): "public's output for random input is smaller than its input there, "
-    "which is then the reference: 15.8 of 16 (docs/admission.md)",
-}
+_SMALL_OUTPUT = (
+    "public's output for random input is smaller than the input there, which is then the reference: 15.8 of 16"
+)
+ACCEPTED = {("olmo2-128", "unicode", "last matrix x 30"): _SMALL_OUTPUT}
 """Malicious experts that no check refuses, by anchor, owner and expert, with the reason."""
 
 

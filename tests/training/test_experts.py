@@ -19,6 +19,7 @@ from flexmoe.conversion.graft import graft
 from flexmoe.evaluation import evaluate
 from flexmoe.modeling import FlexMoeForCausalLM
 from flexmoe.packages.package import ExpertPackage
+from flexmoe.routers.evidence import EvidenceSettings
 from flexmoe.testing import tiny_anchor
 from flexmoe.tokenization import load_tokenizer
 from flexmoe.training import experts, next_token_loss, probe
@@ -91,6 +92,24 @@ def test_expert_learns_and_its_manifest_records_the_training(workshop, tmp_path)
         assert not torch.equal(block.experts["math"].up_proj.weight, block.experts["public"].up_proj.weight)
         assert block.router["math"].weight.abs().sum() > 0
         assert block.router["math"].bias.item() == 0.0
+
+
+def test_an_expert_has_evidence_unless_it_is_asked_not_to(workshop, tmp_path):
+    """Own text has digits, public text has letters: the table says so, and the calibration uses it."""
+    package = train(workshop, tmp_path / "math", max_steps=1)
+    evidence = ExpertPackage.open(package).manifest.evidence
+    assert evidence["tokens"] == 99
+    assert evidence["decays"] == list(EvidenceSettings().decays)
+    row = composed_with(workshop, package).flexmoe_blocks()[0].router["math"]
+    digit, letter = (load_tokenizer(workshop / "grafted").convert_tokens_to_ids(token) for token in "4h")
+    assert row.table[digit] > 0 > row.table[letter]
+    assert row.calibration[1:-2].sum() > 0
+    for number, options in enumerate(({"evidence": "none"}, {"router": "lda"})):
+        without = train(workshop, tmp_path / f"without-{number}", max_steps=1, **options)
+        assert ExpertPackage.open(without).manifest.evidence is None
+        assert not [name for name in weights(without) if name.endswith((".table", ".calibration"))]
+    with pytest.raises(ValueError, match="evidence='unigram' is for rows that are fitted"):
+        train(workshop, tmp_path / "refused", router="hidden_mean", evidence="unigram")
 
 
 @pytest.mark.parametrize(
@@ -261,7 +280,7 @@ def test_rows_trained_by_the_loss_change(workshop, tmp_path, router, bias):
 
 def test_fitted_rows_do_not_change(workshop, tmp_path):
     last, first = (train(workshop, tmp_path / f"{steps}", router_bias=True, max_steps=steps) for steps in (6, 1))
-    for key in ("weight", "bias"):
+    for key in ("weight", "bias", "calibration", "table"):
         assert torch.equal(weights(last)[f"layers.0.router.{key}"], weights(first)[f"layers.0.router.{key}"])
     assert weights(first)["layers.0.router.bias"].item() != 0
 
