@@ -230,6 +230,13 @@ def test_an_experts_card() -> None:
         assert line in text.splitlines()
 
 
+def test_a_card_says_what_a_table_of_scores_tells() -> None:
+    evidence = {"tokens": 99, "decays": [0.9], "window": 64}
+    told = "which tokens of the vocabulary are more, or less,"
+    assert told in render("expert", expert_facts(manifest(evidence=evidence)))
+    assert told not in render("expert", expert_facts(manifest()))
+
+
 def test_a_models_card_lists_experts_and_licence_conflicts() -> None:
     facts = model_facts(config(record("math", data_statement="A | B"), record("code", "cc-by-nc-4.0", kind="full")))
     text = render("model", facts, license="apache-2.0")

@@ -21,7 +21,7 @@ def expert_facts(manifest: ExpertManifest) -> dict[str, Any]:
     metadata: dict[str, Any] = {"library_name": "flexmoe", "tags": ["flexmoe", "flexmoe-expert"]}
     if bases := _hub_ids([manifest.anchor.get("repo")]):
         metadata |= {"base_model": bases[0], "base_model_relation": "adapter"}
-    return {**manifest.to_dict(), "metadata": metadata}
+    return {"evidence": None, **manifest.to_dict(), "metadata": metadata}
 
 
 def model_facts(config: FlexMoeConfig) -> dict[str, Any]:
