@@ -127,7 +127,7 @@ def read_documents(name: str, owner: str, grafted: Path, work: Path) -> dict[str
 def train(name: str, owner: str, grafted: Path, read: Mapping[str, SplitText], run: Run) -> dict[str, Any]:
     """Trains once; rows are fitted by the first run of an owner, and read by the others."""
     config = FlexMoeConfig.from_pretrained(grafted)
-    settings, _ = choose(run.settings(name), experts._situation(config, read))
+    settings, _ = choose(run.settings(name), experts.situation(config, read))
     text = pack_text(
         read, sequence_length=settings.sequence_length, validation_tokens=settings.validation_tokens, seed=0
     )

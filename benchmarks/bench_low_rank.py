@@ -137,7 +137,7 @@ class Bench:
         )
 
     def settings(self, run: Run) -> ChosenSettings:
-        situation = experts._situation(FlexMoeConfig.from_pretrained(self.grafted), self.read(run["owner"]))
+        situation = experts.situation(FlexMoeConfig.from_pretrained(self.grafted), self.read(run["owner"]))
         return choose(settings_of(run), situation)[0]
 
     def package(self, run: Run) -> Path:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from flexmoe.peft import expert_lora_config
     from flexmoe.planning.plan import Plan, plan
     from flexmoe.training.experts import train_expert
+    from flexmoe.training.fit_router import fit_router
     from flexmoe.training.settings import TrainingSettings
     from flexmoe.usage import track_usage
 
@@ -92,6 +93,7 @@ _LAZY = {
     "sign": "flexmoe.packages.signing",
     "TrainingSettings": "flexmoe.training.settings",
     "train_expert": "flexmoe.training.experts",
+    "fit_router": "flexmoe.training.fit_router",
     "Verdict": "flexmoe.admission.verification",
     "verify": "flexmoe.admission.verification",
 }
@@ -126,6 +128,7 @@ __all__ = [
     "evaluate",
     "expert_lora_config",
     "export",
+    "fit_router",
     "graft",
     "import_flex_olmo",
     "inspect",

@@ -32,7 +32,7 @@ COMMANDS = {
     "Build models": (planning.plan, commands.graft, training.train, composing.compose, composing.add, commands.remove),
     "Inspect": (commands.inspect, commands.evaluate),
     "Share experts": (cards.card, trust.keygen, trust.sign, sharing.push, sharing.pull, admission.verify),
-    "Convert": (commands.export, commands.import_, low_rank.compress, low_rank.densify),
+    "Convert": (commands.export, commands.import_, low_rank.compress, low_rank.densify, training.fit_router),
     "Demo": (demo.demo,),
 }
 """Commands by help panel."""
@@ -42,7 +42,7 @@ keep_option_names()
 for panel, functions in COMMANDS.items():
     for function in functions:
         kind = NamedFilesCommand if function in NAMED_FILES else FilesCommand
-        app.command(function.__name__.removesuffix("_"), cls=kind, rich_help_panel=panel)(function)
+        app.command(function.__name__.removesuffix("_").replace("_", "-"), cls=kind, rich_help_panel=panel)(function)
 
 
 def print_version(requested: bool) -> None:

@@ -34,6 +34,19 @@ from flexmoe_cli.wording import Options
 EXPERT, LOOP, LOSS = "The expert", "The training loop", "The loss"
 METADATA = "Package metadata"
 
+RouterTokens = Annotated[
+    int | None,
+    typer.Option(help="Tokens to fit it on, of each side. Default: by the amount of text.", rich_help_panel=ROUTER),
+]
+EvidenceKind = Annotated[
+    Literal["unigram", "none"] | None,
+    typer.Option(
+        help="Also route by the tokens so far, with a table of scores by token (docs/evidence.md). Default: unigram "
+        "with log_odds.",
+        rich_help_panel=ROUTER,
+    ),
+]
+
 
 # typer derives the options from this signature; the body is one call.
 def train(
@@ -80,20 +93,8 @@ def train(
     ] = None,
     router: RouterMethod = None,
     router_bias: RouterBias = None,
-    router_tokens: Annotated[
-        int | None,
-        typer.Option(
-            help="Tokens to fit it on, of each side. Default: by the amount of text.", rich_help_panel=ROUTER
-        ),
-    ] = None,
-    evidence: Annotated[
-        Literal["unigram", "none"] | None,
-        typer.Option(
-            help="Also route by the tokens so far, with a table of scores by token (docs/evidence.md). Default: "
-            "unigram with log_odds.",
-            rich_help_panel=ROUTER,
-        ),
-    ] = None,
+    router_tokens: RouterTokens = None,
+    evidence: EvidenceKind = None,
     embedder: Embedder = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=LOOP)] = None,
     epochs: Annotated[
@@ -227,6 +228,57 @@ def train(
             ),
         )
     show_trained(package, as_json, f"Send the folder, then: flexmoe compose GRAFTED {package} ... --out MODEL")
+
+
+def fit_router(
+    package: Annotated[str, typer.Argument(help="Expert package: a folder or a Hub id.", show_default=False)],
+    grafted: Annotated[
+        str, typer.Option(help="The model written by `flexmoe graft` that it was trained in: folder or Hub id.")
+    ],
+    data: Annotated[list[Path], typer.Option(help=f"The owner's text. {DATA_FORMATS}.")],
+    out: Out,
+    public_data: Annotated[
+        list[Path] | None, typer.Option(help="Public text to use instead of the sample stored with the model.")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column of tables that holds the text. Default: text.")
+    ] = None,
+    text_template: TextTemplate = None,
+    skip_empty: SkipEmpty = False,
+    router: RouterMethod = None,
+    router_bias: RouterBias = None,
+    router_tokens: RouterTokens = None,
+    evidence: EvidenceKind = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random choices. Default: 0.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Fit the router row and the evidence of an expert that exists; its networks stay."""
+    check_data([data, *filter(None, [public_data])], text_column or "text", text_template, skip_empty)
+    from flexmoe.training.fit_router import fit_router as library_fit_router
+
+    with library_call(as_json):
+        folder = library_fit_router(
+            package,
+            grafted,
+            data,
+            out,
+            public_data=public_data,
+            overwrite=overwrite,
+            progress=not as_json,
+            **given(
+                text_column=text_column,
+                text_template=text_template,
+                skip_empty=skip_empty or None,
+                router=router,
+                router_bias=router_bias,
+                router_tokens=router_tokens,
+                evidence=evidence,
+                seed=seed,
+            ),
+        )
+    show_trained(folder, as_json, f"Send the folder, then: flexmoe compose GRAFTED {folder} ... --out MODEL")
 
 
 @contextmanager

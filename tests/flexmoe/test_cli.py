@@ -49,7 +49,20 @@ from tests.support.soak import thinned
 
 COMMANDS = (
     *("plan", "graft", "train", "compose", "add", "remove", "inspect", "evaluate"),
-    *("card", "keygen", "sign", "push", "pull", "verify", "export", "import", "compress", "densify", "demo"),
+    *(
+        "card",
+        "keygen",
+        "sign",
+        "push",
+        "pull",
+        "verify",
+        "export",
+        "import",
+        "compress",
+        "densify",
+        "fit-router",
+        "demo",
+    ),
 )
 
 
@@ -96,7 +109,7 @@ class TestHelp:
 
     def test_commands_are_listed_in_the_order_of_use(self) -> None:
         output = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "200"}).output
-        assert re.findall(r"^│ (\w+)  ", output, re.MULTILINE) == list(COMMANDS)
+        assert re.findall(r"^│ ([\w-]+)  ", output, re.MULTILINE) == list(COMMANDS)
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--version"]) == 0

@@ -24,6 +24,7 @@ from flexmoe.testing import tiny_anchor
 from flexmoe.tokenization import load_tokenizer
 from flexmoe.training import experts, next_token_loss, probe
 from flexmoe.training.experts import train_expert
+from flexmoe.training.fit_router import fit_router
 from flexmoe.training.messages import TrainingInterrupted
 from flexmoe.training.trainer import ExpertTrainer
 
@@ -669,3 +670,34 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(_MarkComplete, "on_save", interrupted)
+
+
+class TestFittingTheRouterAgain:
+    def test_an_old_expert_gets_what_training_gives(self, workshop, tmp_path):
+        """The networks keep their bytes; row, table and calibration are those of training on the same text."""
+        old = train(workshop, tmp_path / "old", max_steps=2, evidence="none")
+        own = [workshop / "own.jsonl"]
+        fitted = fit_router(old, workshop / "grafted", own, tmp_path / "fitted", progress=False, router_tokens=400)
+        before, after = weights(old), weights(fitted)
+        assert after.keys() - before.keys() == {
+            "layers.0.router.table",
+            *(f"layers.{layer}.router.calibration" for layer in (0, 1)),
+        }
+        assert all(torch.equal(before[name], after[name]) for name in before if ".ffn." in name)
+        assert not torch.equal(before["layers.0.router.weight"], after["layers.0.router.weight"])
+        assert ExpertPackage.open(fitted).manifest.evidence["kind"] == "unigram"
+        composed_with(workshop, fitted)
+        without = fit_router(fitted, workshop / "grafted", own, tmp_path / "without", progress=False, evidence="none")
+        assert ExpertPackage.open(without).manifest.evidence is None
+        assert weights(without).keys() == before.keys()
+
+    def test_refusals(self, workshop, tmp_path):
+        package = train(workshop, tmp_path / "math", max_steps=1)
+        arguments = (workshop / "grafted", [workshop / "own.jsonl"], tmp_path / "out")
+        with pytest.raises(ValueError, match="rows are trained by the loss"):
+            fit_router(package, *arguments, router="hidden_mean")
+        with pytest.raises(FileExistsError):
+            fit_router(package, workshop / "grafted", [workshop / "own.jsonl"], package)
+        with pytest.raises(ValueError, match="made for another anchor"):
+            fit_router(package, workshop / "bf16", [workshop / "own.jsonl"], tmp_path / "out")
+        assert not (tmp_path / "out").exists()

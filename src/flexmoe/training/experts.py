@@ -134,8 +134,8 @@ def train_expert(
     out = check_new_folder(out, overwrite)
     folder = resolve_folder(grafted).path
     work = work_folder(out)
-    config = _checked_config(folder, name)
-    sides = _documents(folder, config, data, public_data, given)
+    config = checked_config(folder, name)
+    sides = sides_of(folder, config, data, public_data, given)
     read = [*data, *(public_data or ())]
     for written in (out, work):
         check_apart(written, folder, *data_paths(read), *filter(None, [given.embedder]))
@@ -149,7 +149,7 @@ def train_expert(
         vocab_size=config.get_text_config().vocab_size,
         keep_documents=row_method(given.router).needs == "embeddings",
     )
-    chosen, choices = choose(given, _situation(config, texts))
+    chosen, choices = choose(given, situation(config, texts))
     text = pack_text(
         texts,
         sequence_length=chosen.sequence_length,
@@ -267,7 +267,8 @@ def _take_best(trainer: ExpertTrainer, work: Path, settings: ChosenSettings) -> 
         )
 
 
-def _checked_config(folder: Path, name: str) -> FlexMoeConfig:
+def checked_config(folder: Path, name: str) -> FlexMoeConfig:
+    """The config of a model that has no expert yet. ValueError: it is another kind of model, or has experts."""
     check_expert_name(name)
     config = FlexMoeConfig.from_pretrained(folder)
     if config.model_type != "flexmoe" or not (folder / "config.json").is_file():
@@ -297,7 +298,7 @@ def _check_limits(config: FlexMoeConfig, settings: TrainingSettings) -> None:
         )
 
 
-def _situation(config: FlexMoeConfig, read: Mapping[str, SplitText]) -> Situation:
+def situation(config: FlexMoeConfig, read: Mapping[str, SplitText]) -> Situation:
     """What the settings that were not given follow from."""
     text_config = config.get_text_config()
     parts = [len(part) for text in read.values() for part in (text.training, text.validation)]
@@ -311,7 +312,7 @@ def _situation(config: FlexMoeConfig, read: Mapping[str, SplitText]) -> Situatio
     )
 
 
-def _documents(
+def sides_of(
     folder: Path,
     config: FlexMoeConfig,
     data: Sequence[str | Path],
@@ -357,7 +358,7 @@ def _training_arguments(
         optim="adamw_torch_fused",
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        bf16=_runs_in_bfloat16(config, settings),
+        bf16=runs_in_bfloat16(config, settings),
         use_cpu=not torch.accelerator.is_available(),  # explicit, else bf16 is refused on a CPU
         eval_strategy="steps" if text.validation else "no",
         eval_steps=settings.eval_steps,
@@ -388,7 +389,8 @@ def _most_sequences(settings: ChosenSettings) -> int:
     return settings.batch_size if torch.accelerator.is_available() else max(1, CPU_TOKENS // settings.sequence_length)
 
 
-def _runs_in_bfloat16(config: FlexMoeConfig, settings: ChosenSettings) -> bool:
+def runs_in_bfloat16(config: FlexMoeConfig, settings: ChosenSettings) -> bool:
+    """Whether the anchor is computed in bfloat16, not float32. ValueError: it is stored in float16, without a dtype."""
     if settings.dtype != "auto":
         return settings.dtype == "bfloat16"
     stored = _stored_dtype(config)
@@ -399,7 +401,7 @@ def _runs_in_bfloat16(config: FlexMoeConfig, settings: ChosenSettings) -> bool:
 
 def _dtype_note(config: FlexMoeConfig, settings: ChosenSettings) -> list[str]:
     """A line if "auto" computes in another dtype than the anchor's."""
-    if settings.dtype != "auto" or _stored_dtype(config) != "bfloat16" or _runs_in_bfloat16(config, settings):
+    if settings.dtype != "auto" or _stored_dtype(config) != "bfloat16" or runs_in_bfloat16(config, settings):
         return []
     return [
         "Computing in float32: the anchor is stored in bfloat16, for which this CPU has no instructions, so it would "
@@ -427,7 +429,7 @@ def _two_expert_model(
     settings: ChosenSettings,
 ) -> FlexMoeForCausalLM:
     """The model with the experts "public" and `name`, its row fitted, gradients only for the parameters to train."""
-    dtype = torch.bfloat16 if _runs_in_bfloat16(config, settings) else torch.float32
+    dtype = torch.bfloat16 if runs_in_bfloat16(config, settings) else torch.float32
     model = load_causal_lm(folder, FlexMoeForCausalLM, dtype=dtype).to(arguments.device)
     method = row_method(settings.router)
     with arguments.main_process_first(local=False, desc="fitting router rows"):
@@ -460,33 +462,38 @@ def _rows(
     settings: ChosenSettings,
     progress: bool,
 ) -> dict[str, torch.Tensor]:
-    """ "weight" [layers, H] and "bias" [layers], with evidence also "calibration" [layers, F] and "table" [V].
-
-    Fitted once per run and stored, so a resumed run has the same.
-    """
+    """As `fitted_router`, which is called once per run, so that a resumed run has the same rows."""
     if not file.is_file():
-        evidence = None
-        if settings.has_evidence and text.public is not None:
-            vocab_size = model.config.get_text_config().vocab_size
-            evidence = Evidence(text.own.sequences, text.public.sequences, vocab_size, EvidenceSettings())
-        rows = fit_rows(
-            model,
-            method,
-            text.own,
-            text.public,
-            tokens=settings.router_tokens,
-            bias=settings.router_bias,
-            seed=settings.seed,
-            embedder=settings.embedder,
-            evidence=evidence,
-            progress=progress,
-        )
-        tensors = {"weight": torch.stack([row.weight for row in rows]), "bias": torch.tensor([r.bias for r in rows])}
-        if evidence is not None:
-            calibrations = [row.calibration for row in rows if row.calibration is not None]
-            tensors |= {"calibration": torch.stack(calibrations), "table": evidence.table}
-        save_rows(file, tensors)
+        save_rows(file, fitted_router(model, method, text, settings, progress))
     return load_rows(file)
+
+
+def fitted_router(
+    model: FlexMoeForCausalLM, method: RowMethod, text: TrainingText, settings: ChosenSettings, progress: bool
+) -> dict[str, torch.Tensor]:
+    """An expert's router: "weight" [layers, H], "bias" [layers]; with evidence "calibration" [layers, D + 3] and
+    "table" [V]."""
+    evidence = None
+    if settings.has_evidence and text.public is not None:
+        vocab_size = model.config.get_text_config().vocab_size
+        evidence = Evidence(text.own.sequences, text.public.sequences, vocab_size, EvidenceSettings())
+    rows = fit_rows(
+        model,
+        method,
+        text.own,
+        text.public,
+        tokens=settings.router_tokens,
+        bias=settings.router_bias,
+        seed=settings.seed,
+        embedder=settings.embedder,
+        evidence=evidence,
+        progress=progress,
+    )
+    tensors = {"weight": torch.stack([row.weight for row in rows]), "bias": torch.tensor([row.bias for row in rows])}
+    if evidence is not None:
+        calibrations = [row.calibration for row in rows if row.calibration is not None]
+        tensors |= {"calibration": torch.stack(calibrations), "table": evidence.table}
+    return tensors
 
 
 def _trainer(
