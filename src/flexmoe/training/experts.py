@@ -390,7 +390,7 @@ def _most_sequences(settings: ChosenSettings) -> int:
 
 
 def runs_in_bfloat16(config: FlexMoeConfig, settings: ChosenSettings) -> bool:
-    """Whether the anchor is computed in bfloat16, not float32. ValueError: it is stored in float16, without a dtype."""
+    """Whether the anchor is computed in bfloat16, not float32. ValueError: it is stored in float16."""
     if settings.dtype != "auto":
         return settings.dtype == "bfloat16"
     stored = _stored_dtype(config)
