@@ -46,6 +46,9 @@ UNRESTRICTED, ENSEMBLE = "one dense model on everybody's text", "Branch-Train-Me
 DENSE_CODE = (*SCORING_CODE, "flexmoe.training", "dense_baselines")
 Losses = dict[str, float]
 
+SMALL_GAIN = 0.02
+"""Of the anchor's loss; the share of a smaller gain says nothing."""
+
 
 class EightOwners:
     """One seed: the demo's stages, and those of the comparisons, each of which adds to `losses`."""
@@ -152,15 +155,20 @@ class EightOwners:
 
 
 def kept(losses: Mapping[str, Losses], name: str, owner: str) -> float:
-    """The share of an owner's gain that a composition keeps; the gain is that of the expert alone. NaN without one."""
+    """The share of an owner's gain that a composition keeps; the gain is that of the expert alone.
+
+    NaN if the expert is hardly better than the anchor: then there is nothing to keep.
+    """
     anchor, alone = losses["anchor"][owner], losses[f"{name.removesuffix(', rows alone')}, each expert alone"][owner]
-    return (anchor - losses[name][owner]) / (anchor - alone) if alone < anchor else math.nan
+    gain = anchor - alone
+    return (anchor - losses[name][owner]) / gain if gain > SMALL_GAIN * anchor else math.nan
 
 
 def bars(seeds: Mapping[str, Any], owners: tuple[str, ...]) -> list[Threshold]:
     """The bars, on the mean over seeds."""
     all_losses = [seed["losses"] for seed in seeds.values()]
-    shares = [statistics.mean(kept(losses, "composed", owner) for losses in all_losses) for owner in owners]
+    means = (statistics.mean(kept(losses, "composed", owner) for losses in all_losses) for owner in owners)
+    shares = [share for share in means if not math.isnan(share)]
     public = [losses["composed"][PUBLIC] / losses["anchor"][PUBLIC] - 1 for losses in all_losses]
     above = [losses["composed"][owner] - losses["anchor"][owner] for losses in all_losses for owner in owners]
     exact = [all(value for key, value in seed["opt_out"].items() if key.endswith("_equal")) for seed in seeds.values()]
@@ -189,15 +197,16 @@ def markdown(result: Mapping[str, Any]) -> str:
     for name in ("composed", "composed, rows alone", *RECIPES):
         have = [seed["losses"] for seed in seeds.values() if name in seed["losses"]]
         if have:
-            cells = [f"{statistics.mean(kept(losses, name, owner) for losses in have):.0%}" for owner in owners]
-            shares.append([name, *cells])
+            means = (statistics.mean(kept(losses, name, owner) for losses in have) for owner in owners)
+            shares.append([name, *("–" if math.isnan(mean) else f"{mean:.0%}" for mean in means)])
     lines = [
         "# Eight owners on SmolLM2-135M-Instruct\n",
         f"Written by `make results`, with seed(s) {', '.join(seeds)}. Loss in nats per token on held-out text, mean "
         "over seeds; ± is the standard deviation of the mean over domains. Nothing was set by hand but the "
         f"duration, 0.4 passes over {result['own_tokens']:,} own tokens per owner.\n",
         markdown_table(["system", *domains, "mean"], rows),
-        "Share of the gain of an expert alone (with public) that the composition of all keeps:\n",
+        "Share of the gain of an expert alone (with public) that the composition of all keeps; – if the expert alone "
+        f"gains less than {SMALL_GAIN:.0%} of the anchor's loss:\n",
         markdown_table(["", *owners], shares),
         "## Bars\n",
         markdown_table(("criterion", "measured", "bar", "met"), [bar.row() for bar in bars(seeds, owners)]),

@@ -24,7 +24,10 @@ def figures(docs: Path) -> dict[str, dict[str, str]]:
     """{file: {marker: Markdown that ends in a newline}}."""
     return {
         RESULTS: {
-            "results": _demo(json.loads((docs / "demo" / "report.json").read_text(encoding="utf-8")))
+            "results": _demo(
+                json.loads((docs / "demo" / "report.json").read_text(encoding="utf-8")),
+                _eight(json.loads((docs / "benchmarks" / "eight_owners.json").read_text(encoding="utf-8"))),
+            )
             + "\n"
             + _results(json.loads((docs / "results.json").read_text(encoding="utf-8")))
         },
@@ -36,7 +39,7 @@ def figures(docs: Path) -> dict[str, dict[str, str]]:
     }
 
 
-def _demo(report: dict[str, Any]) -> str:
+def _demo(report: dict[str, Any], eight: str) -> str:
     """The systems of the demo's run on SmolLM2-135M, and what it shows."""
     domains, owners, systems = report["domains"], report["owners"], report["systems"]
     lines = [f"| system | {' | '.join(domains)} | mean |", f"|---|{'---:|' * (len(domains) + 1)}"]
@@ -56,9 +59,22 @@ def _demo(report: dict[str, Any]) -> str:
     )
     if systems["soup"]["mean"] < systems["composed"]["mean"]:
         summary += (
-            " Experts that are trained this briefly interfere little, so the soup is as good; no owner can leave it."
+            " Three experts trained this briefly interfere little: the soup is as good, but no owner can leave it."
         )
-    return "\n".join([*lines, "", summary]) + "\n"
+    return "\n".join([*lines, "", f"{summary} {eight}"]) + "\n"
+
+
+def _eight(result: dict[str, Any]) -> str:
+    """The mean losses with eight owners."""
+    runs = [seed["losses"] for seed in result["seeds"].values()]
+    domains = ["public", *result["owners"]]
+    anchor, soup, composed = (
+        mean(losses[name][domain] for losses in runs for domain in domains) for name in ("anchor", "soup", "composed")
+    )
+    return (
+        f"With {len(result['owners'])} owners ([table](docs/eight-owners.md)): anchor {anchor:.3f}, soup {soup:.3f}, "
+        f"composed {composed:.3f}."
+    )
 
 
 def _results(result: dict[str, Any]) -> str:
