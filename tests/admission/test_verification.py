@@ -15,6 +15,7 @@ import pytest
 import torch
 import typer.main
 
+from flexmoe.admission.evidence import EVIDENCE, EVIDENCE_THRESHOLD
 from flexmoe.admission.outputs import EMPTY, EMPTY_THRESHOLD, OUTPUT, OUTPUT_THRESHOLD
 from flexmoe.admission.public_text import (
     LAYER_SHARE,
@@ -348,6 +349,7 @@ def test_the_thresholds_in_the_document_are_those_of_the_code():
         OTHERS: ROW_THRESHOLD,
         LONE: LONE_ROW_THRESHOLD,
         BIAS: BIAS_THRESHOLD,
+        EVIDENCE: EVIDENCE_THRESHOLD,
         OUTPUT: OUTPUT_THRESHOLD,
         EMPTY: EMPTY_THRESHOLD,
         SHARE: SHARE_THRESHOLD,
