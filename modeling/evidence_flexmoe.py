@@ -182,7 +182,7 @@ def _features(
     has_score_BK = is_read_BK & (ids_BK < len(table_V))
     scores_BK = torch.where(has_score_BK, table_V[ids_BK.clamp(0, len(table_V) - 1)].float(), 0.0)
     sums_TD = weights.sums(scores_BK, evidence["decays"], evidence["window"])
-    fading_T1 = 1 - (1 - FADING) * weights.sums(is_read_BK.float(), [FADING], evidence["window"])
+    fading_T1 = weights.fading(is_read_BK, evidence["window"])
     return torch.cat([sums_TD, fading_T1], 1)
 
 
@@ -217,6 +217,13 @@ class _Weights:
         self._length, self._device = ids_BK.shape[1], ids_BK.device
         self._queries, self._first, self._positions_BS = queries, first, positions_BS
         self._made: dict[Any, Tensor] = {}
+        self._fading: dict[int, Tensor] = {}
+
+    def fading(self, is_read_BK: Tensor, window: int) -> Tensor:
+        """What fades with the tokens that were read, float32 [T, 1]."""
+        if window not in self._fading:
+            self._fading[window] = 1 - (1 - FADING) * self.sums(is_read_BK.float(), [FADING], window)
+        return self._fading[window]
 
     def sums(self, scores_BK: Tensor, decays: Sequence[float], window: int) -> Tensor:
         """The sums float32 [T, D]. Each expert's are computed on their own, so that no bit depends on another."""

@@ -12,7 +12,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from flexmoe.modeling.low_rank_flexmoe import FfnStructure, is_unwrapped, read_structure
+from flexmoe.modeling.evidence_flexmoe import EvidenceRow
+from flexmoe.modeling.low_rank_flexmoe import FfnStructure, is_plain_linear, is_unwrapped, read_structure
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
@@ -41,9 +42,15 @@ def structure_in_any_mode(network: nn.Module) -> FfnStructure | None:
     return cached[1]
 
 
+def is_plain_row(row: nn.Module) -> bool:
+    """Whether the weight, the bias and the calibration of a router row determine what it computes."""
+    has_evidence = type(row).__name__ == EvidenceRow.__name__  # also that of remote code
+    return is_plain_linear(row) or (has_evidence and is_unwrapped(row))
+
+
 def settings_of(module: nn.Module) -> dict[str, Any]:
     """The attributes of `module` beyond those of every `nn.Module`, such as the slope of an activation."""
     return {name: value for name, value in vars(module).items() if name not in _MODULE_ATTRIBUTES}
 
 
-__all__ = ["settings_of", "structure_in_any_mode", "structure_of"]
+__all__ = ["is_plain_row", "settings_of", "structure_in_any_mode", "structure_of"]

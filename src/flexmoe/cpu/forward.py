@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from flexmoe.modeling.distributed_flexmoe import must_run_on_all_ranks
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock, eager_experts_forward, mix_modules, names_sharing_public
 from flexmoe.modeling.low_rank_flexmoe import FfnStructure, is_plain_linear
 from flexmoe.modeling.masking_flexmoe import ForwardContext
-from flexmoe.structures import structure_of
+from flexmoe.structures import is_plain_row, structure_of
 
 Run = Callable[[Tensor], Tensor]
 
@@ -50,7 +51,7 @@ def cpu_experts_forward(
 def _one_token(
     block: FlexMoeBlock, x_1H: Tensor, names: Sequence[str], context: ForwardContext, packs: Prepacked | None
 ) -> Tensor:
-    logits_A = _router_logits(block.router, x_1H[0], names, context.evidence)
+    logits_A = _router_logits(block.router, x_1H[0], names, context.evidence or {})
     weights = route_one(logits_A.tolist(), block.num_chosen(context), block.renormalizes(context))
     if context.router_logits is not None or context.usage:
         block.record(context, names, logits_A[None], torch.tensor([weights]))
@@ -87,17 +88,27 @@ def _as_row(x_1H: Tensor) -> Tensor:
     return x_1H if x_1H.dtype in HALVES and has_instructions(x_1H.dtype) else x_1H[0]
 
 
-def _router_logits(
-    router: nn.ModuleDict, x_H: Tensor, names: Sequence[str], evidence: Mapping[str, Tensor] | None
-) -> Tensor:
+def _router_logits(router: nn.ModuleDict, x_H: Tensor, names: Sequence[str], evidence: Mapping[str, Tensor]) -> Tensor:
     """The logits [A] of one token; plain float32 rows are multiplied without calling their modules."""
     rows: list[Any] = [router._modules[name] for name in names]
-    if all(is_plain_linear(row) and _is_parameter(row.weight) for row in rows) and all(
+    if all(is_plain_row(row) and _is_parameter(row.weight) for row in rows) and all(
         row.weight.dtype == torch.float32 for row in rows
     ):
         x32_H = x_H.float()
-        return torch.cat([torch.addmv(row.bias, row.weight, x32_H) for row in rows])
+        logits_A = torch.cat([torch.addmv(row.bias, row.weight, x32_H) for row in rows])
+        return _calibrated(logits_A, dict(zip(names, rows, strict=True)), evidence) if evidence else logits_A
     return router(x_H[None], names, evidence)[0]
+
+
+def _calibrated(logits_A: Tensor, rows: Mapping[str, Any], evidence: Mapping[str, Tensor]) -> Tensor:
+    """The logits with the evidence of the experts that have it, on Python floats, as in `route_one`."""
+    logits = logits_A.tolist()
+    for column, (name, row) in enumerate(rows.items()):
+        if name in evidence:
+            factor, *factors, bias = row.calibration.tolist()
+            added = sum(map(operator.mul, factors, evidence[name][0].tolist()))
+            logits[column] = factor * logits[column] + added + bias
+    return torch.tensor(logits)
 
 
 def _bind(block: FlexMoeBlock, name: str, like: Tensor, packs: Prepacked | None) -> Run:

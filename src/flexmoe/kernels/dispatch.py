@@ -28,9 +28,9 @@ from flexmoe.kernels.plans import (
     parameters_in,
 )
 from flexmoe.modeling.configuration_flexmoe import PUBLIC
-from flexmoe.modeling.evidence_flexmoe import EvidenceRow
 from flexmoe.modeling.experts_flexmoe import FlexMoeBlock, names_sharing_public
-from flexmoe.modeling.low_rank_flexmoe import FfnStructure, is_plain_linear, is_unwrapped
+from flexmoe.modeling.low_rank_flexmoe import FfnStructure
+from flexmoe.structures import is_plain_row
 
 AUTO, EAGER, CPU, TRITON = "auto", "eager", "flexmoe_cpu", "flexmoe_triton"
 """Names of implementations, as `experts_implementation` takes them."""
@@ -270,9 +270,7 @@ def router_reason(names: tuple[str, ...], router: nn.ModuleDict, dtype: torch.dt
     """
     rows: list[Any] = [router[name] for name in names]
     for name, row in zip(names, rows, strict=True):
-        has_evidence = type(row).__name__ == EvidenceRow.__name__  # also that of remote code
-        is_plain = is_plain_linear(row) or (has_evidence and is_unwrapped(row))
-        if not is_plain or any(type(p) is not nn.Parameter for p in parameters_in(row)):
+        if not is_plain_row(row) or any(type(p) is not nn.Parameter for p in parameters_in(row)):
             return f"the router row of {name!r} is wrapped or has hooks ({type(row).__name__})"
     dtypes = {p.dtype for row in rows for p in parameters_in(row)}
     if len(dtypes) > 1:
