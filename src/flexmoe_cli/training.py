@@ -34,6 +34,11 @@ from flexmoe_cli.wording import Options
 EXPERT, LOOP, LOSS = "The expert", "The training loop", "The loss"
 METADATA = "Package metadata"
 
+OwnText = Annotated[list[Path], typer.Option(help=f"The owner's text. {DATA_FORMATS}.")]
+PublicText = Annotated[
+    list[Path] | None, typer.Option(help="Public text to use instead of the sample stored with the model.")
+]
+Column = Annotated[str | None, typer.Option(help="Column of tables that holds the text. Default: text.")]
 RouterTokens = Annotated[
     int | None,
     typer.Option(help="Tokens to fit it on, of each side. Default: by the amount of text.", rich_help_panel=ROUTER),
@@ -55,17 +60,13 @@ def train(
         str, typer.Argument(help="A model written by `flexmoe graft`: a folder or a Hub id.", show_default=False)
     ],
     name: Annotated[str, typer.Option(help="The expert's name, in lower case: math, code-2.")],
-    data: Annotated[list[Path], typer.Option(help=f"The owner's text. {DATA_FORMATS}.")],
+    data: OwnText,
     out: Out,
-    public_data: Annotated[
-        list[Path] | None, typer.Option(help="Public text to use instead of the sample stored with the model.")
-    ] = None,
+    public_data: PublicText = None,
     public_ratio: Annotated[
         float | None, typer.Option(help="Share of public text in each batch. Default: 0.4.")
     ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of tables that holds the text. Default: text.")
-    ] = None,
+    text_column: Column = None,
     text_template: TextTemplate = None,
     skip_empty: SkipEmpty = False,
     validation_fraction: Annotated[
@@ -235,14 +236,10 @@ def fit_router(
     grafted: Annotated[
         str, typer.Option(help="The model written by `flexmoe graft` that it was trained in: folder or Hub id.")
     ],
-    data: Annotated[list[Path], typer.Option(help=f"The owner's text. {DATA_FORMATS}.")],
+    data: OwnText,
     out: Out,
-    public_data: Annotated[
-        list[Path] | None, typer.Option(help="Public text to use instead of the sample stored with the model.")
-    ] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column of tables that holds the text. Default: text.")
-    ] = None,
+    public_data: PublicText = None,
+    text_column: Column = None,
     text_template: TextTemplate = None,
     skip_empty: SkipEmpty = False,
     router: RouterMethod = None,

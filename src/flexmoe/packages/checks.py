@@ -16,12 +16,11 @@ from torch import nn
 from flexmoe.io.strict_json import MAX_JSON_BYTES
 from flexmoe.io.tensors import TensorInfo
 from flexmoe.modeling.configuration_flexmoe import FlexMoeConfig
-from flexmoe.modeling.evidence_flexmoe import row_shapes
 from flexmoe.modeling.experts_flexmoe import intermediate_size
 from flexmoe.modeling.low_rank_flexmoe import is_low_rank
 from flexmoe.packages.manifest import ExpertManifest
 from flexmoe.packages.names import packed_name
-from flexmoe.packages.package import MAX_ROW_BYTES, ExpertPackage
+from flexmoe.packages.package import MAX_ROW_BYTES, ExpertPackage, router_shapes
 
 
 def check_anchor(config: FlexMoeConfig, manifest: ExpertManifest) -> None:
@@ -120,12 +119,11 @@ def expected_shapes(
     Args:
         networks: the expert's networks by layer, without weights (`flexmoe.packages.modules.fresh_experts`).
     """
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = router_shapes(networks, record, hidden_size)
     for layer, network in networks.items():
         at = f"layers.{layer}"
         for key, tensor in network.state_dict().items():
             shapes[f"{at}.ffn.{name_in_package(network, key)}"] = tuple(tensor.shape)
-        shapes |= {f"{at}.router.{part}": shape for part, shape in row_shapes(record, hidden_size, layer).items()}
     return shapes
 
 

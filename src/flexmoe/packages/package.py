@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -262,6 +263,15 @@ def _check_files(folder: Path, manifest: ExpertManifest) -> None:
         raise PackageError(f"{folder}: {MANIFEST_FILE} does not name the weight file {unknown[0]!r}.")
 
 
+def router_shapes(layers: Iterable[int], record: Mapping[str, Any], hidden_size: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of the router's tensors in the package of an expert with this record, by name."""
+    return {
+        f"layers.{layer}.router.{part}": shape
+        for layer in layers
+        for part, shape in row_shapes(record, hidden_size, layer).items()
+    }
+
+
 def _described(manifest: ExpertManifest) -> str:
     row, *others = row_shapes(manifest.record(), manifest.ffn["hidden"], 0).items()
     return ", ".join([f"a row is {list(row[1])}", *(f"a {part} {list(shape)}" for part, shape in others)])
@@ -269,11 +279,8 @@ def _described(manifest: ExpertManifest) -> str:
 
 def _check_infos(where: str, manifest: ExpertManifest, infos: Mapping[str, TensorInfo]) -> None:
     """Checks names, layers, row shapes and dtypes against the manifest. Network shapes are checked against a model."""
-    rows: dict[str, tuple[int, ...]] = {}
-    for layer in manifest.layers:
-        shapes = row_shapes(manifest.record(), manifest.ffn["hidden"], layer)
-        rows |= {f"layers.{layer}.router.{part}": shape for part, shape in shapes.items()}
-    router = dict(rows)
+    router = router_shapes(manifest.layers, manifest.record(), manifest.ffn["hidden"])
+    rows = dict(router)
     expected, layers, dtypes = set(manifest.layers), set(), set()
     for name, info in infos.items():
         match = _TENSOR_NAME.fullmatch(name)
@@ -352,6 +359,7 @@ __all__ = [
     "ExpertPackage",
     "PackageError",
     "default_card",
+    "router_shapes",
     "stream_package",
     "write_package",
 ]

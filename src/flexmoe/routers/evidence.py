@@ -30,8 +30,8 @@ RIDGE = 1e-4  # of the calibration, on features of variance 1
 STEPS = 60  # of Newton's method
 BATCH = 64  # sequences whose sums are computed at a time
 
-FitRow = Callable[[Tensor, Tensor], RouterRow]
-"""Fits a row on own and public states [T, H]."""
+FitLayer = Callable[[Tensor, Tensor], RouterRow]
+"""Fits the row of a layer on own and public states [T, H]."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ class Evidence:
         self._starts = [len(side) // 2 for side in (own_NL, public_NL)]
 
     def fitting(
-        self, fit: FitRow, sequences: Sequence[Tensor], drawn: Sequence[Tensor], counts: Sequence[int]
-    ) -> FitRow:
+        self, fit: FitLayer, sequences: Sequence[Tensor], drawn: Sequence[Tensor], counts: Sequence[int]
+    ) -> FitLayer:
         """A function that fits the row of a layer as `fit(own, public)` does, and its calibration.
 
         Args:
@@ -117,13 +117,13 @@ class Evidence:
         return torch.cat([sequence_features(table_V, part_NL, self.record) for part_NL in parts])
 
 
-def _uncalibrated(fit: FitRow, size: int, own_TH: Tensor, public_TH: Tensor) -> RouterRow:
+def _uncalibrated(fit: FitLayer, size: int, own_TH: Tensor, public_TH: Tensor) -> RouterRow:
     row = fit(own_TH, public_TH)
     return RouterRow(row.weight, row.bias, torch.tensor([1.0] + [0.0] * (size - 1)))
 
 
 def _fit_calibrated(
-    fit: FitRow, features: Sequence[Tensor], second: Sequence[Tensor], own_TH: Tensor, public_TH: Tensor
+    fit: FitLayer, features: Sequence[Tensor], second: Sequence[Tensor], own_TH: Tensor, public_TH: Tensor
 ) -> RouterRow:
     """The mean of the rows of both halves, and the calibration of each half's logits by the row of the other."""
     states = (own_TH, public_TH)

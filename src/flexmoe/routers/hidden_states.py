@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from flexmoe.io.dense import DenseCheckpoint, load_causal_lm
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, find_ffn_sites
-from flexmoe.routers.evidence import Evidence, FitRow
+from flexmoe.routers.evidence import Evidence, FitLayer
 from flexmoe.routers.rows import Moments, RouterRow, RowMethod, embed_documents
 
 STATES_BYTES = 2_000_000_000  # budget for own and public states together
@@ -191,7 +191,7 @@ def fit_rows(
     ]
     sides = [side.sequences[indices] for side, indices in zip((own, public), drawn, strict=True)]
     counts = [min(tokens, side_NL.numel()) for side_NL in sides]
-    fit: FitRow = functools.partial(method.fit, **options)
+    fit: FitLayer = functools.partial(method.fit, **options)
     if evidence is not None:
         fit = evidence.fitting(fit, sides, drawn, counts)
     collect: Callable[..., dict[int, Any]] = collect_states if method.needs == "states" else collect_moments
