@@ -37,7 +37,7 @@ from flexmoe.demo.stages import Stage
 from flexmoe.evaluation import token_losses
 
 ROOT = Path(__file__).resolve().parents[1]
-OWNERS = ("medicine", "verilog", "chinese", "music", "unicode", "cpp", "math", "code")
+OWNERS = ("medicine", "verilog", "chinese", "music", "unicode", "math", "phonetics", "german")
 RECIPES: dict[str, dict[str, Any]] = {
     "low-rank experts": {"method": "low_rank"},
     "paper's recipe": {"router": "hidden_mean", "router_bias": True, "public_ratio": 0.0},

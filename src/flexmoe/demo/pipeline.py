@@ -75,8 +75,7 @@ TRAINING_CODE = (
     "flexmoe.io",
     "flexmoe.packages",
     "flexmoe.data",
-    "flexmoe.routers.hidden_states",
-    "flexmoe.routers.rows",
+    "flexmoe.routers",
     "flexmoe.tokenization",
     "flexmoe.training",
     "flexmoe.demo.owners",
@@ -389,8 +388,6 @@ class Demo:
     def scores(self) -> Stage:
         models = Models(
             anchor=self.folder("anchor"),
-            grafted=self.grafted_model,
-            packages=self.packages,
             composed=self.folder("composed") / MODEL,
             opted_out=self.folder("opted-out") / MODEL,
         )
@@ -409,7 +406,7 @@ class Demo:
             }
             (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 
-        read = ["corpus", "anchor", "grafted", *(f"owners/{o}" for o in self.settings.owners), "composed", "opted-out"]
+        read = ["corpus", "anchor", "composed", "opted-out"]
         return self.stages.run(
             "scores",
             make,

@@ -33,11 +33,9 @@ Losses = dict[str, float]
 
 @dataclass(frozen=True)
 class Models:
-    """Folders of the dense anchor, the grafted model, the packages, the composed and the opted-out model."""
+    """Folders of the dense anchor, the composed and the opted-out model."""
 
     anchor: Path
-    grafted: Path
-    packages: Mapping[str, Path]
     composed: Path
     opted_out: Path | None = None
 
@@ -71,23 +69,26 @@ def score_systems(
 ) -> tuple[dict[str, Losses], dict[str, dict[str, float]]]:
     """The losses of all systems on all domains, and the routing shares of the composed model.
 
-    All experts are active in "composed" and "opted-out"; "composed-k<k>" are for `top_k`. No two models with experts
-    are in memory at the same time.
+    All experts are active in "composed" and "opted-out"; "composed-k<k>" are for `top_k`. Two-expert models are the
+    composed one with all other experts disabled: without a prior, that is bit for bit the model that the owner
+    trained. No two models with experts are in memory at the same time.
     """
     systems = {"anchor": domain_losses(load(models.anchor), tokens)}
-    for owner, package in models.packages.items():
-        systems[f"two-expert-{owner}"] = domain_losses(two_expert_model(models.grafted, package), tokens)
     left = {}
     if models.opted_out is not None:
         model = load(models.opted_out)
-        left["opted-out"] = domain_losses(model, tokens, num_experts_per_tok=len(models.packages) + 1)
+        left["opted-out"] = domain_losses(model, tokens, num_experts_per_tok=len(model.expert_names))
         del model
     composed = load(models.composed)
+    owners = [name for name in composed.expert_names if name != PUBLIC]
+    for owner in owners:
+        with composed.only_experts(PUBLIC, owner):
+            systems[f"two-expert-{owner}"] = domain_losses(composed, tokens, num_experts_per_tok=2)
     systems["composed"], shares = losses_and_shares(composed, tokens)
     for k in top_k:
         systems[f"composed-k{k}"] = domain_losses(composed, tokens, num_experts_per_tok=k)
     systems["soup"] = domain_losses(soup(load(models.anchor), composed), tokens)
-    systems["true-domain"] = true_domain(systems, list(models.packages))
+    systems["true-domain"] = true_domain(systems, owners)
     return {**systems, **left}, shares
 
 

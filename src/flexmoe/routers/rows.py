@@ -35,6 +35,7 @@ Needs = Literal["states", "moments", "embeddings", "nothing"]
 RIDGE = 1e-3  # lambda of log_odds, on standardised inputs
 SHRINKAGE = 0.1  # of lda's covariance towards its diagonal
 CHUNK_ELEMENTS = 1 << 19  # of the states that are converted to float64 at a time
+HELD_ELEMENTS = 1 << 22  # states of a side with at most so many are converted once
 SAMPLE = 8  # tokens of each side per unit, on which log_odds is solved first
 CONTRACTION = 0.1  # of Newton's decrement by a step; above it, the Hessian is computed again
 CONVERGED = 1e-10  # Newton's decrement; the loss is then within half of it
@@ -217,7 +218,8 @@ def embed_documents(documents: Sequence[str], embedder: str, limit: int = 1000, 
 
 
 class _LogisticRegression:
-    """The optimisation problem of `log_odds`; data stays in its own dtype and is converted by chunks.
+    """The optimisation problem of `log_odds`; data stays in its own dtype and is converted by chunks, unless it is
+    little.
 
     Values and gradients are computed in float64, as products of the states with a vector. The Hessian, the only large
     product, is computed in float32, factorised, and kept for as long as the steps with it converge fast: an inexact
@@ -228,6 +230,7 @@ class _LogisticRegression:
         for side, states in (("own", own), ("public", public)):
             if not len(states) or not all(torch.isfinite(chunk).all() for chunk in _chunks(states)):
                 raise ValueError(f"The anchor's states on {side} text are empty or not finite; no row can be fitted.")
+        own, public = (states.double() if states.numel() <= HELD_ELEMENTS else states for states in (own, public))
         self.sides = ((own, 1.0), (public, -1.0))
         self.intercept = intercept
         mean, square = _mean_and_square(public)

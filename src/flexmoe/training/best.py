@@ -90,7 +90,8 @@ class KeepBest(TrainerCallback):
         best = best_of(measured, self._public_ratio)
         assert best is not None
         if best.step == measured[-1].step:
-            if state.is_world_process_zero:
+            # after the last step, the model itself is the best
+            if state.is_world_process_zero and best.step < state.max_steps:
                 save_best(self._work, trained_parameters(kwargs["model"]), best.step)
         elif (
             without_improvement(measured, self._public_ratio) >= self._patience and state.global_step < state.max_steps

@@ -44,6 +44,8 @@ VALIDATION_COST = 0.2
 """All validations together cost at most this share of the training; a forward pass is a third of a step."""
 VALIDATIONS = (2, 10)
 """At least and at most, after the first step."""
+FEW_STEPS = 20
+"""Up to so many, there is one validation, after the last step."""
 LOW_RANK = 64
 
 
@@ -221,6 +223,8 @@ def _validation_tokens(trained: int) -> Choice:
 
 def _evaluation_steps(steps: int, step_tokens: int, validation_tokens: int) -> Choice:
     """Steps between validations, each of which costs forward passes on both sides."""
+    if steps <= FEW_STEPS:
+        return Choice(steps, "1 validation, of so few steps")
     least, most = VALIDATIONS
     affordable = VALIDATION_COST * steps * step_tokens / (2 * validation_tokens / 3)
     count = int(min(most, max(least, affordable)))
