@@ -27,7 +27,7 @@ BENCHES := $(filter-out $(if $(MERGEKIT_PYTHON),,%/bench_mergekit.py),$(wildcard
 AS_USERS_DO := env -u OMP_WAIT_POLICY
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-oldest compatibility demo results results-tiny ranks bench soak mutation families conformance check format format-check lint package-tree types docs layout clean
+.PHONY: help install test test-oldest compatibility demo results routers results-tiny ranks bench soak mutation families conformance check format format-check lint package-tree types docs layout clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ demo: $(STAMP) ## Run the main job end to end on a real model and text (11 minut
 
 results: $(STAMP) ## Run eight owners on SmolLM2-135M over 3 seeds, and what else can be done with their text (hours; resumable)
 	$(BIN)/python benchmarks/eight_owners.py $(ARGS)
+
+routers: $(STAMP) ## Compare routers on the experts of `make results` (hours; resumable)
+	$(BIN)/python benchmarks/routers.py $(ARGS)
 
 results-tiny: $(STAMP) ## Run the demo with its own anchor over 3 seeds, with the paper's recipe and row variants (an hour)
 	$(BIN)/python benchmarks/results.py $(ARGS)

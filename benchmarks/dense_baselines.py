@@ -104,12 +104,14 @@ def train_dense(model: PreTrainedModel, tokens: OwnersTokens, learning_rate: flo
     return model.eval()
 
 
-def ensemble_losses(losses_MNL: Tensor) -> Tensor:
+def ensemble_losses(losses_MNL: Tensor, k: int | None = None) -> Tensor:
     """The loss per token of an ensemble, [N, L - 1], whose weights are the posterior given the tokens before it.
 
     Args:
         losses_MNL: the losses of the models, [M, N, L - 1]; the prior over models is uniform.
+        k: of the models, those with the best posterior; None: all.
     """
     logs_MNL = -losses_MNL.double()
     seen_MNL = logs_MNL.cumsum(-1) - logs_MNL  # without the token itself
-    return -((seen_MNL.log_softmax(0) + logs_MNL).logsumexp(0)).float()
+    kept = seen_MNL.topk(k or len(seen_MNL), dim=0)
+    return -(kept.values.log_softmax(0) + logs_MNL.gather(0, kept.indices)).logsumexp(0).float()
