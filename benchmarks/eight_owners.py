@@ -6,7 +6,7 @@ an ensemble (Branch-Train-Merge); and one dense model trained on everybody's tex
 have: the ceiling without restrictions. Dense models get the better of two learning rates.
 
 Writes docs/benchmarks/eight_owners.json after each system, and docs/eight-owners.md. Finished stages are reused, so an
-interrupted run continues. Exit code 1 if a bar is missed. Does not cover router rows other than these two.
+interrupted run continues. Exit code 1 if a bar is missed. Does not cover other routers (`routers`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from flexmoe.demo.corpus import PUBLIC
 from flexmoe.demo.owners import PACKAGE
 from flexmoe.demo.pipeline import MODEL, SCORING_CODE, Demo, DemoSettings, without_loading_bars
 from flexmoe.demo.report import Threshold, markdown_table
-from flexmoe.demo.row_variants import drop_evidence
 from flexmoe.demo.scoring import domain_losses, load, soup, two_expert_model
 from flexmoe.demo.stages import Stage
 from flexmoe.evaluation import token_losses
@@ -78,10 +77,7 @@ class EightOwners:
         demo, tokens = self.demo, self.demo.tokens()
         found = {"anchor": domain_losses(load(demo.folder("anchor")), tokens)}
         found |= self._with_experts("composed", demo.packages, demo.folder("composed") / MODEL)
-        composed = load(demo.folder("composed") / MODEL)
-        k = len(composed.expert_names)
-        found["composed, rows alone"] = domain_losses(drop_evidence(composed), tokens, num_experts_per_tok=k)
-        found["soup"] = domain_losses(soup(load(demo.folder("anchor")), composed), tokens)
+        found["soup"] = domain_losses(soup(load(demo.folder("anchor")), load(demo.folder("composed") / MODEL)), tokens)
         return found
 
     def recipe(self, name: str) -> None:
@@ -159,7 +155,7 @@ def kept(losses: Mapping[str, Losses], name: str, owner: str) -> float:
 
     NaN if the expert is hardly better than the anchor: then there is nothing to keep.
     """
-    anchor, alone = losses["anchor"][owner], losses[f"{name.removesuffix(', rows alone')}, each expert alone"][owner]
+    anchor, alone = losses["anchor"][owner], losses[f"{name}, each expert alone"][owner]
     gain = anchor - alone
     return (anchor - losses[name][owner]) / gain if gain > SMALL_GAIN * anchor else math.nan
 
@@ -194,7 +190,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         cells = [f"{statistics.mean(losses[domain] for losses in have):.3f}" for domain in domains]
         rows.append([f"**{name}**" if name == "composed" else name, *cells, f"{statistics.mean(means):.3f}{spread}"])
     shares = []
-    for name in ("composed", "composed, rows alone", *RECIPES):
+    for name in ("composed", *RECIPES):
         have = [seed["losses"] for seed in seeds.values() if name in seed["losses"]]
         if have:
             means = (statistics.mean(kept(losses, name, owner) for losses in have) for owner in owners)

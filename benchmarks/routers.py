@@ -45,7 +45,7 @@ from flexmoe.demo.anchor_source import SMOLLM2
 from flexmoe.demo.corpus import PUBLIC, read_texts
 from flexmoe.demo.pipeline import MODEL, SCORING_CODE, Demo, DemoSettings, without_loading_bars
 from flexmoe.demo.report import Threshold, markdown_table
-from flexmoe.demo.row_variants import drop_evidence, owner_rows, put_rows
+from flexmoe.demo.row_variants import drop_evidence
 from flexmoe.demo.scoring import load, soup
 from flexmoe.demo.sources import read_source
 from flexmoe.evaluation import token_losses
@@ -58,7 +58,7 @@ DEFAULT, ROWS, ENSEMBLE = "rows + evidence", "rows", "posterior over models (BTM
 CLASSIFIER, MEMBERS = "classifier of the first 32 tokens", "members"
 NOBODYS, SWITCHES = "nobody's", "switches"
 NOBODYS_KIND, NOBODYS_CHARACTERS = "cpp", 8_000
-SEGMENT, SEGMENTS_EACH, AFTER_SWITCH = 64, 4, 8
+SEGMENT, SEGMENTS_EACH, AFTER_SWITCH = 64, 3, 8
 START, READ = 16, 32
 STATE_SEQUENCES, PIECES = 16, 400
 Losses = dict[str, Tensor]  # by domain, [N, L - 1]
@@ -106,6 +106,7 @@ class Routers:
 
     def __init__(self, out: Path, settings: DemoSettings, console: Console) -> None:
         self.demo = Demo(out, settings, console)
+        self._read: dict[str, list[Tensor]] = {}
 
     def run(self) -> tuple[Text, dict[str, Losses], dict[str, Any]]:
         """Text, losses by system and domain, and by system what it costs."""
@@ -167,21 +168,15 @@ class Routers:
         return {
             DEFAULT: lambda: (self._composed(), everyone),
             ROWS: lambda: (drop_evidence(self._composed()), everyone),
-            "rows of hidden means": lambda: (self._with_rows("hidden_mean"), everyone),
-            **{name: lambda each=each: (self._with_baseline(each), everyone) for name, each in BASELINES.items()},  # type: ignore[misc]
+            **{
+                name: lambda each=each: (self._with_baseline(each), {"num_experts_per_tok": each.top_k})
+                for name, each in BASELINES.items()
+            },  # type: ignore[misc]
             "soup": lambda: (soup(load(self.demo.folder("anchor")), self._composed()), {}),
         }
 
     def _composed(self) -> FlexMoeForCausalLM:
         return cast(FlexMoeForCausalLM, load(self.demo.folder("composed") / MODEL))
-
-    def _with_rows(self, method: str) -> FlexMoeForCausalLM:
-        """Rows as FlexOlmo initialises them, which are not trained here."""
-        demo, model = self.demo, self._composed()
-        data = {owner: demo.folder(f"owners/{owner}") / "data" / "documents.jsonl" for owner in demo.settings.owners}
-        options = {"bias": False, "tokens": 4_608, "sequence_length": 128, "seed": demo.settings.corpus.seed}
-        put_rows(model, owner_rows(demo.grafted_model, data, method, **options), 0.0)  # type: ignore[arg-type]
-        return model
 
     def _with_baseline(self, baseline: Baseline) -> FlexMoeForCausalLM:
         model = self._composed()
@@ -197,14 +192,16 @@ class Routers:
 
     def _states(self, model: FlexMoeForCausalLM) -> dict[str, list[Tensor]]:
         """FFN inputs [T, H] of all layers on each side's training text, read with that side's expert alone."""
-        demo, found = self.demo, {}
+        demo = self.demo
         for name in self._names:
+            if name in self._read:
+                continue
             file = demo.folder("corpus") / ("public.jsonl" if name == PUBLIC else f"owners/{name}.jsonl")
             ids_NL = packed_text(demo, read_texts(file), 256)[:STATE_SEQUENCES]
             with model.only_experts(name), _recorded(model) as states, torch.no_grad():
                 model.base_model(input_ids=ids_NL, use_cache=False)
-            found[name] = states
-        return found
+            self._read[name] = states
+        return self._read
 
     def _classified(self, text: Text, stacked: Mapping[str, Tensor]) -> Losses:
         """A classifier of joint text chooses one model for a sequence when it has read its first tokens."""
@@ -238,7 +235,6 @@ class Routers:
         return {
             DEFAULT: sum(tensor.nbytes for tensor in router.values()),
             ROWS: rows,
-            "rows of hidden means": rows,
             "DUME": rows,
             "Arrow": prototypes,
             ENSEMBLE: 0,

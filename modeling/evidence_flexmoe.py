@@ -159,25 +159,26 @@ def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -
         )
     ids_BK, first = (ids_BS, 0) if layer is None else layer.so_far(ids_BS)
     mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-    mask_BK = mask if isinstance(mask, Tensor) and mask.shape == ids_BK.shape else None
+    is_read_BK = ids_BK >= 0
+    if isinstance(mask, Tensor) and mask.shape == ids_BK.shape:
+        is_read_BK = is_read_BK & mask.bool()
     positions_BS = positions.expand(ids_BS.shape) if positions is not None and positions.dim() == 2 else None
     weights, rows = _Weights(ids_BK, ids_BS.shape[1], first, positions_BS), model.flexmoe_blocks()[0].router
     with torch.no_grad(), maybe_autocast(ids_BS.device.type, enabled=False):
         return {
-            record["name"]: _features(weights, rows[record["name"]].table, ids_BK, mask_BK, record["evidence"])
+            record["name"]: _features(weights, rows[record["name"]].table, ids_BK, is_read_BK, record["evidence"])
             for record in records
         }
 
 
 def sequence_features(table_V: Tensor, ids_NL: Tensor, evidence: Mapping[str, Any]) -> Tensor:
     """The features float32 [N * L, F] of whole sequences, for calibration."""
-    return _features(_Weights(ids_NL, ids_NL.shape[1], 0, None), table_V, ids_NL, None, evidence)
+    return _features(_Weights(ids_NL, ids_NL.shape[1], 0, None), table_V, ids_NL, ids_NL >= 0, evidence)
 
 
 def _features(
-    weights: _Weights, table_V: Tensor, ids_BK: Tensor, mask_BK: Tensor | None, evidence: Mapping[str, Any]
+    weights: _Weights, table_V: Tensor, ids_BK: Tensor, is_read_BK: Tensor, evidence: Mapping[str, Any]
 ) -> Tensor:
-    is_read_BK = ids_BK >= 0 if mask_BK is None else (ids_BK >= 0) & mask_BK.bool()
     table_V = table_V.to(ids_BK.device)
     has_score_BK = is_read_BK & (ids_BK < len(table_V))
     scores_BK = torch.where(has_score_BK, table_V[ids_BK.clamp(0, len(table_V) - 1)].float(), 0.0)
