@@ -61,24 +61,34 @@ def test_each_half_is_judged_by_the_fit_of_the_other() -> None:
     drawn = [side[order] for side, order in zip((own, public), indices, strict=True)]
     states = [torch.randn(side.numel(), 400, generator=generator(4 + i)) for i, side in enumerate(drawn)]
     calibrated = evidence.fitting(fit, drawn, indices, [side.numel() for side in drawn])
-    row = calibrated(*states)
+    row, logits = calibrated(*states, None)
     assert abs(row.calibration[0]) < 0.1  # nothing is in the states, however well each half is separated
     assert row.calibration[1:-2].sum() > 0.05  # all is in the tokens
     score = sequence_features(evidence.table, own, evidence.record) @ row.calibration[1:-1] + row.calibration[-1]
     assert (score > 0).float().mean() > 0.7
+
+    def by_starts(own_TH: torch.Tensor, public_TH: torch.Tensor, start: tuple[torch.Tensor, ...]) -> RouterRow:
+        """The fit, if it starts from what it is to find."""
+        found = fit(own_TH, public_TH)
+        for side_TH, logits_T in zip((own_TH, public_TH), start, strict=True):
+            assert torch.allclose(found.logits(side_TH), logits_T, atol=1e-3), "each half starts from its own row"
+        return found
+
+    again, _ = evidence.fitting(by_starts, drawn, indices, [side.numel() for side in drawn])(*states, logits)
+    assert torch.allclose(again.calibration, row.calibration, atol=1e-4)
 
 
 def test_text_that_cannot_be_halved_is_not_calibrated() -> None:
     evidence = Evidence(text(1, 3, sequences=1), text(2, 9, sequences=8), V, EvidenceSettings())
     calls = []
 
-    def fit(own_TH: torch.Tensor, public_TH: torch.Tensor) -> RouterRow:
+    def fit(own_TH: torch.Tensor, public_TH: torch.Tensor, start: object) -> RouterRow:
         calls.append((len(own_TH), len(public_TH)))
         return RouterRow(torch.ones(H))
 
     drawn = [text(1, 3, sequences=1), text(2, 9, sequences=8)]
-    row = evidence.fitting(fit, drawn, [torch.arange(1), torch.arange(8)], [L, 8 * L])(
-        torch.zeros(L, H), torch.zeros(8 * L, H)
+    row, _ = evidence.fitting(fit, drawn, [torch.arange(1), torch.arange(8)], [L, 8 * L])(
+        torch.zeros(L, H), torch.zeros(8 * L, H), None
     )
     assert calls == [(L, 8 * L)]
     assert row.calibration.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]

@@ -103,6 +103,19 @@ def test_log_odds_does_not_depend_on_the_sample_it_starts_from(states, bias, mon
     assert 8 * H < min(calls) < 16 * H
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["near", "reversed", "far"])
+def test_log_odds_does_not_depend_on_the_logits_it_starts_from(states, bias, kind):
+    cold = fit("log_odds", *states, bias=bias)
+    near = tuple(cold.logits(side) + torch.randn(len(side), generator=generator(5)) for side in states)
+    factor = {"near": 1.0, "reversed": -1.0, "far": -1e4}[kind]
+    start = tuple(factor * logits for logits in near)
+    options = {"hidden_size": H, "bias": bias, "generator": generator()}
+    warm = row_method("log_odds").fit(*states, **options, start=start)
+    assert torch.allclose(warm.weight, cold.weight, rtol=1e-4, atol=1e-5)
+    assert warm.bias == pytest.approx(cold.bias, abs=1e-4)
+
+
 def test_moments_of_a_stream_equal_those_of_all_states(states):
     moments = Moments(H)
     for part in states[0].split(70):

@@ -17,21 +17,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexmoe.modeling.evidence_flexmoe import calibration_size, sequence_features
-from flexmoe.routers.rows import RouterRow
+from flexmoe.routers.rows import Logits, RouterRow
 
 RIDGE = 1e-4  # of the calibration, on features of variance 1
 STEPS = 60  # of Newton's method
 BATCH = 64  # sequences whose sums are computed at a time
 
-FitLayer = Callable[[Tensor, Tensor], RouterRow]
-"""Fits the row of a layer on own and public states [T, H]."""
+FitRow = Callable[..., RouterRow]
+"""`fit(own, public, start=...)` of a method that needs states, its other arguments bound."""
+FitLayer = Callable[[Tensor, Tensor, Logits | None], tuple[RouterRow, Logits]]
+"""Fits the row of a layer on own and public states [T, H], starting from logits of these tokens; with the row's own
+logits of them, from which the next layer can start."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ class Evidence:
         self._starts = [len(side) // 2 for side in (own_NL, public_NL)]
 
     def fitting(
-        self, fit: FitLayer, sequences: Sequence[Tensor], drawn: Sequence[Tensor], counts: Sequence[int]
+        self, fit: FitRow, sequences: Sequence[Tensor], drawn: Sequence[Tensor], counts: Sequence[int]
     ) -> FitLayer:
         """A function that fits the row of a layer as `fit(own, public)` does, and its calibration.
 
@@ -117,28 +120,47 @@ class Evidence:
         return torch.cat([sequence_features(table_V, part_NL, self.record) for part_NL in parts])
 
 
-def _uncalibrated(fit: FitLayer, size: int, own_TH: Tensor, public_TH: Tensor) -> RouterRow:
-    row = fit(own_TH, public_TH)
-    return RouterRow(row.weight, row.bias, torch.tensor([1.0] + [0.0] * (size - 1)))
+def fit_layer(fit: FitRow, own_TH: Tensor, public_TH: Tensor, start: Logits | None) -> tuple[RouterRow, Logits]:
+    """A `FitLayer` of a method's function, its options bound."""
+    row = fit(own_TH, public_TH, start=start)
+    return row, (row.logits(own_TH), row.logits(public_TH))
+
+
+def _uncalibrated(
+    fit: FitRow, size: int, own_TH: Tensor, public_TH: Tensor, start: Logits | None
+) -> tuple[RouterRow, Logits]:
+    row, logits = fit_layer(fit, own_TH, public_TH, start)
+    return replace(row, calibration=torch.tensor([1.0] + [0.0] * (size - 1))), logits
 
 
 def _fit_calibrated(
-    fit: FitLayer, features: Sequence[Tensor], second: Sequence[Tensor], own_TH: Tensor, public_TH: Tensor
-) -> RouterRow:
+    fit: FitRow,
+    features: Sequence[Tensor],
+    second: Sequence[Tensor],
+    own_TH: Tensor,
+    public_TH: Tensor,
+    start: Logits | None,
+) -> tuple[RouterRow, Logits]:
     """The mean of the rows of both halves, and the calibration of each half's logits by the row of the other."""
     states = (own_TH, public_TH)
     seconds = [mask.to(side.device) for mask, side in zip(second, states, strict=True)]
+
+    def of_half(half: bool, sides: Sequence[Tensor]) -> list[Tensor]:
+        return [side[mask if half else ~mask] for side, mask in zip(sides, seconds, strict=True)]
+
     rows = [
-        fit(*(side[mask if half else ~mask] for side, mask in zip(states, seconds, strict=True)))
+        fit(*of_half(half, states), start=None if start is None else tuple(of_half(half, start)))
         for half in (False, True)
     ]
-    found = []
+    found, own_logits = [], []
     for side, mask, features_TF in zip(states, seconds, features, strict=True):
-        by_row = [(side.float() @ row.weight.to(side.device)) + row.bias for row in rows]
-        logits_T = torch.where(mask, by_row[0], by_row[1])
-        found.append(torch.cat([logits_T[:, None].cpu(), features_TF], 1).double())
+        by_first, by_second = (row.logits(side) for row in rows)
+        held_out_T = torch.where(mask, by_first, by_second)
+        found.append(torch.cat([held_out_T[:, None].cpu(), features_TF], 1).double())
+        own_logits.append(torch.where(mask, by_second, by_first))
     weight = (rows[0].weight + rows[1].weight) / 2
-    return RouterRow(weight, (rows[0].bias + rows[1].bias) / 2, calibrate(*found))
+    row = RouterRow(weight, (rows[0].bias + rows[1].bias) / 2, calibrate(*found))
+    return row, (own_logits[0], own_logits[1])
 
 
 def calibrate(own: Tensor, public: Tensor) -> Tensor:

@@ -28,8 +28,8 @@ from transformers.utils import logging
 
 from flexmoe.io.dense import DenseCheckpoint, load_causal_lm
 from flexmoe.modeling import PUBLIC, FlexMoeConfig, find_ffn_sites
-from flexmoe.routers.evidence import Evidence, FitLayer
-from flexmoe.routers.rows import Moments, RouterRow, RowMethod, embed_documents
+from flexmoe.routers.evidence import Evidence, FitLayer, FitRow, fit_layer
+from flexmoe.routers.rows import Logits, Moments, RouterRow, RowMethod, embed_documents
 
 STATES_BYTES = 2_000_000_000  # budget for own and public states together
 
@@ -191,14 +191,16 @@ def fit_rows(
     ]
     sides = [side.sequences[indices] for side, indices in zip((own, public), drawn, strict=True)]
     counts = [min(tokens, side_NL.numel()) for side_NL in sides]
-    fit: FitLayer = functools.partial(method.fit, **options)
+    fit_row: FitRow = functools.partial(method.fit, **options)
+    fit: FitLayer = functools.partial(fit_layer, fit_row)
     if evidence is not None:
-        fit = evidence.fitting(fit, sides, drawn, counts)
+        fit = evidence.fitting(fit_row, sides, drawn, counts)
     collect: Callable[..., dict[int, Any]] = collect_states if method.needs == "states" else collect_moments
     nbytes = {"states": sum(counts) * hidden * model.dtype.itemsize, "moments": 16 * hidden * (hidden + 1)}
     groups = torch.arange(depth).split(max(1, max_bytes // nbytes[method.needs]))
     passes = sum(side_NL.numel() for side_NL in sides) * len(groups)
-    rows = []
+    rows: list[RouterRow] = []
+    logits: Logits | None = None
     with (
         logging.tqdm(total=passes, desc="Reading states", unit="token", unit_scale=True, disable=not progress) as read,
         logging.tqdm(total=depth, desc="Fitting router rows", unit="layer", disable=not progress) as fitted,
@@ -209,7 +211,11 @@ def fit_rows(
                 for side_NL, count in zip(sides, counts, strict=True)
             )
             for layer in layers.tolist():  # popped: the states of a layer are not needed after its fit
-                row = fit(own_by_layer.pop(layer), public_by_layer.pop(layer))
+                pair = own_by_layer.pop(layer), public_by_layer.pop(layer)
+                if method.needs == "states":
+                    row, logits = fit(*pair, logits)
+                else:
+                    row = fit_row(*pair)
                 rows.append(replace(row, weight=row.weight.cpu()))
                 fitted.update()
     return rows

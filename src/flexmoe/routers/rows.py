@@ -13,8 +13,9 @@ A method is a pure function, registered by one line. From own and from public te
     embeddings  float [D, W]: one vector per document, the same for all layers
     nothing     None
 
-and returns a `RouterRow`. Rows of methods that are `trained_by_loss` are initial values; those of other methods are
-final and stay frozen while the expert is trained.
+and returns a `RouterRow`. A method that needs states may start from the logits of these tokens in another layer, which
+are close to those of its own row. Rows of methods that are `trained_by_loss` are initial values; those of other
+methods are final and stay frozen while the expert is trained.
 
 Does not cover collecting states (`flexmoe.routers.hidden_states`), training rows (`flexmoe.training.experts`) or the
 prior of a composition (public's bias, `flexmoe compose --public-prior`).
@@ -31,6 +32,8 @@ import torch
 import torch.nn.functional as F
 
 Needs = Literal["states", "moments", "embeddings", "nothing"]
+Logits = tuple[torch.Tensor, torch.Tensor]
+"""Of own and of public tokens, [T] each."""
 
 RIDGE = 1e-3  # lambda of log_odds, on standardised inputs
 SHRINKAGE = 0.1  # of lda's covariance towards its diagonal
@@ -54,6 +57,10 @@ class RouterRow:
     bias: float = 0.0
     calibration: torch.Tensor | None = None
 
+    def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
+        """The logits float32 [T] of states, without evidence, on the states' device."""
+        return x_TH.float() @ self.weight.to(x_TH.device) + self.bias
+
 
 class Moments:
     """Mean [H] and covariance [H, H] of a stream of vectors, in float64, in one pass and constant memory."""
@@ -65,7 +72,7 @@ class Moments:
 
     def update(self, x_TH: torch.Tensor) -> None:
         """Adds vectors [T, H] of any floating-point dtype."""
-        for chunk in _chunks(x_TH):
+        for (chunk,) in _chunks(x_TH):
             x = chunk.double()
             self.count += len(x)
             self._sum += x.sum(0)
@@ -90,7 +97,7 @@ class FitRow(Protocol):
 
 @dataclass(frozen=True)
 class RowMethod:
-    """A method to fit a row: `fit(own, public, *, hidden_size, bias, generator)`."""
+    """A method to fit a row: `fit(own, public, *, hidden_size, bias, generator)`; with states, also `start`."""
 
     name: str
     fit: FitRow
@@ -122,7 +129,13 @@ def row_method(name: str) -> RowMethod:
 
 @router_row("log_odds", needs="states", trained_by_loss=False)
 def log_odds(
-    own: torch.Tensor, public: torch.Tensor, *, hidden_size: int, bias: bool, generator: torch.Generator
+    own: torch.Tensor,
+    public: torch.Tensor,
+    *,
+    hidden_size: int,
+    bias: bool,
+    generator: torch.Generator,
+    start: Logits | None = None,
 ) -> RouterRow:
     """Logistic regression of own against public states, solved by Newton's method in float64.
 
@@ -132,9 +145,10 @@ def log_odds(
 
     Args:
         own, public: [T, H], any floating-point dtype, on any device with float64.
+        start: logits of these tokens that are close to the solution's; the solution does not depend on them.
     """
     problem = _LogisticRegression(own, public, intercept=bias)
-    solution = problem.solve()
+    solution = problem.solve(start)
     weight = solution[:hidden_size] / problem.scale
     intercept = (solution[hidden_size] - weight @ problem.centre).item() if bias else 0.0
     return RouterRow(weight.float(), intercept)
@@ -228,7 +242,7 @@ class _LogisticRegression:
 
     def __init__(self, own: torch.Tensor, public: torch.Tensor, *, intercept: bool) -> None:
         for side, states in (("own", own), ("public", public)):
-            if not len(states) or not all(torch.isfinite(chunk).all() for chunk in _chunks(states)):
+            if not len(states) or not all(torch.isfinite(chunk).all() for (chunk,) in _chunks(states)):
                 raise ValueError(f"The anchor's states on {side} text are empty or not finite; no row can be fitted.")
         own, public = (states.double() if states.numel() <= HELD_ELEMENTS else states for states in (own, public))
         self.sides = ((own, 1.0), (public, -1.0))
@@ -245,26 +259,29 @@ class _LogisticRegression:
         if intercept:
             self.ridge[-1] = 0.0
 
-    def solve(self) -> torch.Tensor:
+    def solve(self, start: Logits | None = None) -> torch.Tensor:
         """The solution, float64 [H] or [H + 1], the intercept last."""
-        theta = self._start()
-        value, gradient = self._value_and_gradient(theta)
+        theta = self._start() if start is None else self._step_from(start)
+        value, gradient, logits = self._value_and_gradient(theta)
+        if start is not None and not value < math.log(2):  # no better than a row of zeros
+            theta = self._start()
+            value, gradient, logits = self._value_and_gradient(theta)
         factor, before, size = None, math.inf, 1.0
         for _ in range(MAX_STEPS):
             if factor is not None:
                 step, decrement = _newton_step(gradient, factor)
             if factor is None or size < 1 or decrement > CONTRACTION * before:
-                factor = self._factor(theta)
+                factor = self._factor(logits)
                 step, decrement = _newton_step(gradient, factor)
             if decrement < CONVERGED:
                 return theta - step
             size, before = 1.0, decrement
             while True:
-                next_value, next_gradient = self._value_and_gradient(theta - size * step)
+                next_value, next_gradient, next_logits = self._value_and_gradient(theta - size * step)
                 if next_value <= value - 1e-4 * size * decrement + 1e-12 or size < 1e-6:
                     break
                 size /= 2
-            theta, value, gradient = theta - size * step, next_value, next_gradient
+            theta, value, gradient, logits = theta - size * step, next_value, next_gradient, next_logits
         raise ArithmeticError(f"log_odds: Newton's method did not converge in {MAX_STEPS} steps.")
 
     def _start(self) -> torch.Tensor:
@@ -281,40 +298,62 @@ class _LogisticRegression:
             theta[-1] += weight @ (self.centre - sample.centre)
         return theta
 
-    def _value_and_gradient(self, theta: torch.Tensor) -> tuple[float, torch.Tensor]:
+    def _step_from(self, start: Logits) -> torch.Tensor:
+        """The result of a step of Newton's method from a function that has these logits."""
+        pull, total = torch.zeros_like(self.scale), self.scale.new_zeros(())
+        for (states, sign), logits in zip(self.sides, start, strict=True):
+            for chunk, score in _chunks(states, logits):
+                score = score.double()
+                probability = torch.sigmoid(score)
+                wrong = torch.sigmoid(-sign * score) * sign
+                target = (probability * (1 - probability) * score + wrong) * (0.5 / len(states))
+                pull += chunk.double().T @ target
+                total += target.sum()
+        right = torch.zeros_like(self.ridge)
+        right[: len(self.scale)] = (pull - total * self.centre) / self.scale
+        if self.intercept:
+            right[-1] = total
+        return torch.cholesky_solve(right[:, None], self._factor(start))[:, 0]
+
+    def _value_and_gradient(self, theta: torch.Tensor) -> tuple[float, torch.Tensor, Logits]:
+        """With the logits of all tokens."""
         weight = theta[: len(self.scale)] / self.scale
         shift = (theta[-1] if self.intercept else 0.0) - self.centre @ weight
         value = 0.5 * (self.ridge * theta**2).sum()
         slope, total = torch.zeros_like(self.scale), torch.zeros_like(value)
+        logits = []
         for states, sign in self.sides:
-            for chunk in _chunks(states):
+            found = []
+            for (chunk,) in _chunks(states):
                 x = chunk.double()
-                score = sign * (x @ weight + shift)
+                found.append(x @ weight + shift)
+                score = sign * found[-1]
                 wrong = torch.sigmoid(-score) * (sign * 0.5 / len(states))  # the probability of the other class
                 value = value + F.softplus(-score).sum() * (0.5 / len(states))
                 slope -= x.T @ wrong
                 total -= wrong.sum()
+            logits.append(torch.cat(found))
         gradient = self.ridge * theta
         gradient[: len(self.scale)] += (slope - total * self.centre) / self.scale
         if self.intercept:
             gradient[-1] += total
-        return value.item(), gradient
+        return value.item(), gradient, (logits[0], logits[1])
 
-    def _factor(self, theta: torch.Tensor) -> torch.Tensor:
+    def _factor(self, logits: Logits) -> torch.Tensor:
         """The Cholesky factor of the Hessian, float64."""
-        factor, failed = torch.linalg.cholesky_ex(self._hessian(theta, torch.float32))
+        factor, failed = torch.linalg.cholesky_ex(self._hessian(logits, torch.float32))
         # where own states are far larger than public ones, rounding exceeds the ridge
-        return torch.linalg.cholesky(self._hessian(theta, torch.float64)) if failed else factor
+        return torch.linalg.cholesky(self._hessian(logits, torch.float64)) if failed else factor
 
-    def _hessian(self, theta: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _hessian(self, logits: Logits, dtype: torch.dtype) -> torch.Tensor:
         """float64, of products in `dtype`."""
         hessian = self.ridge.diag()
-        theta, centre, scale = theta.to(dtype), self.centre.to(dtype), self.scale.to(dtype)
-        for states, _ in self.sides:
-            for chunk in _chunks(states):
+        centre, scale = self.centre.to(dtype), self.scale.to(dtype)
+        for (states, _), side in zip(self.sides, logits, strict=True):
+            for chunk, score in _chunks(states, side):
                 z = (chunk.to(dtype) - centre) / scale
                 z = F.pad(z, (0, 1), value=1.0) if self.intercept else z
-                probability = torch.sigmoid(z @ theta)
+                probability = torch.sigmoid(score.to(dtype))
                 z *= (probability * (1 - probability) * (0.5 / len(states))).sqrt_()[:, None]
                 hessian += z.T @ z
         return hessian
@@ -326,15 +365,16 @@ def _newton_step(gradient: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Te
     return step, (gradient @ step).item()
 
 
-def _chunks(states: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Consecutive rows, few enough that a copy stays in the cache and that memory is reused."""
-    yield from states.split(max(1, CHUNK_ELEMENTS // states.shape[1]))
+def _chunks(states: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Consecutive rows, few enough that a copy of states stays in the cache and that memory is reused."""
+    size = max(1, CHUNK_ELEMENTS // states.shape[1])
+    yield from zip(*(tensor.split(size) for tensor in (states, *others)), strict=True)
 
 
 def _mean_and_square(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Means float64 [H] of states and of their squares."""
     total, square = torch.zeros(2, states.shape[1], dtype=torch.float64, device=states.device).unbind()
-    for chunk in _chunks(states):
+    for (chunk,) in _chunks(states):
         x = chunk.double()
         total, square = total + x.sum(0), square + (x * x).sum(0)
     return total / len(states), square / len(states)
