@@ -9,7 +9,8 @@ sums are small whatever the text, so the bias is another one there: one factor i
 It is a pure function of the token ids. Ids that a KV cache has seen are in a layer of that cache, so whatever
 reorders, crops or repeats it does so with them. Padding, and tokens whose ids are unknown, have the score 0.
 
-Does not cover fitting (`flexmoe.routers.evidence`), or paged caches (`flexmoe.batching`).
+Does not cover fitting (`flexmoe.routers.evidence`), or what the requests of a continuous batch have read
+(`flexmoe.batching`).
 
 Shapes: B batch, S tokens of this pass, Q of them at a time, K tokens so far, T = B * S, D decays, V vocabulary, and
 F = D + 1 features: the sums, and what fades.
@@ -27,12 +28,10 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.utils import logging
 from transformers.utils.generic import maybe_autocast
 
+from .configuration_flexmoe import require_flexmoe
+
 UNKNOWN = -1  # the id of a token that was given as an embedding
 FADING = 0.8  # per token, of the term that replaces the bias where little has been read
-PAGED = (
-    "Continuous batching keeps no token ids in its paged cache, by which {} are chosen: call generate, leave these "
-    "experts out (experts=[...]), or train them with --evidence none (evidence='none')."
-)
 QUERIES = 256  # tokens whose sums are computed at a time
 
 logger = logging.get_logger(__name__)
@@ -143,14 +142,18 @@ def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -
         inputs: the arguments of the forward pass.
 
     Raises:
-        ValueError: the cache holds tokens whose ids it has not seen, or is a paged one, which keeps none.
+        ValueError: the cache holds tokens whose ids it has not seen.
     """
     records = [record for record in model.config.expert_records if "evidence" in record and record["name"] in names]
     if not records:
         return {}
+    ids_BS = token_ids(inputs)
     if inputs.get("read_index") is not None:
-        raise ValueError(PAGED.format([record["name"] for record in records]))
-    ids_BS, cache = token_ids(inputs), _self_attention(inputs.get("past_key_values"))
+        batching = require_flexmoe("batching", "continuous batching")
+        groups, order_T = batching.read_by_requests(model, ids_BS)
+        parts = [_read(model, records, ids_BK, ids_BK >= 0, _Weights(ids_BK, queries)) for ids_BK, queries in groups]
+        return {name: torch.cat([part[name] for part in parts])[order_T] for name in parts[0]}
+    cache = _self_attention(inputs.get("past_key_values"))
     layer = _layer_of(cache)
     if layer is None and cache is not None and isinstance(length := cache.get_seq_length(), int) and length:
         raise ValueError(
@@ -163,8 +166,16 @@ def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -
     if isinstance(mask, Tensor) and mask.shape == ids_BK.shape:
         is_read_BK = is_read_BK & mask.bool()
     positions_BS = positions.expand(ids_BS.shape) if positions is not None and positions.dim() == 2 else None
-    weights, rows = _Weights(ids_BK, ids_BS.shape[1], first, positions_BS), model.flexmoe_blocks()[0].router
-    with torch.no_grad(), maybe_autocast(ids_BS.device.type, enabled=False):
+    weights = _Weights(ids_BK, ids_BS.shape[1], first, positions_BS)
+    return _read(model, records, ids_BK, is_read_BK, weights)
+
+
+def _read(
+    model: Any, records: Sequence[Mapping[str, Any]], ids_BK: Tensor, is_read_BK: Tensor, weights: _Weights
+) -> dict[str, Tensor]:
+    """The features [T, F] by expert."""
+    rows = model.flexmoe_blocks()[0].router
+    with torch.no_grad(), maybe_autocast(ids_BK.device.type, enabled=False):
         return {
             record["name"]: _features(weights, rows[record["name"]].table, ids_BK, is_read_BK, record["evidence"])
             for record in records
@@ -173,7 +184,7 @@ def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -
 
 def sequence_features(table_V: Tensor, ids_NL: Tensor, evidence: Mapping[str, Any]) -> Tensor:
     """The features float32 [N * L, F] of whole sequences, for calibration."""
-    return _features(_Weights(ids_NL, ids_NL.shape[1], 0, None), table_V, ids_NL, ids_NL >= 0, evidence)
+    return _features(_Weights(ids_NL, ids_NL.shape[1]), table_V, ids_NL, ids_NL >= 0, evidence)
 
 
 def _features(
@@ -214,9 +225,13 @@ def remember_tokens(cache: Any, ids_BS: Tensor) -> None:
 class _Weights:
     """The weights g^(t - i) of all tokens so far in the sums of the tokens of this pass, shared by experts."""
 
-    def __init__(self, ids_BK: Tensor, queries: int, first: int | Tensor, positions_BS: Tensor | None) -> None:
+    def __init__(
+        self, ids_BK: Tensor, queries: int, first: int | Tensor | None = None, positions_BS: Tensor | None = None
+    ) -> None:
+        """Of `queries` tokens from `first` on, or of the last ones."""
         self._length, self._device = ids_BK.shape[1], ids_BK.device
-        self._queries, self._first, self._positions_BS = queries, first, positions_BS
+        self._first = self._length - queries if first is None else first
+        self._queries, self._positions_BS = queries, positions_BS
         self._made: dict[Any, Tensor] = {}
         self._fading: dict[int, Tensor] = {}
 
@@ -266,7 +281,7 @@ def _layer_of(cache: Any) -> Any:
 
 
 __all__ = [
-    "PAGED",
+    "UNKNOWN",
     "EvidenceRow",
     "calibration_size",
     "read_evidence",

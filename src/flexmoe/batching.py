@@ -2,7 +2,10 @@
 
 A manager runs its requests in a thread of its own, packed into one row, over a KV cache that requests may share. Each
 manager therefore has one set of experts, fixed when it is made; prompts with different sets run one set after the
-other. Changes of the experts are refused while a manager runs.
+other. Changes of the experts are refused while a manager runs. Evidence needs the tokens that each request has read,
+which the cache does not keep: they are taken from the requests when a batch is prepared (`Requests`).
+
+Shapes: R requests with equally many new tokens, Q of these, K tokens so far, T packed tokens of a batch.
 
 Does not cover the batching itself (transformers), or one batch that mixes sets of experts.
 """
@@ -17,7 +20,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flexmoe.modeling.evidence_flexmoe import PAGED
+import torch
+
+from flexmoe.modeling.evidence_flexmoe import UNKNOWN
 from flexmoe.modeling.masking_flexmoe import model_scope, scoped_values, select_experts
 
 _KEYWORDS = frozenset(
@@ -32,6 +37,72 @@ _KEYWORDS = frozenset(
     }
 )
 """What `generate_batch` uses; transformers ignores other keywords."""
+
+
+class Requests:
+    """What the requests of the next batch have read before it.
+
+    Args:
+        window: the number of last tokens that evidence is read from.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._window = window
+        self._read: list[tuple[list[int], int]] = []
+
+    def watch(self, processor: Any) -> Any:
+        """Records each batch that `processor`, a `ContinuousBatchProcessor`, prepares; returns the processor."""
+        prepare = processor.inputs_and_outputs.prepare_batch_tensors
+
+        def recording(requests_in_batch: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+            self._read = [self._before(request) for request in requests_in_batch]
+            return prepare(requests_in_batch, *args, **kwargs)
+
+        if prepare.__name__ != recording.__name__:  # else it is a processor that is used again
+            processor.inputs_and_outputs.prepare_batch_tensors = recording
+        return processor
+
+    def _before(self, request: Any) -> tuple[list[int], int]:
+        """The last tokens of the window before the new ones, and the number of these."""
+        state, past = request.state, request.state.position_offset
+        tokens = state.initial_tokens + state.generated_tokens
+        if len(tokens) < past:
+            raise RuntimeError(
+                f"Request {state.request_id} has {past} tokens in the cache, of which {len(tokens)} are known, so its "
+                "evidence cannot be read: leave the experts with evidence out (experts=[...])."
+            )
+        return tokens[max(0, past - self._window + 1) : past], request.query_length
+
+    def groups(self, ids_T: torch.Tensor) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor]:
+        """The tokens so far of requests with as many new ones, int64 [R, K] and Q, and the index [T] of each packed
+        token among the new ones of all groups. Before the beginning of a request, ids are `UNKNOWN`."""
+        counts = [count for _, count in self._read]
+        new = ids_T.split(counts)
+        ends = torch.tensor(counts).cumsum(0).tolist()
+        groups, places = [], []
+        for count in dict.fromkeys(counts):
+            members = [i for i, each in enumerate(counts) if each == count]
+            pasts = [self._read[i][0] for i in members]
+            longest = max(map(len, pasts))
+            past_RK = torch.tensor([[UNKNOWN] * (longest - len(past)) + past for past in pasts], device=ids_T.device)
+            groups.append((torch.cat([past_RK.long(), torch.stack([new[i] for i in members])], 1), count))
+            places += [place for i in members for place in range(ends[i] - count, ends[i])]
+        return groups, torch.tensor(places, device=ids_T.device).argsort()
+
+
+def read_by_requests(model: Any, ids_1T: torch.Tensor) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor]:
+    """As `Requests.groups`, for the packed tokens of a forward pass.
+
+    Raises:
+        RuntimeError: the pass is not of a manager that `start_manager` made.
+    """
+    requests = scoped_values(model, "requests")
+    if not requests:
+        raise RuntimeError(
+            "This paged forward pass is not of init_continuous_batching, generate_batch or a paged generate of this "
+            "model, so what its requests have read is unknown: use these."
+        )
+    return requests[-1].groups(ids_1T[0])
 
 
 def start_manager(
@@ -49,15 +120,14 @@ def start_manager(
             `only_experts` allow now.
 
     Raises:
-        ValueError: an unknown name, or an expert with evidence.
+        ValueError: an unknown name; or an expert with evidence, where passes are compiled or replayed graphs.
         RuntimeError: a persistent manager with other experts runs.
     """
     if experts is None:
         experts = getattr(_generation_config(model, args, kwargs), "experts", None)
     with _only(model, experts):
         names = select_experts(model, None, None).names
-        if with_evidence := [r["name"] for r in model.config.expert_records if "evidence" in r and r["name"] in names]:
-            raise ValueError(PAGED.format(with_evidence))  # before the manager's thread fails
+        records = [r for r in model.config.expert_records if "evidence" in r and r["name"] in names]
         allowed = tuple(model.serial_of(name) for name in names)
         cached = getattr(model, "_cached_continuous_batching_manager", None)
         if cached is not None and getattr(cached, "_flexmoe_experts", allowed) != allowed:
@@ -70,11 +140,28 @@ def start_manager(
         if not hasattr(manager, "_flexmoe_experts"):
             manager._flexmoe_experts = allowed
             manager.add_request = functools.partial(_add_request, manager.add_request)
-            context = contextvars.copy_context()
+            if records:
+                _check_runs_in_python(manager.continuous_batching_config, [r["name"] for r in records])
+            requests = Requests(max((r["evidence"]["window"] for r in records), default=1))
+            create = manager._create_batch_processor
+            manager._create_batch_processor = lambda: requests.watch(create())
+            with model_scope(model, "requests", requests):
+                context = contextvars.copy_context()
             for name in ("_run_generation_loop", "warmup"):
                 setattr(manager, name, functools.partial(_run_in, context, getattr(manager, name)))
             model._guard.managers.add(manager)
     return manager
+
+
+def _check_runs_in_python(config: Any, names: Sequence[str]) -> None:
+    """ValueError: forward passes are compiled or replayed, which cannot look up what requests have read."""
+    compiled = config.varlen_compile_config is not None or config.decode_compile_config is not None
+    if any(config.cuda_graph_booleans) or compiled:
+        raise ValueError(
+            f"Continuous batching with CUDA graphs or torch.compile cannot read the evidence of {names}: pass "
+            "ContinuousBatchingConfig(use_cuda_graph=False) without compile configs, leave these experts out "
+            "(experts=[...]), or train them with --evidence none (evidence='none')."
+        )
 
 
 def _generation_config(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -1,19 +1,24 @@
 """Evidence of the tokens so far: the same in one pass and token by token, whatever the cache, padding and packing.
 
-Does not cover fitting (`tests/routers/test_evidence.py`), or continuous batching.
+Does not cover fitting (`tests/routers/test_evidence.py`).
 """
 
 from __future__ import annotations
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import CompileConfig, GenerationConfig, StaticCache
+from transformers.generation import ContinuousBatchingConfig
 
+from flexmoe import batching
 from flexmoe.admission.evidence import EVIDENCE
 from flexmoe.admission.findings import AdmissionError
+from flexmoe.batching import Requests
 from flexmoe.conversion.export import export
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
 from flexmoe.modeling.evidence_flexmoe import FADING, read_evidence
@@ -173,9 +178,47 @@ def test_implementations_read_the_same_evidence(
     assert close(other(input_ids=ids, expert_mask=mask).logits, model(input_ids=ids, expert_mask=mask).logits)
 
 
-def test_continuous_batching_is_refused(model: FlexMoeForCausalLM, ids: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"keeps no token ids.*math.*--evidence none"):
-        model.generate_batch([ids[0, :5].tolist()], max_new_tokens=2)
+@pytest.mark.promise(
+    "continuous batching",
+    "experts with evidence; with CUDA graphs or compilation",
+    "each request reads its own tokens; refused with the reason",
+)
+def test_continuous_batching_reads_what_each_request_has_read(model: FlexMoeForCausalLM, ids: torch.Tensor) -> None:
+    """Prompts of several lengths, longer ones in chunks, blocks that are shared and copied, requests that wait."""
+    prompts = [ids[0, :n].tolist() for n in (21, 3, 9, 21)] + [ids[1, :17].tolist()]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    batching = ContinuousBatchingConfig(num_blocks=8, page_size=4, max_batch_tokens=11)
+    outputs = model.generate_batch(prompts, config, batching)
+    for prompt, output in zip(prompts, outputs.values(), strict=True):
+        found = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
+        assert output.generated_tokens == found[0, len(prompt) :].tolist()
+
+
+def test_requests_are_grouped_and_put_back_in_order() -> None:
+    def request(tokens: list[int], past: int, count: int) -> Any:
+        state = SimpleNamespace(initial_tokens=tokens[:2], generated_tokens=tokens[2:], position_offset=past)
+        return SimpleNamespace(state=state, query_length=count)
+
+    requests, prepared = Requests(window=4), []
+    inputs = SimpleNamespace(prepare_batch_tensors=lambda requests_in_batch, **_: prepared.append(requests_in_batch))
+    requests.watch(SimpleNamespace(inputs_and_outputs=inputs))
+    batch = [request([5, 6, 7, 8, 9], 5, 1), request([1, 2], 0, 2), request([3, 4], 1, 1)]
+    inputs.prepare_batch_tensors(requests_in_batch=batch)
+    assert prepared == [batch]
+    groups, order = requests.groups(torch.tensor([10, 1, 2, 4]))
+    assert [(ids.tolist(), count) for ids, count in groups] == [([[7, 8, 9, 10], [-1, -1, 3, 4]], 1), ([[1, 2]], 2)]
+    assert order.tolist() == [0, 2, 3, 1]
+
+
+@pytest.mark.parametrize("change", [{"use_cuda_graph": (True, False)}, {"decode_compile_config": CompileConfig()}])
+def test_graphs_and_compilation_in_continuous_batching_are_refused(change: dict[str, Any]) -> None:
+    config = ContinuousBatchingConfig()
+    config.use_cuda_graph = (False, False)
+    batching._check_runs_in_python(config, ["math"])
+    for name, value in change.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=r"evidence of \['math'\].*use_cuda_graph=False"):
+        batching._check_runs_in_python(config, ["math"])
 
 
 def test_adding_masking_and_removing_are_exact(
