@@ -187,8 +187,9 @@ def test_continuous_batching_reads_what_each_request_has_read(model: FlexMoeForC
     """Prompts of several lengths, longer ones in chunks, blocks that are shared and copied, requests that wait."""
     prompts = [ids[0, :n].tolist() for n in (21, 3, 9, 21)] + [ids[1, :17].tolist()]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    batching = ContinuousBatchingConfig(num_blocks=8, page_size=4, max_batch_tokens=11)
-    outputs = model.generate_batch(prompts, config, batching)
+    size = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # before 5.18
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=11, **{size: 4})
+    outputs = model.generate_batch(prompts, config, small)
     for prompt, output in zip(prompts, outputs.values(), strict=True):
         found = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False)
         assert output.generated_tokens == found[0, len(prompt) :].tolist()
