@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexmoe.demo.anchor import train_tokenizer
-from flexmoe.demo.generation import QUESTIONS, chat, continuations
+from flexmoe.demo.generation import QUESTIONS, samples
 
 OFF, ON = ["public"], ["public", "math", "code"]
 TEXTS = {"public": ["a few words of prose"], "math": ["x is 2"], "code": ["def f(): return 3"]}
@@ -34,8 +34,10 @@ def writer() -> Writer:
 
 
 def test_each_row_has_its_experts(writer: Writer) -> None:
-    records = continuations(writer, writer.tokenizer, TEXTS, prompt_tokens=5)
-    assert writer.experts == [OFF, ON, OFF, ["public", "math"], ON, OFF, ["public", "code"], ON]
+    written = samples(writer, writer.tokenizer, TEXTS, ["code"], prompt_tokens=5)
+    asked = [OFF, ON]
+    assert writer.experts == [OFF, ON, OFF, ["public", "math"], ON, OFF, ["public", "code"], ON, *asked]
+    records = written["continuations"]
     assert [record["domain"] for record in records] == list(TEXTS)
     assert [record["prompt"] for record in records] == ["a few", "x is ", "def f"]
     own = {"experts_off": "1", "expert_own": "2", "experts_on": "3"}
@@ -45,7 +47,7 @@ def test_each_row_has_its_experts(writer: Writer) -> None:
 
 def test_shorter_prompts_are_padded_on_the_left(writer: Writer) -> None:
     texts = {"math": ["x"], "code": ["def"]}
-    continuations(writer, writer.tokenizer, texts)
+    samples(writer, writer.tokenizer, texts, [])
     pad = writer.tokenizer.pad_token_id
     assert writer.mask_BL.tolist() == [[0, 0, 1]] * 3 + [[1, 1, 1]] * 3
     assert writer.ids_BL[0].tolist()[:2] == [pad, pad]
@@ -53,12 +55,12 @@ def test_shorter_prompts_are_padded_on_the_left(writer: Writer) -> None:
 
 
 def test_questions_are_asked_in_the_template_of_the_anchor(writer: Writer) -> None:
-    records = chat(writer, writer.tokenizer, ["math", "code"])
+    records = samples(writer, writer.tokenizer, TEXTS, ["math", "code"])["chat"]
     assert [record["question"] for record in records] == [QUESTIONS["math"], QUESTIONS["code"]]
     assert [(record["experts_off"], record["experts_on"]) for record in records] == [("1", "3")] * 2
-    assert writer.tokenizer.decode(writer.ids_BL[2][writer.mask_BL[2] == 1]) == f"<{QUESTIONS['code']}>:"
+    assert writer.tokenizer.decode(writer.ids_BL[-2][writer.mask_BL[-2] == 1]) == f"<{QUESTIONS['code']}>:"
 
 
 def test_an_anchor_without_a_template_is_not_asked(writer: Writer) -> None:
     writer.tokenizer.chat_template = None
-    assert chat(writer, writer.tokenizer, ["math"]) == []
+    assert samples(writer, writer.tokenizer, TEXTS, ["math"])["chat"] == []

@@ -2,7 +2,7 @@
 
 Shapes: B prompts, L tokens each.
 
-All prompts of a kind are one batch, in which each row has its own experts. Sampling is at a low temperature, so that
+All prompts are one batch, in which each row has its own experts. Sampling is at a low temperature, so that
 little of the difference between two rows is chance.
 
 Does not cover scores (`scoring`).
@@ -10,8 +10,8 @@ Does not cover scores (`scoring`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -33,92 +33,95 @@ QUESTIONS = {
 }
 """What a user asks about the text of each kind."""
 
-NEW_TOKENS = 40
+PROMPT_TOKENS, FEWEST_TOKENS, NEW_TOKENS = 40, 8, 40
 TEMPERATURE, TOP_P, REPETITION_PENALTY = 0.3, 0.9, 1.1  # a small model repeats itself without a penalty
 
+Record = dict[str, str]
 
-def continuations(
+
+@dataclass
+class _Row:
+    """A row of the batch: the record and the key of it that its text belongs to, its prompt, and its experts."""
+
+    record: Record
+    label: str
+    ids: Sequence[int]
+    experts: Sequence[str]
+
+
+def samples(
     model: FlexMoeForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, Sequence[str]],
-    *,
-    prompt_tokens: int = 40,
-    new_tokens: int = NEW_TOKENS,
-    seed: int = 0,
-) -> list[dict[str, str]]:
-    """Continuations of the beginning of a held-out document of each domain.
-
-    A record has the keys "domain", "prompt" and the continuations by public alone ("experts_off"), by public and the
-    domain's own expert ("expert_own", not for public text) and by all experts ("experts_on").
-    """
-    records, prompts, experts = [], [], []
-    for domain, documents in texts.items():
-        ids = tokenizer(documents[len(documents) // 2], add_special_tokens=False)["input_ids"][:prompt_tokens]
-        for label, names in _selections(model, domain).items():
-            records.append((domain, label))
-            prompts.append(ids)
-            experts.append(names)
-    written = _generate(model, tokenizer, prompts, experts, new_tokens, seed, min_new_tokens=new_tokens)
-    found: dict[str, dict[str, str]] = {}
-    for (domain, label), prompt, text in zip(records, prompts, written, strict=True):
-        found.setdefault(domain, {"domain": domain, "prompt": tokenizer.decode(prompt)})[label] = text
-    return list(found.values())
-
-
-def chat(
-    model: FlexMoeForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
     owners: Sequence[str],
     *,
+    prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
     seed: int = 0,
-) -> list[dict[str, str]]:
-    """Answers to a question on the text of each owner, by public alone and by all experts; none without a template.
+) -> dict[str, list[Record]]:
+    """What the model writes, by public alone ("experts_off") and by all experts ("experts_on").
 
-    A record has the keys "domain", "question", "experts_off" and "experts_on".
+    Args:
+        texts: held-out documents of public text and of each owner.
+        owners: whose questions are asked.
+
+    Returns:
+        "continuations": of the beginning of a document of each domain, with the keys "domain" and "prompt", and for
+        owners what public and their own expert write ("expert_own"). "chat": answers to a question on the text of
+        each owner, with the keys "domain" and "question"; none if the anchor has no chat template.
     """
-    if not tokenizer.chat_template:
-        return []
-    labels = {"experts_off": [PUBLIC], "experts_on": list(model.expert_names)}
-    asked = [(owner, label) for owner in owners for label in labels]
-    prompts = [_chat_prompt(tokenizer, QUESTIONS[owner]) for owner, _ in asked]
-    answers = _generate(model, tokenizer, prompts, [labels[label] for _, label in asked], new_tokens, seed)
-    found: dict[str, dict[str, str]] = {}
-    for (owner, label), answer in zip(asked, answers, strict=True):
-        found.setdefault(owner, {"domain": owner, "question": QUESTIONS[owner]})[label] = answer
-    return list(found.values())
+    rows = {
+        "continuations": list(_continued(model, tokenizer, texts, prompt_tokens)),
+        "chat": list(_asked(model, tokenizer, owners)) if tokenizer.chat_template else [],
+    }
+    _write(model, tokenizer, [row for each in rows.values() for row in each], new_tokens, seed)
+    return {kind: list({id(row.record): row.record for row in each}.values()) for kind, each in rows.items()}
 
 
-def _selections(model: FlexMoeForCausalLM, domain: str) -> dict[str, list[str]]:
-    own = {} if domain == PUBLIC else {"expert_own": [PUBLIC, domain]}
-    return {"experts_off": [PUBLIC], **own, "experts_on": list(model.expert_names)}
-
-
-def _chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-    )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def _generate(
+def _continued(
     model: FlexMoeForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    experts: Sequence[Sequence[str]],
+    texts: Mapping[str, Sequence[str]],
+    prompt_tokens: int,
+) -> Iterator[_Row]:
+    for domain, documents in texts.items():
+        ids = tokenizer(documents[len(documents) // 2], add_special_tokens=False)["input_ids"][:prompt_tokens]
+        record = {"domain": domain, "prompt": tokenizer.decode(ids)}
+        yield _Row(record, "experts_off", ids, [PUBLIC])
+        if domain != PUBLIC:
+            yield _Row(record, "expert_own", ids, [PUBLIC, domain])
+        yield _Row(record, "experts_on", ids, list(model.expert_names))
+
+
+def _asked(model: FlexMoeForCausalLM, tokenizer: PreTrainedTokenizerBase, owners: Sequence[str]) -> Iterator[_Row]:
+    for owner in owners:
+        question = QUESTIONS[owner]
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        record = {"domain": owner, "question": question}
+        yield _Row(record, "experts_off", ids, [PUBLIC])
+        yield _Row(record, "experts_on", ids, list(model.expert_names))
+
+
+def _write(
+    model: FlexMoeForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[_Row],
     new_tokens: int,
     seed: int,
-    **options: Any,
-) -> list[str]:
-    """What follows each prompt, without special tokens."""
-    length = max(map(len, prompts))
-    ids_BL = torch.tensor([[tokenizer.pad_token_id] * (length - len(ids)) + list(ids) for ids in prompts])
-    mask_BL = torch.tensor([[0] * (length - len(ids)) + [1] * len(ids) for ids in prompts])
+) -> None:
+    """Puts what follows each prompt, without special tokens, into the row's record."""
+    length = max(len(row.ids) for row in rows)
+    ids_BL = torch.tensor([[tokenizer.pad_token_id] * (length - len(row.ids)) + list(row.ids) for row in rows])
+    mask_BL = torch.tensor([[0] * (length - len(row.ids)) + [1] * len(row.ids) for row in rows])
     torch.manual_seed(seed)
     out_BL = model.generate(
         ids_BL,
         attention_mask=mask_BL,
-        experts=[list(names) for names in experts],
+        experts=[list(row.experts) for row in rows],
+        min_new_tokens=min(FEWEST_TOKENS, new_tokens),
         max_new_tokens=new_tokens,
         do_sample=True,
         temperature=TEMPERATURE,
@@ -126,6 +129,6 @@ def _generate(
         top_p=TOP_P,
         repetition_penalty=REPETITION_PENALTY,
         pad_token_id=tokenizer.pad_token_id,
-        **options,
     )
-    return [tokenizer.decode(ids[length:], skip_special_tokens=True) for ids in out_BL]
+    for row, ids in zip(rows, out_BL, strict=True):
+        row.record[row.label] = tokenizer.decode(ids[length:], skip_special_tokens=True)

@@ -31,7 +31,7 @@ from flexmoe.conversion.graft import graft
 from flexmoe.demo.anchor import AnchorSettings, train_anchor
 from flexmoe.demo.anchor_source import SMOLLM2, GivenAnchor, local_anchor
 from flexmoe.demo.corpus import PUBLIC, CorpusSettings, build_corpus, read_texts
-from flexmoe.demo.generation import chat, continuations
+from flexmoe.demo.generation import samples
 from flexmoe.demo.memory import PeakMemory
 from flexmoe.demo.opt_out import prove_opt_out
 from flexmoe.demo.owners import PACKAGE, OwnerSettings, train_owner
@@ -401,8 +401,7 @@ class Demo:
                 "tokens": {name: ids.numel() for name, ids in tokens.items()},
                 "losses": losses,
                 "routing": routing,
-                "continuations": continuations(model, tokenizer, self.held_out(), seed=seed),
-                "chat": chat(model, tokenizer, self.settings.owners, seed=seed),
+                **samples(model, tokenizer, self.held_out(), self.settings.owners, seed=seed),
             }
             (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
 

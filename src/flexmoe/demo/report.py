@@ -33,7 +33,7 @@ SYSTEM_NOTES = {
 UNLIMITED = 10_000  # columns
 THRESHOLD_COLUMNS = ("criterion", "measured", "threshold", "met")
 _ABOUT_CONTINUATIONS = (
-    "Prompts are excerpts of 40 tokens of held-out text, and sampled continuations have 40 tokens, so both may begin "
+    "Prompts are excerpts of 40 tokens of held-out text, and sampled continuations at most as many, so both may begin "
     "or end inside a word. Bytes that are not valid UTF-8 are shown as `?`."
 )
 
