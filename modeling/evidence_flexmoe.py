@@ -150,7 +150,8 @@ def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -
     ids_BS = token_ids(inputs)
     if inputs.get("read_index") is not None:
         batching = require_flexmoe("batching", "continuous batching")
-        groups, order_T = batching.read_by_requests(model, ids_BS)
+        window = max(record["evidence"]["window"] for record in records)
+        groups, order_T = batching.read_by_requests(model, ids_BS, window)
         parts = [_read(model, records, ids_BK, ids_BK >= 0, _Weights(ids_BK, queries)) for ids_BK, queries in groups]
         return {name: torch.cat([part[name] for part in parts])[order_T] for name in parts[0]}
     cache = _self_attention(inputs.get("past_key_values"))

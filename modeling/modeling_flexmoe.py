@@ -88,7 +88,7 @@ class FlexMoePreTrainedModel(ExpertLifecycle, AdapterWatch, PreTrainedModel):
         config.composition = None  # wherever it was loaded from, a model holds its weights
         self.anchor = AutoModelForCausalLM.from_config(config.anchor_config)
         # there is no other attention, and some families choose theirs themselves
-        config._attn_implementation_internal = self.anchor.config._attn_implementation
+        config._attn_implementation_internal = self.anchor.config.get_text_config()._attn_implementation
         sites = find_ffn_sites(self.anchor)
         self.anchor_names = NameMap(sites)
         if config.norm_topk_prob is None:  # a saved config has it

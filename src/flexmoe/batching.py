@@ -47,7 +47,7 @@ class Requests:
     """
 
     def __init__(self, window: int) -> None:
-        self._window = window
+        self.window = window
         self._read: list[tuple[list[int], int]] = []
 
     def watch(self, processor: Any) -> Any:
@@ -64,14 +64,17 @@ class Requests:
 
     def _before(self, request: Any) -> tuple[list[int], int]:
         """The last tokens of the window before the new ones, and the number of these."""
-        state, past = request.state, request.state.position_offset
-        tokens = state.initial_tokens + state.generated_tokens
-        if len(tokens) < past:
+        state, end = request.state, request.state.position_offset
+        start, prompt = max(0, end - self.window + 1), len(state.initial_tokens)
+        tokens = (
+            state.initial_tokens[start:end] + state.generated_tokens[max(0, start - prompt) : max(0, end - prompt)]
+        )
+        if len(tokens) != end - start:
             raise RuntimeError(
-                f"Request {state.request_id} has {past} tokens in the cache, of which {len(tokens)} are known, so its "
-                "evidence cannot be read: leave the experts with evidence out (experts=[...])."
+                f"Request {state.request_id} has {end} tokens in the cache, of which {end - start - len(tokens)} are "
+                "unknown, so its evidence cannot be read: leave the experts with evidence out (experts=[...])."
             )
-        return tokens[max(0, past - self._window + 1) : past], request.query_length
+        return tokens, request.query_length
 
     def groups(self, ids_T: torch.Tensor) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor]:
         """The tokens so far of requests with as many new ones, int64 [R, K] and Q, and the index [T] of each packed
@@ -80,27 +83,30 @@ class Requests:
         new = ids_T.split(counts)
         ends = torch.tensor(counts).cumsum(0).tolist()
         groups, places = [], []
-        for count in dict.fromkeys(counts):
+        for count in sorted({count for count in counts if count}):  # 0: all of a prompt but its last token is shared
             members = [i for i, each in enumerate(counts) if each == count]
             pasts = [self._read[i][0] for i in members]
             longest = max(map(len, pasts))
             past_RK = torch.tensor([[UNKNOWN] * (longest - len(past)) + past for past in pasts], device=ids_T.device)
             groups.append((torch.cat([past_RK.long(), torch.stack([new[i] for i in members])], 1), count))
             places += [place for i in members for place in range(ends[i] - count, ends[i])]
-        return groups, torch.tensor(places, device=ids_T.device).argsort()
+        return groups, torch.tensor(places, dtype=torch.int64, device=ids_T.device).argsort()
 
 
-def read_by_requests(model: Any, ids_1T: torch.Tensor) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor]:
-    """As `Requests.groups`, for the packed tokens of a forward pass.
+def read_by_requests(
+    model: Any, ids_1T: torch.Tensor, window: int
+) -> tuple[list[tuple[torch.Tensor, int]], torch.Tensor]:
+    """As `Requests.groups`, for the packed tokens of a forward pass whose experts read `window` tokens.
 
     Raises:
-        RuntimeError: the pass is not of a manager that `start_manager` made.
+        RuntimeError: the pass is not of a manager that `start_manager` made for these experts.
     """
     requests = scoped_values(model, "requests")
-    if not requests:
+    if not requests or requests[-1].window < window:
         raise RuntimeError(
-            "This paged forward pass is not of init_continuous_batching, generate_batch or a paged generate of this "
-            "model, so what its requests have read is unknown: use these."
+            "What the requests of this paged forward pass have read is unknown: it is not of "
+            "init_continuous_batching, generate_batch or a paged generate of this model, or experts with evidence "
+            "were added or allowed after the manager was made. Make a new one."
         )
     return requests[-1].groups(ids_1T[0])
 
@@ -140,11 +146,11 @@ def start_manager(
         if not hasattr(manager, "_flexmoe_experts"):
             manager._flexmoe_experts = allowed
             manager.add_request = functools.partial(_add_request, manager.add_request)
+            requests = Requests(max((r["evidence"]["window"] for r in records), default=0))
             if records:
-                _check_runs_in_python(manager.continuous_batching_config, [r["name"] for r in records])
-            requests = Requests(max((r["evidence"]["window"] for r in records), default=1))
-            create = manager._create_batch_processor
-            manager._create_batch_processor = lambda: requests.watch(create())
+                _check_runs_in_python(manager, [r["name"] for r in records])
+                create = manager._create_batch_processor
+                manager._create_batch_processor = lambda: requests.watch(create())
             with model_scope(model, "requests", requests):
                 context = contextvars.copy_context()
             for name in ("_run_generation_loop", "warmup"):
@@ -153,10 +159,13 @@ def start_manager(
     return manager
 
 
-def _check_runs_in_python(config: Any, names: Sequence[str]) -> None:
+def _check_runs_in_python(manager: Any, names: Sequence[str]) -> None:
     """ValueError: forward passes are compiled or replayed, which cannot look up what requests have read."""
+    config = manager.continuous_batching_config
     compiled = config.varlen_compile_config is not None or config.decode_compile_config is not None
     if any(config.cuda_graph_booleans) or compiled:
+        if manager._original_attn_impl is not None:  # making the manager has changed it
+            manager.model.set_attn_implementation(manager._original_attn_impl)
         raise ValueError(
             f"Continuous batching with CUDA graphs or torch.compile cannot read the evidence of {names}: pass "
             "ContinuousBatchingConfig(use_cuda_graph=False) without compile configs, leave these experts out "

@@ -15,7 +15,6 @@ import torch
 from transformers import CompileConfig, GenerationConfig, StaticCache
 from transformers.generation import ContinuousBatchingConfig
 
-from flexmoe import batching
 from flexmoe.admission.evidence import EVIDENCE
 from flexmoe.admission.findings import AdmissionError
 from flexmoe.batching import Requests
@@ -195,6 +194,14 @@ def test_continuous_batching_reads_what_each_request_has_read(model: FlexMoeForC
         assert output.generated_tokens == found[0, len(prompt) :].tolist()
 
 
+def test_requests_that_are_forked_after_one_token(model: FlexMoeForCausalLM) -> None:
+    config = GenerationConfig(
+        max_new_tokens=3, do_sample=True, num_return_sequences=2, eos_token_id=-1, pad_token_id=0
+    )
+    outputs = model.generate_batch([[5], [5, 6, 7]], config, ContinuousBatchingConfig(num_blocks=8))
+    assert [len(output.generated_tokens) for output in outputs.values()] == [3] * 4
+
+
 def test_requests_are_grouped_and_put_back_in_order() -> None:
     def request(tokens: list[int], past: int, count: int) -> Any:
         state = SimpleNamespace(initial_tokens=tokens[:2], generated_tokens=tokens[2:], position_offset=past)
@@ -211,15 +218,30 @@ def test_requests_are_grouped_and_put_back_in_order() -> None:
     assert order.tolist() == [0, 2, 3, 1]
 
 
-@pytest.mark.parametrize("change", [{"use_cuda_graph": (True, False)}, {"decode_compile_config": CompileConfig()}])
-def test_graphs_and_compilation_in_continuous_batching_are_refused(change: dict[str, Any]) -> None:
-    config = ContinuousBatchingConfig()
-    config.use_cuda_graph = (False, False)
-    batching._check_runs_in_python(config, ["math"])
-    for name, value in change.items():
-        setattr(config, name, value)
-    with pytest.raises(ValueError, match=r"evidence of \['math'\].*use_cuda_graph=False"):
-        batching._check_runs_in_python(config, ["math"])
+def test_compilation_in_continuous_batching_is_refused_and_changes_nothing(
+    model: FlexMoeForCausalLM, ids: torch.Tensor
+) -> None:
+    before = model.config._attn_implementation
+    compiled = ContinuousBatchingConfig(num_blocks=8, varlen_compile_config=CompileConfig())
+    with pytest.raises(ValueError, match=r"evidence of \['math', 'law'\].*use_cuda_graph=False"):
+        model.generate_batch([ids[0, :5].tolist()], GenerationConfig(max_new_tokens=2), compiled)
+    assert model.config._attn_implementation == before
+    model(input_ids=ids)
+
+
+def test_experts_with_evidence_that_are_allowed_after_a_manager_was_made(model: FlexMoeForCausalLM) -> None:
+    changed = copy.deepcopy(model)
+    changed.set_active_experts(["public"])
+    manager = changed.init_continuous_batching(
+        GenerationConfig(max_new_tokens=2, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8),
+    )
+    changed.set_active_experts(["public", "law"])
+    manager.start()
+    request = manager.add_request([5, 6, 7])
+    output = manager.get_result(request_id=request, timeout=30)
+    manager.stop(block=True)
+    assert "after the manager was made" in output.error
 
 
 def test_adding_masking_and_removing_are_exact(

@@ -8,7 +8,11 @@ the sums of scores, whose factors are not negative, and on what fades at the sta
 Nothing is calibrated on text that it was fitted on: the text is halved, rows and tables of each half score the other,
 and the row is the mean of both halves'. The table that is kept is that of all text.
 
-Shapes: N sequences of L tokens, T = N * L, D decays, V vocabulary, F = D + 1 features (sums, and what fades).
+Where all text so far is of one owner, the longest memory is the best, and it is the worst after another's text. So a
+calibration also counts tokens of sequences that begin with text of the other side.
+
+Shapes: N sequences of L tokens, T = N * L, X further tokens, D decays, V vocabulary, F = D + 1 features (sums, and
+what fades).
 
 Does not cover the row itself (`flexmoe.routers.rows`), or what is computed with it (`flexmoe.modeling`).
 """
@@ -16,6 +20,7 @@ Does not cover the row itself (`flexmoe.routers.rows`), or what is computed with
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -29,6 +34,7 @@ from flexmoe.routers.rows import Logits, RouterRow
 RIDGE = 1e-4  # of the calibration, on features of variance 1
 STEPS = 60  # of Newton's method
 BATCH = 64  # sequences whose sums are computed at a time
+SWITCHED = 0.5  # of the own sequences, as many as are also read with a change of owner in them
 
 FitRow = Callable[..., RouterRow]
 """`fit(own, public, start=...)` of a method that needs states, its other arguments bound."""
@@ -104,20 +110,59 @@ class Evidence:
             drawn: the indices [N] of these sequences among those that the tables were made of.
             counts: the numbers of tokens that have states.
         """
-        features, second = [], []
-        for side_NL, indices_N, count, start in zip(sequences, drawn, counts, self._starts, strict=True):
-            is_second_T = (indices_N >= start).repeat_interleave(side_NL.shape[1])[:count]
-            by_first, by_second = (self._features(side_NL, table)[:count] for table in self._tables)
-            features.append(torch.where(is_second_T[:, None], by_first, by_second))
-            second.append(is_second_T)
-        if any(mask.all() or not mask.any() for mask in second):  # too little text to be halved
+        second = [indices_N >= start for indices_N, start in zip(drawn, self._starts, strict=True)]
+        if any(mask_N.all() or not mask_N.any() for mask_N in second):  # too little text to be halved
             return functools.partial(_uncalibrated, fit, calibration_size(self.record))
-        return functools.partial(_fit_calibrated, fit, features, second)
+        sides = []
+        switched = self._switched(sequences, second)
+        for side_NL, mask_N, count, (more_XF, places_X) in zip(sequences, second, counts, switched, strict=True):
+            mask_T = mask_N.repeat_interleave(side_NL.shape[1])[:count]
+            by_first, by_second = (self._features(side_NL, table)[:count] for table in self._tables)
+            has_state_X = places_X < count
+            sides.append(
+                _Side(
+                    mask_T,
+                    torch.cat([torch.where(mask_T[:, None], by_first, by_second), more_XF[has_state_X]]),
+                    torch.cat([torch.arange(count), places_X[has_state_X]]),
+                )
+            )
+        return functools.partial(_fit_calibrated, fit, sides)
+
+    def _switched(self, sequences: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """By side, the features [X, F] of tokens after text of the other side, and which tokens [X] of the side these
+        are."""
+        generator = torch.Generator().manual_seed(0)
+        (own_NL, public_NL), length = (side_NL.cpu() for side_NL in sequences), sequences[0].shape[1]
+        at_L = torch.arange(length)
+        features: tuple[list[Tensor], list[Tensor]] = ([], [])
+        places: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for half, table in ((False, self._tables[1]), (True, self._tables[0])):
+            own_N, public_N = ((mask_N == half).nonzero()[:, 0] for mask_N in second)
+            own_N = own_N[: math.ceil(SWITCHED * len(own_N))]
+            public_N = public_N[torch.randint(len(public_N), (len(own_N),), generator=generator)]
+            change_N = torch.randint(length // 8, length - length // 8, (len(own_N),), generator=generator)
+            is_after_NL = at_L >= change_N[:, None]
+            tails = ((own_NL[own_N], own_N), (public_NL[public_N], public_N))
+            for side, ((tail_NL, index_N), (head_NL, _)) in enumerate((tails, tails[::-1])):
+                mixed_NL = torch.where(is_after_NL, tail_NL, head_NL)
+                features[side].append(self._features(mixed_NL, table).unflatten(0, mixed_NL.shape)[is_after_NL])
+                places[side].append((index_N[:, None] * length + at_L)[is_after_NL])
+        return [(torch.cat(features[side]), torch.cat(places[side])) for side in (0, 1)]
 
     def _features(self, sequences_NL: Tensor, table_V: Tensor) -> Tensor:
         """[T, F]."""
         parts = (part_NL.long().cpu() for part_NL in sequences_NL.split(BATCH))
         return torch.cat([sequence_features(table_V, part_NL, self.record) for part_NL in parts])
+
+
+@dataclass(frozen=True)
+class _Side:
+    """What the calibration of one side needs: whether each token is of the second half [T], the features [T + X, F] by
+    the other half's table, and the tokens [T + X] that they belong to."""
+
+    is_second: Tensor
+    features: Tensor
+    places: Tensor
 
 
 def fit_layer(fit: FitRow, own_TH: Tensor, public_TH: Tensor, start: Logits | None) -> tuple[RouterRow, Logits]:
@@ -134,30 +179,24 @@ def _uncalibrated(
 
 
 def _fit_calibrated(
-    fit: FitRow,
-    features: Sequence[Tensor],
-    second: Sequence[Tensor],
-    own_TH: Tensor,
-    public_TH: Tensor,
-    start: Logits | None,
+    fit: FitRow, sides: Sequence[_Side], own_TH: Tensor, public_TH: Tensor, start: Logits | None
 ) -> tuple[RouterRow, Logits]:
     """The mean of the rows of both halves, and the calibration of each half's logits by the row of the other."""
     states = (own_TH, public_TH)
-    seconds = [mask.to(side.device) for mask, side in zip(second, states, strict=True)]
-
-    def of_half(half: bool, sides: Sequence[Tensor]) -> list[Tensor]:
-        return [side[mask if half else ~mask] for side, mask in zip(sides, seconds, strict=True)]
-
-    rows = [
-        fit(*of_half(half, states), start=None if start is None else tuple(of_half(half, start)))
-        for half in (False, True)
-    ]
+    seconds = [side.is_second.to(x_TH.device) for side, x_TH in zip(sides, states, strict=True)]
+    rows = []
+    for half in (False, True):
+        masks = [is_second_T == half for is_second_T in seconds]
+        given = (
+            None if start is None else tuple(x_T[mask.to(x_T.device)] for x_T, mask in zip(start, masks, strict=True))
+        )
+        rows.append(fit(*(x_TH[mask] for x_TH, mask in zip(states, masks, strict=True)), start=given))
     found, own_logits = [], []
-    for side, mask, features_TF in zip(states, seconds, features, strict=True):
-        by_first, by_second = (row.logits(side) for row in rows)
-        held_out_T = torch.where(mask, by_first, by_second)
-        found.append(torch.cat([held_out_T[:, None].cpu(), features_TF], 1).double())
-        own_logits.append(torch.where(mask, by_second, by_first))
+    for side, x_TH, is_second_T in zip(sides, states, seconds, strict=True):
+        by_first, by_second = (row.logits(x_TH) for row in rows)
+        held_out_T = torch.where(is_second_T, by_first, by_second).cpu()
+        found.append(torch.cat([held_out_T[side.places, None], side.features], 1).double())
+        own_logits.append(torch.where(is_second_T, by_second, by_first))
     weight = (rows[0].weight + rows[1].weight) / 2
     row = RouterRow(weight, (rows[0].bias + rows[1].bias) / 2, calibrate(*found))
     return row, (own_logits[0], own_logits[1])

@@ -13,9 +13,9 @@ A method is a pure function, registered by one line. From own and from public te
     embeddings  float [D, W]: one vector per document, the same for all layers
     nothing     None
 
-and returns a `RouterRow`. A method that needs states may start from the logits of these tokens in another layer, which
-are close to those of its own row. Rows of methods that are `trained_by_loss` are initial values; those of other
-methods are final and stay frozen while the expert is trained.
+and returns a `RouterRow`. A method that needs states also gets `start`, the logits of these tokens in another layer or
+None: they are close to those of its own row, so it may start from them. Rows of methods that are `trained_by_loss` are
+initial values; those of other methods are final and stay frozen while the expert is trained.
 
 Does not cover collecting states (`flexmoe.routers.hidden_states`), training rows (`flexmoe.training.experts`) or the
 prior of a composition (public's bias, `flexmoe compose --public-prior`).
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 Needs = Literal["states", "moments", "embeddings", "nothing"]
-Logits = tuple[torch.Tensor, torch.Tensor]
+Logits = tuple[torch.Tensor, ...]
 """Of own and of public tokens, [T] each."""
 
 RIDGE = 1e-3  # lambda of log_odds, on standardised inputs
@@ -43,6 +43,7 @@ SAMPLE = 8  # tokens of each side per unit, on which log_odds is solved first
 CONTRACTION = 0.1  # of Newton's decrement by a step; above it, the Hessian is computed again
 CONVERGED = 1e-10  # Newton's decrement; the loss is then within half of it
 MAX_STEPS = 200
+MOST_LOGIT = 30.0  # of logits that are started from
 PROJECTION_SEED = 0  # of the projection of embeddings: all owners must use the same one
 
 
@@ -59,7 +60,8 @@ class RouterRow:
 
     def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
         """The logits float32 [T] of states, without evidence, on the states' device."""
-        return x_TH.float() @ self.weight.to(x_TH.device) + self.bias
+        weight = self.weight.to(x_TH.device)
+        return torch.cat([chunk.float() @ weight for (chunk,) in _chunks(x_TH)]) + self.bias
 
 
 class Moments:
@@ -261,6 +263,9 @@ class _LogisticRegression:
 
     def solve(self, start: Logits | None = None) -> torch.Tensor:
         """The solution, float64 [H] or [H + 1], the intercept last."""
+        if start is not None:  # beyond the limit, the Hessian vanishes
+            device = self.scale.device
+            start = tuple(side.to(device, torch.float64).clamp(-MOST_LOGIT, MOST_LOGIT) for side in start)
         theta = self._start() if start is None else self._step_from(start)
         value, gradient, logits = self._value_and_gradient(theta)
         if start is not None and not value < math.log(2):  # no better than a row of zeros
@@ -303,7 +308,6 @@ class _LogisticRegression:
         pull, total = torch.zeros_like(self.scale), self.scale.new_zeros(())
         for (states, sign), logits in zip(self.sides, start, strict=True):
             for chunk, score in _chunks(states, logits):
-                score = score.double()
                 probability = torch.sigmoid(score)
                 wrong = torch.sigmoid(-sign * score) * sign
                 target = (probability * (1 - probability) * score + wrong) * (0.5 / len(states))

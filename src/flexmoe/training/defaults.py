@@ -1,7 +1,7 @@
 """The settings of a run that nobody gave: they follow from the anchor, the amount of own text, and the machine.
 
-Each choice is a value and the reason for it, which are shown before training. The rules come from runs on four anchors
-(docs/training.md, `benchmarks/bench_defaults.py`). Does not cover settings that are the same everywhere
+Each choice is a value and the reason for it, which are shown before training. The rules come from runs on three
+anchors (docs/training.md, `benchmarks/bench_defaults.py`). Does not cover settings that are the same everywhere
 (`TrainingSettings`), and whether a learning rate is too high for the anchor, which a few steps tell
 (`flexmoe.training.probe`).
 
@@ -43,7 +43,7 @@ VALIDATION_TOKENS = (512, 20_000)
 VALIDATION_COST = 0.2
 """All validations together cost at most this share of the training; a forward pass is a third of a step."""
 VALIDATIONS = (2, 10)
-"""At least and at most, after the first step."""
+"""At least and at most, after the first step, of more than `FEW_STEPS`."""
 FEW_STEPS = 20
 """Up to so many, there is one validation, after the last step."""
 LOW_RANK = 64
