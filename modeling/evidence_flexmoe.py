@@ -152,7 +152,7 @@ def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -
         batching = require_flexmoe("batching", "continuous batching")
         window = max(record["evidence"]["window"] for record in records)
         groups, order_T = batching.read_by_requests(model, ids_BS, window)
-        parts = [_read(model, records, ids_BK, ids_BK >= 0, _Weights(ids_BK, queries)) for ids_BK, queries in groups]
+        parts = [_Read(ids_BK, queries).by_expert(model, records) for ids_BK, queries in groups]
         return {name: torch.cat([part[name] for part in parts])[order_T] for name in parts[0]}
     cache = _self_attention(inputs.get("past_key_values"))
     layer = _layer_of(cache)
@@ -167,36 +167,12 @@ def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -
     if isinstance(mask, Tensor) and mask.shape == ids_BK.shape:
         is_read_BK = is_read_BK & mask.bool()
     positions_BS = positions.expand(ids_BS.shape) if positions is not None and positions.dim() == 2 else None
-    weights = _Weights(ids_BK, ids_BS.shape[1], first, positions_BS)
-    return _read(model, records, ids_BK, is_read_BK, weights)
-
-
-def _read(
-    model: Any, records: Sequence[Mapping[str, Any]], ids_BK: Tensor, is_read_BK: Tensor, weights: _Weights
-) -> dict[str, Tensor]:
-    """The features [T, F] by expert."""
-    rows = model.flexmoe_blocks()[0].router
-    with torch.no_grad(), maybe_autocast(ids_BK.device.type, enabled=False):
-        return {
-            record["name"]: _features(weights, rows[record["name"]].table, ids_BK, is_read_BK, record["evidence"])
-            for record in records
-        }
+    return _Read(ids_BK, ids_BS.shape[1], first, is_read_BK, positions_BS).by_expert(model, records)
 
 
 def sequence_features(table_V: Tensor, ids_NL: Tensor, evidence: Mapping[str, Any]) -> Tensor:
     """The features float32 [N * L, F] of whole sequences, for calibration."""
-    return _features(_Weights(ids_NL, ids_NL.shape[1]), table_V, ids_NL, ids_NL >= 0, evidence)
-
-
-def _features(
-    weights: _Weights, table_V: Tensor, ids_BK: Tensor, is_read_BK: Tensor, evidence: Mapping[str, Any]
-) -> Tensor:
-    table_V = table_V.to(ids_BK.device)
-    has_score_BK = is_read_BK & (ids_BK < len(table_V))
-    scores_BK = torch.where(has_score_BK, table_V[ids_BK.clamp(0, len(table_V) - 1)].float(), 0.0)
-    sums_TD = weights.sums(scores_BK, evidence["decays"], evidence["window"])
-    fading_T1 = weights.fading(is_read_BK, evidence["window"])
-    return torch.cat([sums_TD, fading_T1], 1)
+    return _Read(ids_NL, ids_NL.shape[1]).features(table_V, evidence)
 
 
 def token_ids(inputs: Mapping[str, Any]) -> Tensor:
@@ -223,24 +199,37 @@ def remember_tokens(cache: Any, ids_BS: Tensor) -> None:
     layer.remember(ids_BS)
 
 
-class _Weights:
-    """The weights g^(t - i) of all tokens so far in the sums of the tokens of this pass, shared by experts."""
+class _Read:
+    """Tokens so far, `queries` of them of this pass (the last ones, or from `first` on), and weights of their sums."""
 
     def __init__(
-        self, ids_BK: Tensor, queries: int, first: int | Tensor | None = None, positions_BS: Tensor | None = None
+        self, ids_BK: Tensor, queries: int, first: Any = None, is_read: Any = None, positions: Any = None
     ) -> None:
-        """Of `queries` tokens from `first` on, or of the last ones."""
-        self._length, self._device = ids_BK.shape[1], ids_BK.device
+        self._ids_BK, self._length, self._device = ids_BK, ids_BK.shape[1], ids_BK.device
+        self._is_read_BK = ids_BK >= 0 if is_read is None else is_read
         self._first = self._length - queries if first is None else first
-        self._queries, self._positions_BS = queries, positions_BS
+        self._queries, self._positions_BS = queries, positions
         self._made: dict[Any, Tensor] = {}
-        self._fading: dict[int, Tensor] = {}
 
-    def fading(self, is_read_BK: Tensor, window: int) -> Tensor:
+    def by_expert(self, model: Any, records: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """The features [T, F] of each."""
+        rows = model.flexmoe_blocks()[0].router
+        with torch.no_grad(), maybe_autocast(self._device.type, enabled=False):
+            return {r["name"]: self.features(rows[r["name"]].table, r["evidence"]) for r in records}
+
+    def features(self, table_V: Tensor, evidence: Mapping[str, Any]) -> Tensor:
+        """The features float32 [T, F]."""
+        table_V, ids_BK = table_V.to(self._device), self._ids_BK
+        has_score_BK = self._is_read_BK & (ids_BK < len(table_V))
+        scores_BK = torch.where(has_score_BK, table_V[ids_BK.clamp(0, len(table_V) - 1)].float(), 0.0)
+        sums_TD = self.sums(scores_BK, evidence["decays"], evidence["window"])
+        return torch.cat([sums_TD, self.fading(evidence["window"])], 1)
+
+    def fading(self, window: int) -> Tensor:
         """What fades with the tokens that were read, float32 [T, 1]."""
-        if window not in self._fading:
-            self._fading[window] = 1 - (1 - FADING) * self.sums(is_read_BK.float(), [FADING], window)
-        return self._fading[window]
+        if window not in self._made:
+            self._made[window] = 1 - (1 - FADING) * self.sums(self._is_read_BK.float(), [FADING], window)
+        return self._made[window]
 
     def sums(self, scores_BK: Tensor, decays: Sequence[float], window: int) -> Tensor:
         """The sums float32 [T, D]. Each expert's are computed on their own, so that no bit depends on another."""
@@ -282,7 +271,6 @@ def _layer_of(cache: Any) -> Any:
 
 
 __all__ = [
-    "UNKNOWN",
     "EvidenceRow",
     "calibration_size",
     "read_evidence",
