@@ -84,7 +84,8 @@ def everybodys(tokens: Sequence[OwnersTokens], seed: int) -> OwnersTokens:
 
 
 def train_dense(model: PreTrainedModel, tokens: OwnersTokens, learning_rate: float) -> PreTrainedModel:
-    """Trains all parameters with the optimiser and the schedule of `flexmoe train`."""
+    """Trains all parameters, in float32, with the optimiser and the schedule of `flexmoe train`."""
+    model.float()
     steps = len(tokens.sequences_NL) // tokens.per_step
     warmup = max(1, min(steps // 5, max(10, steps // 20)))
     optimizer = torch.optim.AdamW(

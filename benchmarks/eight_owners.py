@@ -3,7 +3,7 @@
 Per seed, the demo with eight owners (`flexmoe.demo`), and on the same tokens: low-rank experts; the recipe of the
 FlexOlmo paper (rows trained by the loss, own data only); the average of the experts (soup); dense models per owner as
 an ensemble (Branch-Train-Merge); and one dense model trained on everybody's text, which no owner of private text can
-have: the ceiling without restrictions. Dense models get the better of two learning rates.
+have: the ceiling without restrictions. Each kind of dense model gets the better of two learning rates.
 
 Writes docs/benchmarks/eight_owners.json after each system, and docs/eight-owners.md. Finished stages are reused, so an
 interrupted run continues. Exit code 1 if a bar is missed. Does not cover other routers (`routers`).
@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,18 +90,19 @@ class EightOwners:
         self.losses |= self._scored(below, lambda: self._with_experts(name, packages, composed.folder / MODEL), inputs)
 
     def dense(self, rates: tuple[float, ...]) -> None:
-        """The dense models: one on all text, at each rate; one per owner at the better rate."""
+        """The dense models: one on all text, and one per owner, each kind at the better of the rates."""
         demo = self.demo
         inputs = [demo.done["grafted"], *(demo.done[f"owners/{owner}"] for owner in demo.settings.owners)]
-        found = [
-            self._scored(f"dense-{rate:g}", lambda rate=rate: {UNRESTRICTED: self._unrestricted(rate)}, inputs)
-            for rate in rates
-        ]
-        best = min(range(len(rates)), key=lambda i: statistics.mean(found[i][UNRESTRICTED].values()))
-        self.losses |= found[best]
-        self.losses |= self._scored(
-            "branches", lambda: {ENSEMBLE: self._ensemble(rates[best])}, inputs, settings={"rate": rates[best]}
-        )
+        kinds: dict[str, tuple[str, Callable[[float], Losses]]] = {
+            UNRESTRICTED: ("dense", self._unrestricted),
+            ENSEMBLE: ("branches", self._ensemble),
+        }
+        for name, (below, train) in kinds.items():
+            found = [
+                self._scored(f"{below}-{rate:g}", lambda rate=rate: {name: train(rate)}, inputs)  # noqa: B023
+                for rate in rates
+            ]
+            self.losses |= min(found, key=lambda losses: statistics.mean(losses[name].values()))
 
     def _unrestricted(self, rate: float) -> Losses:
         demo = self.demo
@@ -160,10 +161,16 @@ def kept(losses: Mapping[str, Losses], name: str, owner: str) -> float:
     return (anchor - losses[name][owner]) / gain if gain > SMALL_GAIN * anchor else math.nan
 
 
+def mean_kept(all_losses: Sequence[Mapping[str, Losses]], name: str, owner: str) -> float:
+    """The mean over the seeds in which there is something to keep; NaN if there is none."""
+    shares = [share for losses in all_losses if not math.isnan(share := kept(losses, name, owner))]
+    return statistics.mean(shares) if shares else math.nan
+
+
 def bars(seeds: Mapping[str, Any], owners: tuple[str, ...]) -> list[Threshold]:
     """The bars, on the mean over seeds."""
     all_losses = [seed["losses"] for seed in seeds.values()]
-    means = (statistics.mean(kept(losses, "composed", owner) for losses in all_losses) for owner in owners)
+    means = (mean_kept(all_losses, "composed", owner) for owner in owners)
     shares = [share for share in means if not math.isnan(share)]
     public = [losses["composed"][PUBLIC] / losses["anchor"][PUBLIC] - 1 for losses in all_losses]
     above = [losses["composed"][owner] - losses["anchor"][owner] for losses in all_losses for owner in owners]
@@ -193,7 +200,7 @@ def markdown(result: Mapping[str, Any]) -> str:
     for name in ("composed", *RECIPES):
         have = [seed["losses"] for seed in seeds.values() if name in seed["losses"]]
         if have:
-            means = (statistics.mean(kept(losses, name, owner) for losses in have) for owner in owners)
+            means = (mean_kept(have, name, owner) for owner in owners)
             shares.append([name, *("–" if math.isnan(mean) else f"{mean:.0%}" for mean in means)])
     lines = [
         "# Eight owners on SmolLM2-135M-Instruct\n",

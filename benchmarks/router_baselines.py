@@ -78,7 +78,8 @@ def dume(inputs: LayerInputs) -> LayerRouter:
 def arrow(inputs: LayerInputs) -> LayerRouter:
     """The absolute product with the direction that an expert changes most.
 
-    Source: arXiv 2405.11157, section 4.2, as PEFT computes it (`ArrowConfig`, three experts, temperature 1).
+    Source: arXiv 2405.11157, section 4.2, as PEFT computes it for one matrix (`ArrowConfig`, three experts,
+    temperature 1); here it chooses once for the matrices that read an FFN's input, and for the FFN.
     """
     prototypes_EH = torch.stack([arrow_prototype(matrix_OH) for matrix_OH in inputs.differences.values()])
     return lambda x_TH: (x_TH.float() @ prototypes_EH.T).abs()

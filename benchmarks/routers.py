@@ -5,7 +5,7 @@ Held-out text of each domain; sequences in which the owner changes every 64 toke
 docs/benchmarks/routers.json and docs/routers.md. Finished stages are reused. Exit code 1 if a bar is missed.
 
     kept           the share of the gain of an expert alone (with public) over the anchor; 1 is no loss by routing
-    kept_start     of the first 16 tokens of a text, over all owners; kept_switch where owners change
+    kept_start     of the first 16 tokens of a sequence, over all owners; kept_switch where owners change
     bytes_per_owner what an owner contributes to the router
 
 Does not cover experts that are trained with a router (`make results` has the paper's recipe), or the speed of the
@@ -15,6 +15,7 @@ baselines' routers, which are not made to be fast.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import statistics
@@ -45,22 +46,30 @@ from flexmoe.demo.anchor_source import SMOLLM2
 from flexmoe.demo.corpus import PUBLIC, read_texts
 from flexmoe.demo.pipeline import MODEL, SCORING_CODE, Demo, DemoSettings, without_loading_bars
 from flexmoe.demo.report import Threshold, markdown_table
-from flexmoe.demo.row_variants import drop_evidence
+from flexmoe.demo.row_variants import owner_rows, put_rows
 from flexmoe.demo.scoring import load, soup
 from flexmoe.demo.sources import read_source
 from flexmoe.evaluation import token_losses
 from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.packages.package import ExpertPackage
 from flexmoe.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = (*SCORING_CODE, "flexmoe.routers", "flexmoe.demo.row_variants", "router_baselines", "dense_baselines")
+CODE = (
+    *SCORING_CODE,
+    "flexmoe.routers",
+    "flexmoe.demo.row_variants",
+    "router_baselines",
+    "dense_baselines",
+    "routers",
+)
 DEFAULT, ROWS, ENSEMBLE = "rows + evidence", "rows", "posterior over models (BTM)"
 CLASSIFIER, MEMBERS = "classifier of the first 32 tokens", "members"
 NOBODYS, SWITCHES = "nobody's", "switches"
 NOBODYS_KIND, NOBODYS_CHARACTERS = "cpp", 8_000
 SEGMENT, SEGMENTS_EACH, AFTER_SWITCH = 64, 4, 8  # so many segments fill sequences, whatever the number of owners
 START, READ = 16, 32
-STATE_SEQUENCES, PIECES = 16, 400
+STATE_SEQUENCES, PIECES = 18, 400  # sequences of 256 tokens: as many as rows are fitted on
 Losses = dict[str, Tensor]  # by domain, [N, L - 1]
 
 LIMITS = {
@@ -80,6 +89,11 @@ class Text:
     tokens: Mapping[str, Tensor]
     owners: Sequence[str]
     segment_owners: Tensor
+
+    @property
+    def sha256(self) -> str:
+        """Of all tokens."""
+        return hashlib.sha256(b"".join(ids.numpy().tobytes() for ids in self.tokens.values())).hexdigest()
 
     @classmethod
     def of(cls, demo: Demo) -> Text:
@@ -113,11 +127,11 @@ class Routers:
         demo = self.demo
         demo.build()
         text = Text.of(demo)
-        members = self._losses(MEMBERS, lambda: self._members(text))
+        members = self._losses(MEMBERS, text, lambda: self._members(text))
         found = {"anchor": _member(members, PUBLIC)}
         costs: dict[str, Any] = {}
         for name, make in self._systems().items():
-            stored = self._losses(name, lambda make=make: _timed_losses(*make(), text))  # type: ignore[misc]
+            stored = self._losses(name, text, lambda make=make: _timed_losses(*make(), text))  # type: ignore[misc]
             costs[name] = {
                 "tokens_per_second": stored.pop("seconds").reciprocal().item() * text.tokens[PUBLIC].numel(),
                 "forward_passes": 1,
@@ -141,7 +155,7 @@ class Routers:
     def _names(self) -> tuple[str, ...]:
         return (PUBLIC, *self.demo.settings.owners)
 
-    def _losses(self, name: str, make: Callable[[], Losses]) -> Losses:
+    def _losses(self, name: str, text: Text, make: Callable[[], Losses]) -> Losses:
         demo = self.demo
 
         def write(folder: Path) -> None:
@@ -149,7 +163,7 @@ class Routers:
 
         inputs = [demo.done["corpus"], demo.done["composed"]]
         safe = name.replace(" ", "-").replace("'", "")
-        stage = demo.stages.run(f"routers/{safe}", write, settings={}, code=CODE, inputs=inputs)
+        stage = demo.stages.run(f"routers/{safe}", write, settings={"text": text.sha256}, code=CODE, inputs=inputs)
         return load_file(stage.folder / "losses.safetensors")
 
     def _members(self, text: Text) -> Losses:
@@ -167,7 +181,7 @@ class Routers:
         everyone = {"num_experts_per_tok": len(self._names)}
         return {
             DEFAULT: lambda: (self._composed(), everyone),
-            ROWS: lambda: (drop_evidence(self._composed()), everyone),
+            ROWS: lambda: (self._with_rows(), everyone),
             **{
                 name: lambda each=each: (self._with_baseline(each), {"num_experts_per_tok": each.top_k})
                 for name, each in BASELINES.items()
@@ -177,6 +191,24 @@ class Routers:
 
     def _composed(self) -> FlexMoeForCausalLM:
         return cast(FlexMoeForCausalLM, load(self.demo.folder("composed") / MODEL))
+
+    def _with_rows(self) -> FlexMoeForCausalLM:
+        """With the rows of `flexmoe train --evidence none`, of all tokens instead of the mean of two halves."""
+        demo, model = self.demo, self._composed()
+        data = {owner: demo.folder(f"owners/{owner}") / "data" / "documents.jsonl" for owner in demo.settings.owners}
+        manifest = ExpertPackage.open(demo.packages[demo.settings.owners[0]]).manifest
+        config = manifest.training["config"]
+        rows = owner_rows(
+            demo.grafted_model,
+            data,
+            "log_odds",
+            bias=False,
+            tokens=config["router_tokens"],
+            sequence_length=config["sequence_length"],
+            seed=demo.settings.corpus.seed,
+        )
+        put_rows(model, rows, 0.0)
+        return model
 
     def _with_baseline(self, baseline: Baseline) -> FlexMoeForCausalLM:
         model = self._composed()
@@ -315,7 +347,8 @@ def measures(text: Text, losses: Mapping[str, Losses], name: str) -> dict[str, A
 
     kept = {owner: share([owner], slice(None)) for owner in text.owners if _gains(anchor, alone, owner)}
     owner_NL, since = _owner_of_token(text), torch.arange(1, text.tokens[SWITCHES].shape[1]) % SEGMENT
-    after = (since < AFTER_SWITCH).expand_as(owner_NL)
+    is_later = torch.arange(1, text.tokens[SWITCHES].shape[1]) >= SEGMENT  # the first segment follows none
+    after = ((since < AFTER_SWITCH) & is_later).expand_as(owner_NL)
 
     def switched(mask: Tensor) -> float:
         lost, gained = ((anchor[SWITCHES] - by[SWITCHES])[mask].sum() for by in (system, alone))
@@ -418,7 +451,8 @@ def markdown(result: Mapping[str, Any]) -> str:
             "Owners whose expert gains less than 2 % of the anchor's loss do not count. The ensemble runs every "
             "owner's model on all text; the classifier and DUME are fitted on the text of all owners together, which "
             "owners of private text cannot do. Arrow, SpectR and SEQR have no public expert to choose: they were made "
-            "for adapters, one of which fits. The baselines take as many experts per token as their sources do.\n",
+            "for adapters, one of which fits. The baselines take as many experts per token as their sources do, and "
+            "choose once for all matrices of a network (PEFT's Arrow chooses for each).\n",
             "## By owner\n",
             markdown_table(("router", *owners), by_owner),
             "## Bars\n",

@@ -104,33 +104,12 @@ class GrowingIds(_TokenIds, DynamicLayer):
 class StaticIds(_TokenIds, StaticLayer):
     """The ids of a cache of a fixed length, whose number of tokens is on the device."""
 
-    def lazy_initialization(self, *states: Tensor) -> None:
-        super().lazy_initialization(*states)
-        self.seen = torch.zeros((), dtype=torch.int64, device=self.device)
-        if not torch.compiler.is_compiling():
-            torch._dynamo.mark_static_address(self.seen)
-
     def so_far(self, ids_BS: Tensor) -> tuple[Tensor, int | Tensor]:
         """All ids [B, K], zeros after those of this pass, and the index of its first one."""
         if not self.is_initialized:
             return ids_BS, 0
-        slots_S = self.seen + torch.arange(ids_BS.shape[1], device=ids_BS.device)
-        return self.keys[:, 0, :, 0].index_copy(1, slots_S, ids_BS), self.seen
-
-    def update(self, ids: Tensor, *_: Any, **__: Any) -> Any:
-        if not self.is_initialized:
-            self.lazy_initialization(ids, ids)
-        self.keys.index_copy_(2, self.seen + torch.arange(ids.shape[2], device=ids.device), ids)
-        self.seen.add_(ids.shape[2])
-        return self.keys, self.values
-
-    def get_seq_length(self) -> Any:
-        return self.seen if self.is_initialized else 0
-
-    def reset(self) -> None:
-        super().reset()
-        if self.is_initialized:
-            self.seen.zero_()
+        slots_S = self.cumulative_length + torch.arange(ids_BS.shape[1], device=ids_BS.device)
+        return self.keys[:, 0, :, 0].index_copy(1, slots_S, ids_BS), self.cumulative_length
 
 
 def read_evidence(model: Any, names: Sequence[str], inputs: Mapping[str, Any]) -> Mapping[str, Tensor]:

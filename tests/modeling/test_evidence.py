@@ -19,6 +19,7 @@ from flexmoe.admission.evidence import EVIDENCE
 from flexmoe.admission.findings import AdmissionError
 from flexmoe.batching import Requests
 from flexmoe.conversion.export import export
+from flexmoe.kernels.graphs import _cache_lengths, _reset_lengths
 from flexmoe.modeling import FlexMoeConfig, FlexMoeForCausalLM
 from flexmoe.modeling.evidence_flexmoe import FADING, read_evidence
 from flexmoe.testing import tiny_anchor
@@ -175,6 +176,17 @@ def test_implementations_read_the_same_evidence(
     assert close(other(input_ids=ids[:1, :1]).logits, logits[:1, :1])
     mask = other.expert_mask([["public", "law"], None])
     assert close(other(input_ids=ids, expert_mask=mask).logits, model(input_ids=ids, expert_mask=mask).logits)
+
+
+def test_passes_before_a_graph_is_captured_leave_no_ids_in_the_cache() -> None:
+    """What `CapturedForward` does around its warm-up, which itself needs CUDA."""
+    model = evidence_model("llama")
+    ids, cache = torch.arange(3, 33)[None], StaticCache(model.config, max_cache_len=40)
+    lengths = _cache_lengths({"past_key_values": cache})
+    for _ in range(2):
+        model(input_ids=ids[:, :7], past_key_values=cache)
+        _reset_lengths(lengths)
+    assert close(model(input_ids=ids, past_key_values=cache).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.promise(

@@ -124,8 +124,8 @@ def _check(model: FlexMoePreTrainedModel, inputs: dict[str, Any]) -> None:
         )
 
 
-def _cache_lengths(inputs: dict[str, Any]) -> list[tuple[Any, Tensor]]:
-    """The layers of the caches among `inputs`, each with its number of tokens."""
+def _cache_lengths(inputs: dict[str, Any]) -> list[tuple[Any, list[Tensor]]]:
+    """The caches among `inputs`, each with the number of tokens of its layers."""
     lengths = []
     for cache in (value for value in inputs.values() if isinstance(value, Cache)):
         if not cache.is_compileable or any(cache.is_sliding):
@@ -133,13 +133,15 @@ def _cache_lengths(inputs: dict[str, Any]) -> list[tuple[Any, Tensor]]:
                 f"{type(cache).__name__} grows, or has layers with a sliding window, whose length is a number in "
                 "Python that a graph would not see change: use a StaticCache, and a family without such windows."
             )
-        lengths += [(layer, layer.cumulative_length.clone()) for layer in cache.layers]
+        lengths.append((cache, [layer.cumulative_length.clone() for layer in cache.layers]))
     return lengths
 
 
-def _reset_lengths(lengths: list[tuple[Any, Tensor]]) -> None:
-    for layer, length in lengths:
-        layer.cumulative_length.copy_(length)
+def _reset_lengths(lengths: list[tuple[Any, list[Tensor]]]) -> None:
+    for cache, before in lengths:
+        new = [torch.zeros(())] * (len(cache.layers) - len(before))  # the first pass adds a layer of token ids
+        for layer, length in zip(cache.layers, [*before, *new], strict=True):
+            layer.cumulative_length.copy_(length)
 
 
 def _settings(model: FlexMoePreTrainedModel) -> tuple[Any, ...]:
