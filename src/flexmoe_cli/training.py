@@ -242,7 +242,10 @@ def fit_router(
     text_column: Column = None,
     text_template: TextTemplate = None,
     skip_empty: SkipEmpty = False,
-    router: RouterMethod = None,
+    router: Annotated[
+        str | None,
+        typer.Option(help="log_odds or lda. Default: log_odds.", show_default=False, rich_help_panel=ROUTER),
+    ] = None,
     router_bias: RouterBias = None,
     router_tokens: RouterTokens = None,
     evidence: EvidenceKind = None,
