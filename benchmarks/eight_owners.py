@@ -12,6 +12,7 @@ interrupted run continues. Exit code 1 if a bar is missed. Does not cover other 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -93,16 +94,13 @@ class EightOwners:
         """The dense models: one on all text, and one per owner, each kind at the better of the rates."""
         demo = self.demo
         inputs = [demo.done["grafted"], *(demo.done[f"owners/{owner}"] for owner in demo.settings.owners)]
-        kinds: dict[str, tuple[str, Callable[[float], Losses]]] = {
-            UNRESTRICTED: ("dense", self._unrestricted),
-            ENSEMBLE: ("branches", self._ensemble),
-        }
-        for name, (below, train) in kinds.items():
-            found = [
-                self._scored(f"{below}-{rate:g}", lambda rate=rate: {name: train(rate)}, inputs)  # noqa: B023
-                for rate in rates
-            ]
-            self.losses |= min(found, key=lambda losses: statistics.mean(losses[name].values()))
+        kinds = (("dense", UNRESTRICTED, self._unrestricted), ("branches", ENSEMBLE, self._ensemble))
+        for below, name, train in kinds:
+            found = []
+            for rate in rates:
+                make = functools.partial(lambda name, train, rate: {name: train(rate)}, name, train, rate)
+                found.append(self._scored(f"{below}-{rate:g}", make, inputs)[name])
+            self.losses[name] = min(found, key=lambda losses: statistics.mean(losses.values()))
 
     def _unrestricted(self, rate: float) -> Losses:
         demo = self.demo
