@@ -11,8 +11,8 @@ and the row is the mean of both halves'. The table that is kept is that of all t
 Where all text so far is of one owner, the longest memory is the best, and it is the worst after another's text. So a
 calibration also counts tokens of sequences that begin with text of the other side.
 
-Shapes: N sequences of L tokens, T = N * L, X further tokens, D decays, V vocabulary, F = D + 1 features (sums, and
-what fades).
+Shapes: N sequences of L tokens, T = N * L, K tokens that a calibration counts, D decays, V vocabulary, F = D + 1
+features (sums, and what fades).
 
 Does not cover the row itself (`flexmoe.routers.rows`), or what is computed with it (`flexmoe.modeling`).
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -114,40 +114,33 @@ class Evidence:
         if any(mask_N.all() or not mask_N.any() for mask_N in second):  # too little text to be halved
             return functools.partial(_uncalibrated, fit, calibration_size(self.record))
         sides = []
-        switched = self._switched(sequences, second)
-        for side_NL, mask_N, count, (more_XF, places_X) in zip(sequences, second, counts, switched, strict=True):
-            mask_T = mask_N.repeat_interleave(side_NL.shape[1])[:count]
-            by_first, by_second = (self._features(side_NL, table)[:count] for table in self._tables)
-            has_state_X = places_X < count
-            sides.append(
-                _Side(
-                    mask_T,
-                    torch.cat([torch.where(mask_T[:, None], by_first, by_second), more_XF[has_state_X]]),
-                    torch.cat([torch.arange(count), places_X[has_state_X]]),
-                )
-            )
+        read = zip(*(self._read(sequences, second, half) for half in (False, True)), strict=True)
+        for mask_N, count, halves in zip(second, counts, read, strict=True):
+            features, places = (torch.cat(parts) for parts in zip(*halves, strict=True))
+            has_state = places < count
+            is_second_T = mask_N.repeat_interleave(sequences[0].shape[1])[:count]
+            sides.append(_Side(is_second_T, features[has_state], places[has_state]))
         return functools.partial(_fit_calibrated, fit, sides)
 
-    def _switched(self, sequences: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """By side, the features [X, F] of tokens after text of the other side, and which tokens [X] of the side these
-        are."""
-        generator = torch.Generator().manual_seed(0)
+    def _read(
+        self, sequences: Sequence[Tensor], second: Sequence[Tensor], half: bool
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """By side, the features [K, F] of the tokens of a half by the table of the other, and which tokens [K] of the
+        side these are: each token after the beginning of its sequence, and some after text of the other side."""
+        generator, table = torch.Generator().manual_seed(0), self._tables[not half]
         (own_NL, public_NL), length = (side_NL.cpu() for side_NL in sequences), sequences[0].shape[1]
-        at_L = torch.arange(length)
-        features: tuple[list[Tensor], list[Tensor]] = ([], [])
-        places: tuple[list[Tensor], list[Tensor]] = ([], [])
-        for half, table in ((False, self._tables[1]), (True, self._tables[0])):
-            own_N, public_N = ((mask_N == half).nonzero()[:, 0] for mask_N in second)
-            own_N = own_N[: math.ceil(SWITCHED * len(own_N))]
-            public_N = public_N[torch.randint(len(public_N), (len(own_N),), generator=generator)]
-            change_N = torch.randint(length // 8, length - length // 8, (len(own_N),), generator=generator)
-            is_after_NL = at_L >= change_N[:, None]
-            tails = ((own_NL[own_N], own_N), (public_NL[public_N], public_N))
-            for side, ((tail_NL, index_N), (head_NL, _)) in enumerate((tails, tails[::-1])):
-                mixed_NL = torch.where(is_after_NL, tail_NL, head_NL)
-                features[side].append(self._features(mixed_NL, table).unflatten(0, mixed_NL.shape)[is_after_NL])
-                places[side].append((index_N[:, None] * length + at_L)[is_after_NL])
-        return [(torch.cat(features[side]), torch.cat(places[side])) for side in (0, 1)]
+        own_N, public_N = ((mask_N == half).nonzero()[:, 0] for mask_N in second)
+        changed_N = own_N[: math.ceil(SWITCHED * len(own_N))]
+        other_N = public_N[torch.randint(len(public_N), (len(changed_N),), generator=generator)]
+        change_N = torch.randint(length // 8, length - length // 8, (len(changed_N),), generator=generator)
+        is_after_NL = torch.arange(length) >= change_N[:, None]
+        tails = ((own_NL, own_N, changed_N), (public_NL, public_N, other_N))
+        for (tail_NL, whole_N, tail_N), (head_NL, _, head_N) in (tails, tails[::-1]):
+            mixed_NL = torch.where(is_after_NL, tail_NL[tail_N], head_NL[head_N])
+            is_counted = torch.cat([torch.ones(len(whole_N), length, dtype=torch.bool), is_after_NL])
+            features = self._features(torch.cat([tail_NL[whole_N], mixed_NL]), table)
+            places = torch.cat([whole_N, tail_N])[:, None] * length + torch.arange(length)
+            yield features[is_counted.flatten()], places[is_counted]
 
     def _features(self, sequences_NL: Tensor, table_V: Tensor) -> Tensor:
         """[T, F]."""
@@ -157,8 +150,8 @@ class Evidence:
 
 @dataclass(frozen=True)
 class _Side:
-    """What the calibration of one side needs: whether each token is of the second half [T], the features [T + X, F] by
-    the other half's table, and the tokens [T + X] that they belong to."""
+    """What the calibration of one side needs: whether each token is of the second half [T], the features [K, F] by the
+    other half's table, and the tokens [K] that they belong to."""
 
     is_second: Tensor
     features: Tensor
