@@ -24,6 +24,7 @@ LAST_LINES = {
     "add_and_remove": "removed equals never added: yes",
     "train_an_expert": "loss on math text:",
     "peft_on_one_expert": "saved math",
+    "serve_requests": "served; experts left: ['public', 'code']",
     "publish_and_withdraw": "loaded without it: ['public']",
 }
 """How the last line that each example prints begins."""
@@ -43,7 +44,7 @@ def run(monkeypatch, capsys):
         return capsys.readouterr().out
 
     yield run_here
-    for module in {"tiny_anchor"} - modules:  # the examples' own module is not left to other tests
+    for module in {"tiny_anchor", "use_a_model"} - modules:  # the examples' own are not left to other tests
         sys.modules.pop(module, None)
 
 
