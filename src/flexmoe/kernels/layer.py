@@ -45,7 +45,7 @@ def fused_route(
             assert offset_TA is not None, "made above"
             factor, factors_F = linear.calibration[:1], linear.calibration[1:-1]
             weight, bias = weight * factor, bias * factor + linear.calibration[-1:]
-            offset_TA[:, column] = (evidence[name] * factors_F).sum(-1)
+            offset_TA[:, column] = (evidence[name].to(x_TH.device) * factors_F).sum(-1)  # read on the first device
         weights.append(weight)
         biases.append(bias)
     if allowed_TA is not None:
