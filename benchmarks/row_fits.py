@@ -50,22 +50,31 @@ def rows_of(checkout: Path) -> ModuleType:
     return module
 
 
-def fit(module: ModuleType, own_TH: torch.Tensor, public_TH: torch.Tensor) -> tuple[torch.Tensor, float]:
+def fit(
+    module: ModuleType, own_TH: torch.Tensor, public_TH: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, float]:
     """The row [H] and the seconds."""
     start = time.perf_counter()
-    row = module.log_odds(own_TH, public_TH, hidden_size=own_TH.shape[1], bias=False, generator=torch.Generator())
+    options |= {"hidden_size": own_TH.shape[1], "bias": False, "generator": torch.Generator()}
+    row = module.log_odds(own_TH, public_TH, **options)
     return row.weight, time.perf_counter() - start
 
 
-def compare(layer: int, other: ModuleType, own_TH: torch.Tensor, public_TH: torch.Tensor) -> dict[str, Any]:
-    """Fits the layer's row with both modules, in alternating order."""
+def compare(
+    layer: int, other: ModuleType, states: tuple[torch.Tensor, torch.Tensor], start: rows.Logits | None
+) -> tuple[dict[str, Any], rows.Logits]:
+    """Fits the layer's row with both modules, in alternating order; this checkout's starts from the logits of the
+    layer before, as in training. Also returns its own logits."""
+    own_TH, public_TH = states
+    options: dict[str, Any] = {rows.__name__: {"start": start}, other.__name__: {}}
     order = (rows, other) if layer % 2 else (other, rows)
-    found = {module.__name__: fit(module, own_TH, public_TH) for module in order}
+    found = {module.__name__: fit(module, own_TH, public_TH, **options[module.__name__]) for module in order}
     ours, theirs = found[rows.__name__], found[other.__name__]
     states_TH = torch.cat([own_TH[::8], public_TH[::8]])
     logits_T, expected_T = states_TH @ ours[0], states_TH @ theirs[0]
     difference = ((logits_T - expected_T).abs().max() / expected_T.abs().max()).item()
-    return {"layer": layer, "seconds": ours[1], "other_seconds": theirs[1], "difference": difference}
+    record = {"layer": layer, "seconds": ours[1], "other_seconds": theirs[1], "difference": difference}
+    return record, (own_TH @ ours[0], public_TH @ ours[0])
 
 
 def main() -> int:
@@ -90,13 +99,14 @@ def main() -> int:
     result = json.loads(arguments.out.read_text(encoding="utf-8")) if arguments.out.is_file() else {"layers": []}
     done = {record["layer"] for record in result["layers"]}
     left = torch.tensor([layer for layer in range(config.num_hidden_layers) if layer not in done])
+    start: rows.Logits | None = None
     per_layer = 2 * arguments.tokens * config.hidden_size * model.dtype.itemsize
     for group in left.split(max(1, STATES_BYTES // per_layer)) if len(left) else ():
-        start = time.perf_counter()
+        began = time.perf_counter()
         own, public = (collect_states(model, side, group.tolist(), arguments.tokens) for side in sides)
-        reading = time.perf_counter() - start
+        reading = time.perf_counter() - began
         for layer in group.tolist():
-            record = compare(layer, other, own.pop(layer), public.pop(layer))
+            record, start = compare(layer, other, (own.pop(layer), public.pop(layer)), start)
             result["layers"].append(record | {"group_reading_seconds": round(reading, 1)})
             sys.stderr.write(f"{record}\n")
             arguments.out.write_text(json.dumps(result | machine(), indent=2) + "\n", encoding="utf-8")
