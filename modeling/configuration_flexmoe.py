@@ -349,9 +349,9 @@ class FlexMoeConfig(PreTrainedConfig):
         anchor: Any = self.anchor_config
         return anchor.get_text_config(decoder=True)
 
-    # as in transformers, of the anchor: the configuration of each layer, and plans with its names
+    # as in transformers, of the anchor: the configuration of each layer, and plans (5.17 also sets the plan itself)
     per_layer_config = property(lambda self: self._text_config().per_layer_config)
-    base_model_tp_plan = property(lambda self: self._text_config().base_model_tp_plan)
+    base_model_tp_plan = property(lambda self: self._text_config().base_model_tp_plan, lambda self, plan: None)
     base_model_fsdp_plan = property(lambda self: self._text_config().base_model_fsdp_plan)
 
     def _anchor_fields(self) -> dict[str, Any]:
