@@ -69,7 +69,7 @@ def logits(model: FlexMoeForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def small_batches(**options: Any) -> ContinuousBatchingConfig:
     """Few tokens at a time, and a cache for few: some versions take gigabytes otherwise."""
     size = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"  # before 5.18
-    return ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=11, **{size: 4}, **options)
+    return ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=11, **{size: 4}, **options)
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
