@@ -37,34 +37,30 @@ class LayerInputs:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A router: its name, how a layer's is made, how many experts it takes, and whether public is one of them.
-
-    `joint`: it is made of all owners' text, so no owner can make its part alone.
-    """
+    """A router: its name, how a layer's is made, how many experts it takes, and whether public is one of them."""
 
     name: str
     fit: Callable[[LayerInputs], LayerRouter]
     top_k: int
     with_public: bool
-    joint: bool
 
 
 BASELINES: dict[str, Baseline] = {}
 
 
 def baseline(
-    name: str, *, top_k: int, with_public: bool, joint: bool
+    name: str, *, top_k: int, with_public: bool
 ) -> Callable[[Callable[[LayerInputs], LayerRouter]], Callable[[LayerInputs], LayerRouter]]:
     """Registers a function as a baseline."""
 
     def register(fit: Callable[[LayerInputs], LayerRouter]) -> Callable[[LayerInputs], LayerRouter]:
-        BASELINES[name] = Baseline(name, fit, top_k, with_public, joint)
+        BASELINES[name] = Baseline(name, fit, top_k, with_public)
         return fit
 
     return register
 
 
-@baseline("DUME", top_k=1, with_public=True, joint=True)
+@baseline("DUME", top_k=1, with_public=True)
 def dume(inputs: LayerInputs) -> LayerRouter:
     """Ridge regression of the domain, one-hot, on the states of all domains together; columns of length 1.
 
@@ -74,7 +70,7 @@ def dume(inputs: LayerInputs) -> LayerRouter:
     return lambda x_TH: x_TH.float() @ weight_HM + bias_M
 
 
-@baseline("Arrow", top_k=3, with_public=False, joint=False)
+@baseline("Arrow", top_k=3, with_public=False)
 def arrow(inputs: LayerInputs) -> LayerRouter:
     """The absolute product with the direction that an expert changes most.
 
@@ -85,14 +81,14 @@ def arrow(inputs: LayerInputs) -> LayerRouter:
     return lambda x_TH: (x_TH.float() @ prototypes_EH.T).abs()
 
 
-@baseline("SpectR", top_k=3, with_public=False, joint=False)
+@baseline("SpectR", top_k=3, with_public=False)
 def spectr(inputs: LayerInputs) -> LayerRouter:
     """The length of the change that an expert makes. Source: arXiv 2504.03454."""
     factors = [triangle(matrix_OH) for matrix_OH in inputs.differences.values()]
     return lambda x_TH: changes(x_TH, factors)
 
 
-@baseline("SEQR", top_k=1, with_public=False, joint=False)
+@baseline("SEQR", top_k=1, with_public=False)
 def seqr(inputs: LayerInputs) -> LayerRouter:
     """As SpectR, standardised by the mean and the deviation of that length on the owner's own text.
 

@@ -205,27 +205,26 @@ class Routers:
 
     def _states(self, model: FlexMoeForCausalLM) -> dict[str, list[Tensor]]:
         """FFN inputs [T, H] of all layers on each side's training text, read with that side's expert alone."""
-        demo = self.demo
         for name in self._names:
             if name in self._read:
                 continue
-            file = demo.folder("corpus") / ("public.jsonl" if name == PUBLIC else f"owners/{name}.jsonl")
-            ids_NL = packed_text(demo, read_texts(file), 256)[:STATE_SEQUENCES]
+            ids_NL = self._training_tokens(name, 256)[:STATE_SEQUENCES]
             with model.only_experts(name), _recorded(model) as states, torch.no_grad():
                 model.base_model(input_ids=ids_NL, use_cache=False)
             self._read[name] = states
         return self._read
 
+    def _training_tokens(self, name: str, length: int) -> Tensor:
+        """The training text of public or of an owner, int64 [N, `length`]."""
+        file = "public.jsonl" if name == PUBLIC else f"owners/{name}.jsonl"
+        return packed_text(self.demo, read_texts(self.demo.folder("corpus") / file), length)
+
     def _classified(self, text: Text, stacked: Mapping[str, Tensor]) -> Losses:
         """A classifier of joint text chooses one model for a sequence when it has read its first tokens."""
-        demo, tokenizer = self.demo, load_tokenizer(self.demo.folder("anchor"))
-        files = [
-            demo.folder("corpus") / "public.jsonl",
-            *(demo.folder("corpus") / "owners" / f"{o}.jsonl" for o in text.owners),
-        ]
+        tokenizer = load_tokenizer(self.demo.folder("anchor"))
         pieces, labels = [], []
-        for label, file in enumerate(files):
-            ids_NL = packed_text(demo, read_texts(file), READ)[:PIECES]
+        for label, name in enumerate(self._names):
+            ids_NL = self._training_tokens(name, READ)[:PIECES]
             pieces += tokenizer.batch_decode(ids_NL)
             labels += [label] * len(ids_NL)
         classifier = make_pipeline(

