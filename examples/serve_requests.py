@@ -77,6 +77,8 @@ def server(service: Service, port: int) -> ThreadingHTTPServer:
                 self._answer(200, {"text": service.complete(request["prompt"], experts, most), "experts": experts})
             except (KeyError, TypeError, ValueError) as error:
                 self._answer(400, {"error": str(error)})
+            except RuntimeError as error:
+                self._answer(500, {"error": str(error)})
 
         def _answer(self, status: int, body: dict) -> None:
             content = json.dumps(body).encode()
