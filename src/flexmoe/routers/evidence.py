@@ -56,9 +56,9 @@ class EvidenceSettings:
         min_count: own tokens that occur less often count as absent.
     """
 
-    decays: tuple[float, ...] = (0.9, 0.98, 0.995)
+    decays: tuple[float, ...] = (0.7, 0.9, 0.98)
     window: int = 1024
-    strength: float = 1000.0
+    strength: float = 2000.0
     clip: float = 4.0
     step: float = 0.25
     min_count: int = 1
