@@ -1,4 +1,4 @@
-"""Evidence fitted from text: scores of tokens, calibration, and that each half is judged by the fit of the other."""
+"""Evidence fitted from text: scores of tokens, calibration, and that each fold is judged by the fit of the others."""
 
 import functools
 
@@ -53,30 +53,51 @@ def test_calibration_is_the_logistic_regression() -> None:
     assert calibration[-1] == pytest.approx(0.0, abs=0.05)
 
 
-def test_each_half_is_judged_by_the_fit_of_the_other() -> None:
-    """States without any information, with more units than tokens: a row separates the tokens that it is fitted on."""
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_each_fold_is_judged_by_the_fit_of_the_others(share: float) -> None:
+    """States without any information, with many units: a row separates the tokens that it is fitted on."""
     own, public = text(1, favourite=3), text(2, favourite=9)
     evidence = Evidence(own, public, V, EvidenceSettings(strength=20.0))
     fit = functools.partial(log_odds, hidden_size=400, bias=False, generator=generator(0))
-    indices = [torch.randperm(len(side), generator=generator(3)) for side in (own, public)]
+    indices = [
+        torch.randperm(len(side), generator=generator(3))[: int(share * len(side))].sort().values
+        for side in (own, public)
+    ]
     drawn = [side[order] for side, order in zip((own, public), indices, strict=True)]
     states = [torch.randn(side.numel(), 400, generator=generator(4 + i)) for i, side in enumerate(drawn)]
-    calibrated = evidence.fitting(fit, drawn, indices, [side.numel() for side in drawn])
-    row, logits = calibrated(*states, None)
-    assert abs(row.calibration[0]) < 0.1  # nothing is in the states, however well each half is separated
+    calibrated = evidence.fitting(fit, drawn, indices, [side.numel() - 1 for side in drawn])
+    row, logits = calibrated(*(side_TH[:-1] for side_TH in states), None)
+    assert min((logits[0] > 0).float().mean(), (logits[1] < 0).float().mean()) > 0.7  # the row separates them
+    assert abs(row.calibration[0]) < 0.1  # nothing is in the states, however well they are separated
     assert row.calibration[1:-2].sum() > 0.05  # all is in the tokens
     score = sequence_features(evidence.table, own, evidence.record) @ row.calibration[1:-1] + row.calibration[-1]
     assert (score > 0).float().mean() > 0.7
+    assert torch.equal(row.weight, fit(*(side_TH[:-1] for side_TH in states)).weight)  # of all tokens
 
-    def by_starts(own_TH: torch.Tensor, public_TH: torch.Tensor, start: tuple[torch.Tensor, ...]) -> RouterRow:
-        """The fit, if it starts from what it is to find."""
-        found = fit(own_TH, public_TH)
-        for side_TH, logits_T in zip((own_TH, public_TH), start, strict=True):
-            assert torch.allclose(found.logits(side_TH), logits_T, atol=1e-3), "each half starts from its own row"
-        return found
 
-    again, _ = evidence.fitting(by_starts, drawn, indices, [side.numel() for side in drawn])(*states, logits)
-    assert torch.allclose(again.calibration, row.calibration, atol=1e-4)
+def test_a_fold_is_scored_by_tables_of_text_outside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An own and a public sequence have tokens that their side has nowhere else, as the other side has everywhere."""
+    count = 16
+    everywhere = torch.arange(2 * count).view(2, count).expand(count, 2, count)
+    own, public = (
+        torch.cat([common_NL, torch.arange(count)[:, None].expand(count, L) + first], 1)
+        for common_NL, first in ((everywhere[:, 1], 0), (everywhere[:, 0], count))
+    )
+    seen: list[torch.Tensor] = []
+
+    def features(table_V: torch.Tensor, ids_NL: torch.Tensor, record: object) -> torch.Tensor:
+        seen.append(table_V[ids_NL[:, count:]])
+        return torch.zeros(ids_NL.numel(), 4)
+
+    monkeypatch.setattr(evidence_module, "sequence_features", features)
+    monkeypatch.setattr(evidence_module, "SWITCHED", 0.0)
+    evidence = Evidence(own, public, 2 * count, EvidenceSettings(strength=20.0))
+    indices = [torch.tensor([2, 3, 7, 9, 15]), torch.tensor([0, 1, 5, 6, 11, 12])]
+    drawn = [side[order] for side, order in zip((own, public), indices, strict=True)]
+    evidence.fitting(log_odds, drawn, indices, [side.numel() for side in drawn])
+    own_seen, public_seen = (torch.cat([scores.flatten() for scores in seen[side::2]]) for side in (0, 1))
+    assert own_seen.max() < evidence.table[:count].min() - 0.5, "a fold's own tokens were counted"
+    assert public_seen.min() > evidence.table[count:].max() + 0.5, "a fold's public tokens were counted"
 
 
 def test_a_calibration_knows_that_owners_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +119,7 @@ def test_a_calibration_knows_that_owners_change(monkeypatch: pytest.MonkeyPatch)
     assert recognised[0] > recognised[1] + 0.1
 
 
-def test_text_that_cannot_be_halved_is_not_calibrated() -> None:
+def test_text_that_cannot_be_divided_is_not_calibrated() -> None:
     evidence = Evidence(text(1, 3, sequences=1), text(2, 9, sequences=8), V, EvidenceSettings())
     calls = []
 

@@ -116,6 +116,28 @@ def test_log_odds_does_not_depend_on_the_logits_it_starts_from(states, bias, kin
     assert warm.bias == pytest.approx(cold.bias, abs=1e-4)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_held_out_logits_are_those_of_a_row_without_the_fold(states, bias, dtype):
+    own, public = (side.to(dtype) for side in states)
+    folds = tuple([len(side) // 5] * 4 + [len(side) - 4 * (len(side) // 5)] for side in (own, public))
+    options = {"hidden_size": own.shape[1], "bias": bias, "generator": torch.Generator()}
+    found = row_method("log_odds").fit(own, public, **options, folds=folds)
+    start = [0, 0]
+    for sizes in zip(*folds, strict=True):
+        fold = [slice(first, first + size) for first, size in zip(start, sizes, strict=True)]
+        others = [
+            torch.cat([side[: part.start], side[part.stop :]]) for side, part in zip((own, public), fold, strict=True)
+        ]
+        row = row_method("log_odds").fit(*others, **options)
+        for side, part, logits in zip((own, public), fold, found.held_out, strict=True):
+            expected, by_all = row.logits(side[part]), found.logits(side[part])
+            error = (logits[part].float() - expected).square().mean().sqrt()
+            assert error < 0.3 * (by_all - expected).square().mean().sqrt(), "closer to it than the row of all tokens"
+        start = [part.stop for part in fold]
+    assert torch.equal(found.weight, row_method("log_odds").fit(own, public, **options).weight)
+
+
 def test_moments_of_a_stream_equal_those_of_all_states(states):
     moments = Moments(H)
     for part in states[0].split(70):

@@ -5,8 +5,8 @@ with the weight of `strength` tokens, so a token that own text does not have cou
 own text there is. A layer's calibration is the logistic regression of own against public tokens on the row's logit and
 the sums of scores, whose factors are not negative, and on what fades at the start of a text.
 
-Nothing is calibrated on text that it was fitted on: the text is halved, rows and tables of each half score the other,
-and the row is the mean of both halves'. The table that is kept is that of all text.
+Nothing is calibrated on text that it was fitted on: the text is divided into folds, in its own order (the parts of a
+document are close to each other), and each is scored by the row and the table of the others.
 
 Where all text so far is of one owner, the longest memory is the best, and it is the worst after another's text. So a
 calibration also counts tokens of sequences that begin with text of the other side.
@@ -34,10 +34,11 @@ from flexmoe.routers.rows import Logits, RouterRow
 RIDGE = 1e-4  # of the calibration, on features of variance 1
 STEPS = 60  # of Newton's method
 BATCH = 64  # sequences whose sums are computed at a time
+FOLDS = 8  # of the text, or as many as there are sequences
 SWITCHED = 0.5  # of the own sequences, as many as are also read with a change of owner in them
 
 FitRow = Callable[..., RouterRow]
-"""`fit(own, public, start=...)` of a method that needs states, its other arguments bound."""
+"""`fit(own, public, start=..., folds=...)` of a method that needs states, its other arguments bound."""
 FitLayer = Callable[[Tensor, Tensor, Logits | None], tuple[RouterRow, Logits]]
 """Fits the row of a layer on own and public states [T, H], starting from logits of these tokens; with the row's own
 logits of them, from which the next layer can start."""
@@ -96,9 +97,8 @@ class Evidence:
     def __init__(self, own_NL: Tensor, public_NL: Tensor, vocab_size: int, settings: EvidenceSettings) -> None:
         self.record = settings.record(vocab_size)
         self.table = score_table(own_NL, public_NL, vocab_size, settings)
-        halves = [(side[: len(side) // 2], side[len(side) // 2 :]) for side in (own_NL, public_NL)]
-        self._tables = [score_table(own, public, vocab_size, settings) for own, public in zip(*halves, strict=True)]
-        self._starts = [len(side) // 2 for side in (own_NL, public_NL)]
+        self._table_of = functools.partial(score_table, vocab_size=vocab_size, settings=settings)
+        self._sides = (own_NL, public_NL)
 
     def fitting(
         self, fit: FitRow, sequences: Sequence[Tensor], drawn: Sequence[Tensor], counts: Sequence[int]
@@ -107,29 +107,35 @@ class Evidence:
 
         Args:
             sequences: [N, L] of own and of public text, whose states the rows are fitted on.
-            drawn: the indices [N] of these sequences among those that the tables were made of.
+            drawn: the ascending indices [N] of these sequences among those that the table was made of.
             counts: the numbers of tokens that have states.
         """
-        second = [indices_N >= start for indices_N, start in zip(drawn, self._starts, strict=True)]
-        if any(mask_N.all() or not mask_N.any() for mask_N in second):  # too little text to be halved
+        count, length = min(FOLDS, *map(len, drawn)), sequences[0].shape[1]
+        if count < 2:  # too little text to be divided
             return functools.partial(_uncalibrated, fit, calibration_size(self.record))
+        bounds = [[fold * len(side) // count for fold in range(count + 1)] for side in sequences]
+        generator = torch.Generator().manual_seed(0)
+        read: list[list[tuple[Tensor, Tensor]]] = []
+        for fold in range(count):
+            ranges = [range(*of_side[fold : fold + 2]) for of_side in bounds]
+            table = self._table_of(*(_without(*side) for side in zip(self._sides, drawn, ranges, strict=True)))
+            read.append([*self._read(sequences, ranges, table, generator)])
         sides = []
-        read = zip(*(self._read(sequences, second, half) for half in (False, True)), strict=True)
-        for mask_N, count, halves in zip(second, counts, read, strict=True):
-            features, places = (torch.cat(parts) for parts in zip(*halves, strict=True))
-            has_state = places < count
-            is_second_T = mask_N.repeat_interleave(sequences[0].shape[1])[:count]
-            sides.append(_Side(is_second_T, features[has_state], places[has_state]))
+        for (*starts, _), tokens, folds in zip(bounds, counts, zip(*read, strict=True), strict=True):
+            features, places = (torch.cat(parts) for parts in zip(*folds, strict=True))
+            has_state = places < tokens
+            ends = [start * length for start in starts[1:]] + [tokens]
+            sizes = [end - start * length for start, end in zip(starts, ends, strict=True)]
+            sides.append(_Side(sizes, features[has_state], places[has_state]))
         return functools.partial(_fit_calibrated, fit, sides)
 
     def _read(
-        self, sequences: Sequence[Tensor], second: Sequence[Tensor], half: bool
+        self, sequences: Sequence[Tensor], ranges: Sequence[range], table: Tensor, generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """By side, the features [K, F] of the tokens of a half by the table of the other, and which tokens [K] of the
+        """By side, the features [K, F] of the tokens of a fold by the table of the others, and which tokens [K] of the
         side these are: each token after the beginning of its sequence, and some after text of the other side."""
-        generator, table = torch.Generator().manual_seed(0), self._tables[not half]
         (own_NL, public_NL), length = (side_NL.cpu() for side_NL in sequences), sequences[0].shape[1]
-        own_N, public_N = ((mask_N == half).nonzero()[:, 0] for mask_N in second)
+        own_N, public_N = (torch.arange(fold.start, fold.stop) for fold in ranges)
         changed_N = own_N[: math.ceil(SWITCHED * len(own_N))]
         other_N = public_N[torch.randint(len(public_N), (len(changed_N),), generator=generator)]
         change_N = torch.randint(length // 8, length - length // 8, (len(changed_N),), generator=generator)
@@ -150,12 +156,19 @@ class Evidence:
 
 @dataclass(frozen=True)
 class _Side:
-    """What the calibration of one side needs: whether each token is of the second half [T], the features [K, F] by the
-    other half's table, and the tokens [K] that they belong to."""
+    """What the calibration of one side needs: the numbers of tokens of its folds, the features [K, F] of tokens by the
+    table of the other folds, and which tokens [K] these are."""
 
-    is_second: Tensor
+    folds: list[int]
     features: Tensor
     places: Tensor
+
+
+def _without(side_NL: Tensor, drawn_N: Tensor, fold: range) -> Tensor:
+    """The sequences of a side but those of a fold, which begins and ends with drawn ones; the last one at the end."""
+    start = int(drawn_N[fold.start]) if fold.start else 0
+    stop = int(drawn_N[fold.stop]) if fold.stop < len(drawn_N) else len(side_NL)
+    return torch.cat([side_NL[:start], side_NL[stop:]])
 
 
 def fit_layer(fit: FitRow, own_TH: Tensor, public_TH: Tensor, start: Logits | None) -> tuple[RouterRow, Logits]:
@@ -174,25 +187,14 @@ def _uncalibrated(
 def _fit_calibrated(
     fit: FitRow, sides: Sequence[_Side], own_TH: Tensor, public_TH: Tensor, start: Logits | None
 ) -> tuple[RouterRow, Logits]:
-    """The mean of the rows of both halves, and the calibration of each half's logits by the row of the other."""
-    states = (own_TH, public_TH)
-    seconds = [side.is_second.to(x_TH.device) for side, x_TH in zip(sides, states, strict=True)]
-    rows = []
-    for half in (False, True):
-        masks = [is_second_T == half for is_second_T in seconds]
-        given = (
-            None if start is None else tuple(x_T[mask.to(x_T.device)] for x_T, mask in zip(start, masks, strict=True))
-        )
-        rows.append(fit(*(x_TH[mask] for x_TH, mask in zip(states, masks, strict=True)), start=given))
-    found, own_logits = [], []
-    for side, x_TH, is_second_T in zip(sides, states, seconds, strict=True):
-        by_first, by_second = (row.logits(x_TH) for row in rows)
-        held_out_T = torch.where(is_second_T, by_first, by_second).cpu()
-        found.append(torch.cat([held_out_T[side.places, None], side.features], 1).double())
-        own_logits.append(torch.where(is_second_T, by_second, by_first))
-    weight = (rows[0].weight + rows[1].weight) / 2
-    row = RouterRow(weight, (rows[0].bias + rows[1].bias) / 2, calibrate(*found))
-    return row, (own_logits[0], own_logits[1])
+    """The row, and the calibration of the logits that its tokens get from rows without their fold."""
+    row = fit(own_TH, public_TH, start=start, folds=tuple(side.folds for side in sides))
+    assert row.held_out is not None
+    found = [
+        torch.cat([held_out_T.cpu()[side.places, None], side.features], 1).double()
+        for held_out_T, side in zip(row.held_out, sides, strict=True)
+    ]
+    return replace(row, calibration=calibrate(*found), held_out=None), (row.logits(own_TH), row.logits(public_TH))
 
 
 def calibrate(own: Tensor, public: Tensor) -> Tensor:

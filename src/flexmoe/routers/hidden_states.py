@@ -151,7 +151,7 @@ def fit_rows(
 ) -> list[RouterRow]:
     """Fits one row per layer; they are on the CPU.
 
-    The tokens are those of sequences in a seeded random order.
+    The tokens are those of a seeded random choice of sequences.
 
     Args:
         model: the anchor, dense or as a FlexMoE model.
@@ -186,7 +186,7 @@ def fit_rows(
 
     # the first ones only: a copy of all sequences would double the memory of large text
     drawn = [
-        torch.randperm(len(side.sequences), generator=generator)[: -(-tokens // side.sequences.shape[1])]
+        torch.randperm(len(side.sequences), generator=generator)[: -(-tokens // side.sequences.shape[1])].sort().values
         for side in (own, public)
     ]
     sides = [side.sequences[indices] for side, indices in zip((own, public), drawn, strict=True)]

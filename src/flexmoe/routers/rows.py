@@ -14,8 +14,9 @@ A method is a pure function, registered by one line. From own and from public te
     nothing     None
 
 and returns a `RouterRow`. A method that needs states also gets `start`, the logits of these tokens in another layer or
-None: they are close to those of its own row, so it may start from them. Rows of methods that are `trained_by_loss` are
-initial values; those of other methods are final and stay frozen while the expert is trained.
+None: they are close to those of its own row, so it may start from them; and `folds` or None, with which its row has
+`held_out`. Rows of methods that are `trained_by_loss` are initial values; those of other methods are final and stay
+frozen while the expert is trained.
 
 Does not cover collecting states (`flexmoe.routers.hidden_states`), training rows (`flexmoe.training.experts`) or the
 prior of a composition (public's bias, `flexmoe compose --public-prior`).
@@ -23,6 +24,7 @@ prior of a composition (public's bias, `flexmoe compose --public-prior`).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +36,8 @@ import torch.nn.functional as F
 Needs = Literal["states", "moments", "embeddings", "nothing"]
 Logits = tuple[torch.Tensor, ...]
 """Of own and of public tokens, [T] each."""
+Folds = tuple[list[int], list[int]]
+"""The numbers of own and of public tokens of consecutive folds; both lists are equally long, at least 2."""
 
 RIDGE = 1e-3  # lambda of log_odds, on standardised inputs
 SHRINKAGE = 0.1  # of lda's covariance towards its diagonal
@@ -51,12 +55,14 @@ PROJECTION_SEED = 0  # of the projection of embeddings: all owners must use the 
 class RouterRow:
     """The logit of an expert is `<weight, u> + bias`. weight: float32 [H].
 
-    `calibration` [1 + D + 1] is that of its evidence (`flexmoe.routers.evidence`), if it has one.
+    `calibration` [1 + D + 1] is that of its evidence (`flexmoe.routers.evidence`), if it has one. `held_out`: of a row
+    that was fitted with folds, the logits of its tokens, each by a row without the token's fold.
     """
 
     weight: torch.Tensor
     bias: float = 0.0
     calibration: torch.Tensor | None = None
+    held_out: Logits | None = None
 
     def logits(self, x_TH: torch.Tensor) -> torch.Tensor:
         """The logits float32 [T] of states, without evidence, on the states' device."""
@@ -99,7 +105,7 @@ class FitRow(Protocol):
 
 @dataclass(frozen=True)
 class RowMethod:
-    """A method to fit a row: `fit(own, public, *, hidden_size, bias, generator)`; with states, also `start`."""
+    """A method to fit a row: `fit(own, public, *, hidden_size, bias, generator)`, and `start`, `folds` with states."""
 
     name: str
     fit: FitRow
@@ -138,6 +144,7 @@ def log_odds(
     bias: bool,
     generator: torch.Generator,
     start: Logits | None = None,
+    folds: Folds | None = None,
 ) -> RouterRow:
     """Logistic regression of own against public states, solved by Newton's method in float64.
 
@@ -148,12 +155,14 @@ def log_odds(
     Args:
         own, public: [T, H], any floating-point dtype, on any device with float64.
         start: logits of these tokens that are close to the solution's; the solution does not depend on them.
+        folds: of these tokens. The solution without a fold is that of a step of Newton's method from the solution.
     """
     problem = _LogisticRegression(own, public, intercept=bias)
     solution = problem.solve(start)
     weight = solution[:hidden_size] / problem.scale
     intercept = (solution[hidden_size] - weight @ problem.centre).item() if bias else 0.0
-    return RouterRow(weight.float(), intercept)
+    held_out = None if folds is None else problem.held_out(solution, folds)
+    return RouterRow(weight.float(), intercept, held_out=held_out)
 
 
 @router_row("lda", needs="moments", trained_by_loss=False)
@@ -247,7 +256,7 @@ class _LogisticRegression:
             if not len(states) or not all(torch.isfinite(chunk).all() for (chunk,) in _chunks(states)):
                 raise ValueError(f"The anchor's states on {side} text are empty or not finite; no row can be fitted.")
         own, public = (states.double() if states.numel() <= HELD_ELEMENTS else states for states in (own, public))
-        self.sides = ((own, 1.0), (public, -1.0))
+        self.sides = ((own, 1.0, 0.5 / len(own)), (public, -1.0, 0.5 / len(public)))  # states, sign, share of a token
         self.intercept = intercept
         mean, square = _mean_and_square(public)
         self.centre = mean if intercept else torch.zeros_like(mean)
@@ -289,12 +298,40 @@ class _LogisticRegression:
             theta, value, gradient, logits = theta - size * step, next_value, next_gradient, next_logits
         raise ArithmeticError(f"log_odds: Newton's method did not converge in {MAX_STEPS} steps.")
 
+    def held_out(self, theta: torch.Tensor, folds: Folds, dtype: torch.dtype = torch.float32) -> Logits:
+        """The logits of the tokens, each by the solution without its fold; `theta` is the solution with all."""
+        split = (states.split(sizes) for (states, *_), sizes in zip(self.sides, folds, strict=True))
+        parts = [self._part(*states) for states in zip(*split, strict=True)]
+        gradients, hessians = [], []
+        for part in parts:
+            _, gradient, logits = part._value_and_gradient(theta)
+            gradients.append(gradient)
+            hessians.append(part._hessian(logits, dtype))
+        gradient, hessian = (sum(terms, torch.zeros_like(terms[0])) for terms in (gradients, hessians))
+        more, found = len(parts) / (len(parts) - 1), []  # a token's share of the loss is larger without a fold
+        for part, its_gradient, its_hessian in zip(parts, gradients, hessians, strict=True):
+            factor, failed = torch.linalg.cholesky_ex(self.ridge.diag() + more * (hessian - its_hessian))
+            if failed and dtype == torch.float32:
+                return self.held_out(theta, folds, torch.float64)
+            step, _ = _newton_step(self.ridge * theta + more * (gradient - its_gradient), factor)
+            found.append(part._value_and_gradient(theta - step)[2])
+        own, public = (torch.cat(logits) for logits in zip(*found, strict=True))
+        return own, public
+
+    def _part(self, own: torch.Tensor, public: torch.Tensor) -> _LogisticRegression:
+        """What these of the states add to the loss."""
+        part = copy.copy(self)
+        of_own, of_public = self.sides
+        part.sides = ((own, *of_own[1:]), (public, *of_public[1:]))
+        part.ridge = torch.zeros_like(self.ridge)
+        return part
+
     def _start(self) -> torch.Tensor:
         """The solution for a sample of the states if there are many, else zero."""
         count = SAMPLE * len(self.ridge)
-        if all(len(states) < 4 * count for states, _ in self.sides):
+        if all(len(states) < 4 * count for states, *_ in self.sides):
             return torch.zeros_like(self.ridge)
-        own, public = (states[:: max(1, len(states) // count)] for states, _ in self.sides)
+        own, public = (states[:: max(1, len(states) // count)] for states, *_ in self.sides)
         sample = _LogisticRegression(own, public, intercept=self.intercept)
         theta = sample.solve()
         weight = theta[: len(self.scale)] / sample.scale
@@ -306,11 +343,11 @@ class _LogisticRegression:
     def _step_from(self, start: Logits) -> torch.Tensor:
         """The result of a step of Newton's method from a function that has these logits."""
         pull, total = torch.zeros_like(self.scale), self.scale.new_zeros(())
-        for (states, sign), logits in zip(self.sides, start, strict=True):
+        for (states, sign, share), logits in zip(self.sides, start, strict=True):
             for chunk, score in _chunks(states, logits):
                 probability = torch.sigmoid(score)
                 wrong = torch.sigmoid(-sign * score) * sign
-                target = (probability * (1 - probability) * score + wrong) * (0.5 / len(states))
+                target = (probability * (1 - probability) * score + wrong) * share
                 pull += chunk.double().T @ target
                 total += target.sum()
         right = torch.zeros_like(self.ridge)
@@ -326,14 +363,14 @@ class _LogisticRegression:
         value = 0.5 * (self.ridge * theta**2).sum()
         slope, total = torch.zeros_like(self.scale), torch.zeros_like(value)
         logits = []
-        for states, sign in self.sides:
+        for states, sign, share in self.sides:
             found = []
             for (chunk,) in _chunks(states):
                 x = chunk.double()
                 found.append(x @ weight + shift)
                 score = sign * found[-1]
-                wrong = torch.sigmoid(-score) * (sign * 0.5 / len(states))  # the probability of the other class
-                value = value + F.softplus(-score).sum() * (0.5 / len(states))
+                wrong = torch.sigmoid(-score) * (sign * share)  # the probability of the other class
+                value = value + F.softplus(-score).sum() * share
                 slope -= x.T @ wrong
                 total -= wrong.sum()
             logits.append(torch.cat(found))
@@ -353,12 +390,12 @@ class _LogisticRegression:
         """float64, of products in `dtype`."""
         hessian = self.ridge.diag()
         centre, scale = self.centre.to(dtype), self.scale.to(dtype)
-        for (states, _), side in zip(self.sides, logits, strict=True):
+        for (states, _, share), side in zip(self.sides, logits, strict=True):
             for chunk, score in _chunks(states, side):
                 z = (chunk.to(dtype) - centre) / scale
                 z = F.pad(z, (0, 1), value=1.0) if self.intercept else z
                 probability = torch.sigmoid(score.to(dtype))
-                z *= (probability * (1 - probability) * (0.5 / len(states))).sqrt_()[:, None]
+                z *= (probability * (1 - probability) * share).sqrt_()[:, None]
                 hessian += z.T @ z
         return hessian
 

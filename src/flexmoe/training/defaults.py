@@ -34,7 +34,7 @@ ENOUGH_TOKENS = 200_000
 """With this much own text, one pass is enough."""
 ROUTER_SHARE = 0.25
 """Tokens of each side for a router row, as a share of the tokens that are trained on."""
-ROUTER_TOKENS = (8, 40_000)
+ROUTER_TOKENS = (16, 40_000)
 """At least so many times H, which is the number of a row's weights, and at most so many."""
 VALIDATION_SHARE = 0.1
 """Validation tokens of a side, as a share of the tokens that are trained on."""
