@@ -105,6 +105,7 @@ class Run:
         return TrainingSettings(
             method=self.method,
             rank=16 if self.method == "low_rank" else None,
+            public_ratio=0.4,
             learning_rate=self.learning_rate,
             sequence_length=length,
             batch_size=self.step // length,

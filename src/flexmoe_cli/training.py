@@ -64,7 +64,7 @@ def train(
     out: Out,
     public_data: PublicText = None,
     public_ratio: Annotated[
-        float | None, typer.Option(help="Share of public text in each batch. Default: 0.4.")
+        float | None, typer.Option(help="Share of public text in each batch. Default: 0.1 with evidence, else 0.4.")
     ] = None,
     text_column: Column = None,
     text_template: TextTemplate = None,

@@ -77,7 +77,10 @@ def test_what_is_given_is_kept_and_the_rest_follows_from_it():
     assert {field: getattr(found, field) for field in given} == given
     assert not given.keys() & choices.keys()
     one_pass = chosen(epochs=1, batch_size=2, sequence_length=100)
-    assert (one_pass.max_steps, one_pass.epochs) == (50, None), "6,000 own tokens, of 200 * 0.6 per step"
+    assert (one_pass.max_steps, one_pass.epochs) == (34, None), "6,000 own tokens, of 200 * 0.9 per step"
+    with_rows_alone = chosen(epochs=1, batch_size=2, sequence_length=100, evidence="none")
+    assert (with_rows_alone.max_steps, with_rows_alone.public_ratio) == (50, 0.4)
+    assert chosen(router="hidden_mean").public_ratio == 0.4, "rows that the loss trains have no evidence"
     assert chosen(max_steps=7).max_steps == 7
 
 

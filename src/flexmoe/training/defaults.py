@@ -26,6 +26,8 @@ FEWEST_STEPS = 50
 STEP_TOKENS = {"cpu": (256, 2_048), "accelerator": (1_024, 8_192)}
 """At least, because each step changes all weights of the expert, and at most."""
 SEQUENCE = {"cpu": 256, "accelerator": 1_024}
+PUBLIC_RATIO, PUBLIC_RATIO_OF_ROWS = 0.1, 0.4
+"""With evidence, and with rows alone."""
 FEWEST_SEQUENCES = 32
 """Of own text; with less text, sequences get shorter instead."""
 SHORTEST_SEQUENCE = 128
@@ -110,6 +112,7 @@ def choose(settings: TrainingSettings, situation: Situation) -> tuple[ChosenSett
             values[field], choices[field] = choice.value, choice
         return values[field]
 
+    public_ratio = chosen("public_ratio", _public_ratio(settings))
     length = chosen("sequence_length", _sequence_length(situation))
     given = settings.max_steps is not None or settings.epochs is not None
     passes = (
@@ -117,7 +120,7 @@ def choose(settings: TrainingSettings, situation: Situation) -> tuple[ChosenSett
         if not given
         else Choice(settings.epochs or 1, f"{settings.epochs or 1:g} passes were given")
     )
-    per_pass = situation.own_tokens / (1 - settings.public_ratio)
+    per_pass = situation.own_tokens / (1 - public_ratio)
     trained = None if settings.max_steps is not None else passes.value * per_pass
     step = situation.processes * settings.gradient_accumulation_steps * length
     step *= chosen("batch_size", _batch_size(trained, step, situation))
@@ -125,7 +128,7 @@ def choose(settings: TrainingSettings, situation: Situation) -> tuple[ChosenSett
     steps = chosen(
         "max_steps",
         Choice(
-            max(1, math.ceil(passes.value * own_sequences * length / (step * (1 - settings.public_ratio)))),
+            max(1, math.ceil(passes.value * own_sequences * length / (step * (1 - public_ratio)))),
             passes.reason,
         ),
     )
@@ -150,6 +153,13 @@ def shown(choices: Mapping[str, Choice]) -> Iterator[str]:
     for field, choice in choices.items():
         value = f"{choice.value:,}" if isinstance(choice.value, int) else f"{choice.value:g}"
         yield f"--{field.replace('_', '-')} {value} ({choice.reason})"
+
+
+def _public_ratio(settings: TrainingSettings) -> Choice:
+    """The share of public sequences: with evidence, the expert has hardly any weight on public text."""
+    if settings.has_evidence:
+        return Choice(PUBLIC_RATIO, "with evidence, hardly any public text is routed to the expert")
+    return Choice(PUBLIC_RATIO_OF_ROWS, "without evidence, some public text is routed to the expert")
 
 
 def _sequence_length(situation: Situation) -> Choice:

@@ -333,10 +333,11 @@ def sides_of(
     sides: dict[str, Documents | Sequence[str]] = {**read}
     if public_data is None and config.public_sample is not None:
         sides[PUBLIC_SIDE] = read_public_sample(folder, config.public_sample)
-    elif public_data is None and (settings.public_ratio > 0 or row_method(settings.router).needs != "nothing"):
+    elif public_data is None and (settings.public_ratio != 0 or row_method(settings.router).needs != "nothing"):
+        needed = f"router={settings.router!r}" if settings.public_ratio == 0 else "public_ratio above 0"
         raise ValueError(
-            f"Training needs public text (public_ratio={settings.public_ratio:g}, router={settings.router!r}), and "
-            f"no sample is stored with {folder}. Graft with --public-data (public_data=...), or give it here."
+            f"Training needs public text ({needed}), and no sample is stored with {folder}. Graft with --public-data "
+            "(public_data=...), or give it here."
         )
     return sides
 

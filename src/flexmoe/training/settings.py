@@ -60,7 +60,7 @@ class TrainingSettings:
     """At most, of own text, and as many of public text, on which a row is fitted."""
     embedder: str | None = None
     """A sentence-transformers model, for router="embedding"."""
-    public_ratio: float = 0.4
+    public_ratio: float | None = None
     """Share of public sequences in the training data."""
     sequence_length: int | None = None
     """Tokens."""
@@ -105,8 +105,9 @@ class TrainingSettings:
             if value is not None and not value > 0:
                 raise ValueError(f"{field}={value}: must be above 0.")
         for field in ("public_ratio", "validation_fraction"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)}: must be at least 0 and below 1.")
+            share = getattr(self, field)
+            if share is not None and not 0 <= share < 1:
+                raise ValueError(f"{field}={share}: must be at least 0 and below 1.")
         if self.evidence not in (None, "unigram", "none"):
             raise ValueError(f"evidence={self.evidence!r}: must be 'unigram' or 'none'.")
         if self.evidence == "unigram" and not self.has_evidence:
@@ -134,6 +135,7 @@ class TrainingSettings:
 class ChosenSettings(TrainingSettings):
     """Settings of one run, in which everything that training needs has a value."""
 
+    public_ratio: float
     sequence_length: int
     batch_size: int
     max_steps: int
