@@ -51,6 +51,7 @@ from flexmoe.demo.scoring import load, soup
 from flexmoe.demo.sources import read_source
 from flexmoe.evaluation import token_losses
 from flexmoe.modeling import FlexMoeForCausalLM
+from flexmoe.packages.package import ExpertPackage
 from flexmoe.tokenization import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -427,6 +428,7 @@ def markdown(result: Mapping[str, Any]) -> str:
             "SmolLM2-135M-Instruct, with the experts of `make results`. *Kept* is the share of the gain of an expert "
             "alone (with public) over the anchor, means over seeds; changes of the loss on public text and on text "
             "that nobody owns (C++ headers) are against the anchor. *Owner changes*: every 64 tokens.\n",
+            _settings(result["expert"]),
             markdown_table(header, rows),
             "Owners whose expert gains less than 2 % of the anchor's loss do not count. The ensemble runs every "
             "owner's model on all text; the classifier and DUME are fitted on the text of all owners together, which "
@@ -439,6 +441,23 @@ def markdown(result: Mapping[str, Any]) -> str:
             markdown_table(("criterion", "measured", "bar", "met"), [bar.row() for bar in bars(result["systems"])]),
         ]
     )
+
+
+def _settings(expert: Mapping[str, Any]) -> str:
+    """A sentence on how the experts were made."""
+    evidence = expert["evidence"]
+    return (
+        f"An expert was trained on {expert['tokens']:,} tokens ({expert['public_tokens']:,} of them public), its rows "
+        f"are fitted on up to {expert['router_tokens']:,} tokens of each side, and its evidence has the decays "
+        f"{', '.join(map(str, evidence['decays']))} and a strength of {evidence['strength']:,.0f} tokens.\n"
+    )
+
+
+def _expert_of(package: Path) -> dict[str, Any]:
+    """What `_settings` tells of an expert."""
+    manifest = ExpertPackage.open(package).manifest
+    tokens = {key: manifest.training[key] for key in ("tokens", "public_tokens")}
+    return {**tokens, "router_tokens": manifest.training["config"]["router_tokens"], "evidence": manifest.evidence}
 
 
 def main() -> int:
@@ -455,7 +474,9 @@ def main() -> int:
     for seed in arguments.seeds:
         settings = DemoSettings.of(anchor=arguments.anchor, seed=seed, owners=arguments.owners)
         with without_loading_bars():
-            text, losses, costs = Routers(arguments.out / f"seed-{seed}", settings, Console()).run()
+            routers = Routers(arguments.out / f"seed-{seed}", settings, Console())
+            text, losses, costs = routers.run()
+        result["expert"] = _expert_of(routers.demo.packages[arguments.owners[0]])
         for name in losses:
             by_seed.setdefault(name, []).append(measures(text, losses, name))
         result["seeds"].append(seed)
