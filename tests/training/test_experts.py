@@ -85,7 +85,7 @@ def test_expert_learns_and_its_manifest_records_the_training(workshop, tmp_path)
     losses = report["validation_loss"]
     assert losses["own"]["after"] < losses["own"]["before"] - 0.2
     assert report["tokens"] == 30 * 5 * 32
-    assert report["public_tokens"] == report["tokens"] * 2 // 5
+    assert report["public_tokens"] == report["tokens"] // 10
     assert report["config"]["router"] == "log_odds"
     assert not list(tmp_path.glob(".*")), "the work folder is left behind"
 
@@ -585,7 +585,7 @@ def test_the_user_is_told_about_the_run(workshop, tmp_path, capsys, monkeypatch)
         )
     about = [line.partition(":")[0] for line in lines if not line.startswith("--")]
     assert about == ["Own text", "Public text", "Training", "Expected"]
-    assert lines[2] == "--learning-rate 0.0078 (0.25 / hidden size 32)"
+    assert "--learning-rate 0.0078 (0.25 / hidden size 32)" in lines
     assert "60 documents" in lines[0]
     assert "1 row(s) without text" in lines[0]
     assert "text:" not in capsys.readouterr().err
