@@ -81,11 +81,18 @@ def score_table(own: Tensor, public: Tensor, vocab_size: int, settings: Evidence
         [0.5, -0.75, -1.5]
         ```
     """
-    own_V, public_V = (
-        torch.bincount(ids.flatten().long().cpu(), minlength=vocab_size).double() for ids in (own, public)
-    )
+    return _scores(_counts(own, vocab_size), _counts(public, vocab_size), settings)
+
+
+def _counts(ids: Tensor, vocab_size: int) -> Tensor:
+    """How often each token occurs, float64 [V]."""
+    return torch.bincount(ids.flatten().long().cpu(), minlength=vocab_size).double()
+
+
+def _scores(own_V: Tensor, public_V: Tensor, settings: EvidenceSettings) -> Tensor:
+    """The scores float32 [V], from counts."""
     own_V = own_V.where(own_V >= settings.min_count, 0.0)
-    rates_V = (public_V + 0.5) / (public_V.sum() + 0.5 * vocab_size)
+    rates_V = (public_V + 0.5) / (public_V.sum() + 0.5 * len(public_V))
     own_rates_V = (own_V + settings.strength * rates_V) / (own_V.sum() + settings.strength)
     scores_V = (own_rates_V / rates_V).log().clamp(-settings.clip, settings.clip)
     return ((scores_V / settings.step).round() * settings.step).float()
@@ -95,10 +102,10 @@ class Evidence:
     """The evidence of one owner: its table, and what its calibration needs."""
 
     def __init__(self, own_NL: Tensor, public_NL: Tensor, vocab_size: int, settings: EvidenceSettings) -> None:
-        self.record = settings.record(vocab_size)
-        self.table = score_table(own_NL, public_NL, vocab_size, settings)
-        self._table_of = functools.partial(score_table, vocab_size=vocab_size, settings=settings)
-        self._sides = (own_NL, public_NL)
+        self.record, self._settings = settings.record(vocab_size), settings
+        own, public = ((side_NL, _counts(side_NL, vocab_size)) for side_NL in (own_NL, public_NL))
+        self._sides = (own, public)
+        self.table = _scores(own[1], public[1], settings)
 
     def fitting(
         self, fit: FitRow, sequences: Sequence[Tensor], drawn: Sequence[Tensor], counts: Sequence[int]
@@ -118,7 +125,8 @@ class Evidence:
         read: list[list[tuple[Tensor, Tensor]]] = []
         for fold in range(count):
             ranges = [range(*of_side[fold : fold + 2]) for of_side in bounds]
-            table = self._table_of(*(_without(*side) for side in zip(self._sides, drawn, ranges, strict=True)))
+            own_V, public_V = (_without(*each) for each in zip(self._sides, drawn, ranges, strict=True))
+            table = _scores(own_V, public_V, self._settings)
             read.append([*self._read(sequences, ranges, table, generator)])
         sides = []
         for (*starts, _), tokens, folds in zip(bounds, counts, zip(*read, strict=True), strict=True):
@@ -164,11 +172,13 @@ class _Side:
     places: Tensor
 
 
-def _without(side_NL: Tensor, drawn_N: Tensor, fold: range) -> Tensor:
-    """The sequences of a side but those of a fold, which begins and ends with drawn ones; the last one at the end."""
+def _without(side: tuple[Tensor, Tensor], drawn_N: Tensor, fold: range) -> Tensor:
+    """The counts of a side, of its sequences [N, L] and their counts, without a fold: from its first drawn sequence to
+    that of the next fold, or from the beginning and to the end."""
+    side_NL, counts_V = side
     start = int(drawn_N[fold.start]) if fold.start else 0
     stop = int(drawn_N[fold.stop]) if fold.stop < len(drawn_N) else len(side_NL)
-    return torch.cat([side_NL[:start], side_NL[stop:]])
+    return counts_V - _counts(side_NL[start:stop], len(counts_V))
 
 
 def fit_layer(fit: FitRow, own_TH: Tensor, public_TH: Tensor, start: Logits | None) -> tuple[RouterRow, Logits]:
