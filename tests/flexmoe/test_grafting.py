@@ -36,7 +36,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def grafted(**options: object) -> FlexMoeForCausalLM:
     data = {"math": ["math.txt"], "code": ["code.txt"]}
-    asked = {"router_data": data, "public_data": ["public.txt"], "router_tokens": 800, **options}
+    asked = {"router_data": data, "public_data": ["public.txt"], "router_tokens": 1_000, **options}
     out = flexmoe.graft("anchor", "out", {"math": "anchor", "code": "anchor"}, **asked)
     return FlexMoeForCausalLM.from_pretrained(out)
 
