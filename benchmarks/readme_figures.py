@@ -65,15 +65,22 @@ def _demo(report: dict[str, Any], eight: str) -> str:
 
 
 def _eight(result: dict[str, Any]) -> str:
-    """The mean losses with eight owners."""
+    """The mean losses with eight owners, and what they keep; means over seeds."""
     runs = [seed["losses"] for seed in result["seeds"].values()]
     domains = ["public", *result["owners"]]
     anchor, soup, composed = (
         mean(losses[name][domain] for losses in runs for domain in domains) for name in ("anchor", "soup", "composed")
     )
+
+    def kept(losses: dict[str, Any], owner: str) -> float:
+        gains = [losses["anchor"][owner] - losses[name][owner] for name in ("composed", "composed, each expert alone")]
+        return float(gains[0] / gains[1])
+
+    shares = [mean(kept(losses, owner) for losses in runs) for owner in result["owners"]]
     return (
-        f"With {len(result['owners'])} owners ([table](docs/eight-owners.md)): anchor {anchor:.3f}, soup {soup:.3f}, "
-        f"composed {composed:.3f}."
+        f"With {len(result['owners'])} owners and {len(runs)} seeds ([table](docs/eight-owners.md)): anchor "
+        f"{anchor:.3f}, soup {soup:.3f}, composed {composed:.3f}; owners keep {mean(shares):.0%}, the worst "
+        f"{min(shares):.0%}."
     )
 
 
