@@ -170,6 +170,7 @@ def settings_of(run: Run) -> TrainingSettings:
         batch_size=sizes["step"] // SEQUENCE[ANCHOR],
         max_steps=steps_of(run),
         router_tokens=sizes["rows"],
+        public_ratio=0.4,
         validation_tokens=sizes["validation"],
         learning_rate=run["rate"],
         warmup_steps=steps_of(run) // 20,

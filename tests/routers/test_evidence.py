@@ -8,7 +8,9 @@ import torch
 from flexmoe.modeling.evidence_flexmoe import FADING, sequence_features
 from flexmoe.routers import evidence as evidence_module
 from flexmoe.routers.evidence import Evidence, EvidenceSettings, calibrate, score_table
-from flexmoe.routers.rows import RouterRow, log_odds
+from flexmoe.routers.hidden_states import RowText, fit_rows
+from flexmoe.routers.rows import RouterRow, RowMethod, log_odds
+from flexmoe.testing import tiny_anchor
 
 V, L, H = 50, 16, 6
 
@@ -90,7 +92,7 @@ def test_a_fold_is_scored_by_tables_of_text_outside_it(monkeypatch: pytest.Monke
         return torch.zeros(ids_NL.numel(), 4)
 
     monkeypatch.setattr(evidence_module, "sequence_features", features)
-    monkeypatch.setattr(evidence_module, "SWITCHED", 0.0)
+    monkeypatch.setattr(evidence_module, "SWITCHED", 10**6)
     evidence = Evidence(own, public, 2 * count, EvidenceSettings(strength=20.0))
     indices = [torch.tensor([2, 3, 7, 9, 15]), torch.tensor([0, 1, 5, 6, 11, 12])]
     drawn = [side[order] for side, order in zip((own, public), indices, strict=True)]
@@ -110,13 +112,43 @@ def test_a_calibration_knows_that_owners_change(monkeypatch: pytest.MonkeyPatch)
     states = [torch.randn(side.numel(), 8, generator=generator(4 + i)) for i, side in enumerate((own, public))]
     changed = torch.cat([public[:, : length // 2], own[:, length // 2 :]], 1)
     recognised = []
-    for share in (evidence_module.SWITCHED, 0.0):
-        monkeypatch.setattr(evidence_module, "SWITCHED", share)
+    for every in (evidence_module.SWITCHED, 10**6):
+        monkeypatch.setattr(evidence_module, "SWITCHED", every)
         row, _ = evidence.fitting(fit, [own, public], indices, [own.numel(), public.numel()])(*states, None)
         features = sequence_features(evidence.table, changed, evidence.record)
         score = (features @ row.calibration[1:-1] + row.calibration[-1]).view(len(changed), -1)
         recognised.append((score[:, length // 2 :] > 0).float().mean())
     assert recognised[0] > recognised[1] + 0.1
+
+
+def test_a_few_tokens_are_no_fold() -> None:
+    """The last sequence has a single token with a state: a fold of it alone would leave nothing to compare."""
+    own, public = text(1, 3, sequences=3), text(2, 9, sequences=20)
+    evidence = Evidence(own, public, V, EvidenceSettings())
+    seen: list[object] = []
+
+    def fit(own_TH: torch.Tensor, public_TH: torch.Tensor, start: object, folds: object = None) -> RouterRow:
+        seen.append(folds)
+        held_out = torch.ones(len(own_TH)), -torch.ones(len(public_TH))
+        return RouterRow(torch.ones(H), held_out=None if folds is None else held_out)
+
+    drawn = [torch.arange(3), torch.arange(20)]
+    for tokens, folds in ((2 * L + 1, ([L, L + 1], [10 * L, 10 * L])), (L + 1, None)):
+        sequences = [own[: -(-tokens // L)], public]
+        fitting = evidence.fitting(fit, sequences, [drawn[0][: len(sequences[0])], drawn[1]], [tokens, 20 * L])
+        fitting(torch.zeros(tokens, H), torch.zeros(20 * L, H), None)
+        assert seen.pop() == folds
+
+
+def test_a_method_without_folds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit(own, public, *, hidden_size, bias, generator, start=None):  # type: ignore[no-untyped-def]
+        raise AssertionError("not called")
+
+    method = RowMethod("mine", fit, "states", trained_by_loss=False)
+    evidence = Evidence(text(1, 3), text(2, 9), V, EvidenceSettings())
+    sides = [RowText([], side) for side in (text(1, 3), text(2, 9))]
+    with pytest.raises(ValueError, match=r"router='mine' has no argument `folds`.*--evidence none"):
+        fit_rows(tiny_anchor("llama"), method, *sides, tokens=100, bias=False, seed=0, evidence=evidence)
 
 
 def test_text_that_cannot_be_divided_is_not_calibrated() -> None:

@@ -118,9 +118,9 @@ def test_log_odds_does_not_depend_on_the_logits_it_starts_from(states, bias, kin
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_held_out_logits_are_those_of_a_row_without_the_fold(states, bias, dtype):
+@pytest.mark.parametrize("folds", [([180] * 5, [280] * 5), ([100, 200, 600], [800, 500, 100])])
+def test_held_out_logits_are_those_of_a_row_without_the_fold(states, bias, dtype, folds):
     own, public = (side.to(dtype) for side in states)
-    folds = tuple([len(side) // 5] * 4 + [len(side) - 4 * (len(side) // 5)] for side in (own, public))
     options = {"hidden_size": own.shape[1], "bias": bias, "generator": torch.Generator()}
     found = row_method("log_odds").fit(own, public, **options, folds=folds)
     start = [0, 0]

@@ -20,7 +20,6 @@ Does not cover the row itself (`flexmoe.routers.rows`), or what is computed with
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -35,7 +34,7 @@ RIDGE = 1e-4  # of the calibration, on features of variance 1
 STEPS = 60  # of Newton's method
 BATCH = 64  # sequences whose sums are computed at a time
 FOLDS = 8  # of the text, or as many as there are sequences
-SWITCHED = 0.5  # of the own sequences, as many as are also read with a change of owner in them
+SWITCHED = 2  # each so-manieth own sequence is also read with a change of owner in it
 
 FitRow = Callable[..., RouterRow]
 """`fit(own, public, start=..., folds=...)` of a method that needs states, its other arguments bound."""
@@ -117,10 +116,12 @@ class Evidence:
             drawn: the ascending indices [N] of these sequences among those that the table was made of.
             counts: the numbers of tokens that have states.
         """
-        count, length = min(FOLDS, *map(len, drawn)), sequences[0].shape[1]
+        length = sequences[0].shape[1]
+        whole = [(tokens + length // 2) // length for tokens in counts]  # without a last one of a few tokens
+        count = min(FOLDS, *whole)
         if count < 2:  # too little text to be divided
             return functools.partial(_uncalibrated, fit, calibration_size(self.record))
-        bounds = [[fold * len(side) // count for fold in range(count + 1)] for side in sequences]
+        bounds = [[*(fold * n // count for fold in range(count)), len(of)] for n, of in zip(whole, drawn, strict=True)]
         generator = torch.Generator().manual_seed(0)
         read: list[list[tuple[Tensor, Tensor]]] = []
         for fold in range(count):
@@ -144,7 +145,7 @@ class Evidence:
         side these are: each token after the beginning of its sequence, and some after text of the other side."""
         (own_NL, public_NL), length = (side_NL.cpu() for side_NL in sequences), sequences[0].shape[1]
         own_N, public_N = (torch.arange(fold.start, fold.stop) for fold in ranges)
-        changed_N = own_N[: math.ceil(SWITCHED * len(own_N))]
+        changed_N = own_N[own_N % SWITCHED == SWITCHED - 1]
         other_N = public_N[torch.randint(len(public_N), (len(changed_N),), generator=generator)]
         change_N = torch.randint(length // 8, length - length // 8, (len(changed_N),), generator=generator)
         is_after_NL = torch.arange(length) >= change_N[:, None]
@@ -199,7 +200,7 @@ def _fit_calibrated(
 ) -> tuple[RouterRow, Logits]:
     """The row, and the calibration of the logits that its tokens get from rows without their fold."""
     row = fit(own_TH, public_TH, start=start, folds=tuple(side.folds for side in sides))
-    assert row.held_out is not None
+    assert row.held_out is not None, "a method that takes folds returns these logits"
     found = [
         torch.cat([held_out_T.cpu()[side.places, None], side.features], 1).double()
         for held_out_T, side in zip(row.held_out, sides, strict=True)

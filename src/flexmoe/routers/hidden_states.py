@@ -16,6 +16,7 @@ Does not cover the fits themselves (`flexmoe.routers.rows`), or sharded models (
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -166,7 +167,7 @@ def fit_rows(
         progress: show progress bars on stderr.
 
     Raises:
-        ValueError: no public text, or no embedder, although the method needs it.
+        ValueError: no public text, or no embedder, although the method needs it; evidence, and a method without folds.
     """
     depth, hidden = len(_networks(model)), model.config.get_text_config().hidden_size
     generator = torch.Generator().manual_seed(seed)
@@ -194,6 +195,11 @@ def fit_rows(
     fit_row: FitRow = functools.partial(method.fit, **options)
     fit: FitLayer = functools.partial(fit_layer, fit_row)
     if evidence is not None:
+        if "folds" not in inspect.signature(method.fit).parameters:
+            raise ValueError(
+                f"router={method.name!r} has no argument `folds` (flexmoe.routers.rows), from which evidence is "
+                "calibrated. Add it, or train with --evidence none (evidence='none')."
+            )
         fit = evidence.fitting(fit_row, sides, drawn, counts)
     collect: Callable[..., dict[int, Any]] = collect_states if method.needs == "states" else collect_moments
     nbytes = {"states": sum(counts) * hidden * model.dtype.itemsize, "moments": 16 * hidden * (hidden + 1)}

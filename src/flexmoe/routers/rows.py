@@ -248,7 +248,7 @@ class _LogisticRegression:
 
     Values and gradients are computed in float64, as products of the states with a vector. The Hessian, the only large
     product, is computed in float32, factorised, and kept for as long as the steps with it converge fast: an inexact
-    Hessian changes the number of steps, not the solution.
+    Hessian changes the number of steps, not the solution of `solve`.
     """
 
     def __init__(self, own: torch.Tensor, public: torch.Tensor, *, intercept: bool) -> None:
@@ -256,7 +256,8 @@ class _LogisticRegression:
             if not len(states) or not all(torch.isfinite(chunk).all() for (chunk,) in _chunks(states)):
                 raise ValueError(f"The anchor's states on {side} text are empty or not finite; no row can be fitted.")
         own, public = (states.double() if states.numel() <= HELD_ELEMENTS else states for states in (own, public))
-        self.sides = ((own, 1.0, 0.5 / len(own)), (public, -1.0, 0.5 / len(public)))  # states, sign, share of a token
+        self.sides: tuple[tuple[torch.Tensor, float, float], ...]  # states, sign, share of a token
+        self.sides = ((own, 1.0, 0.5 / len(own)), (public, -1.0, 0.5 / len(public)))
         self.intercept = intercept
         mean, square = _mean_and_square(public)
         self.centre = mean if intercept else torch.zeros_like(mean)
@@ -299,32 +300,42 @@ class _LogisticRegression:
         raise ArithmeticError(f"log_odds: Newton's method did not converge in {MAX_STEPS} steps.")
 
     def held_out(self, theta: torch.Tensor, folds: Folds, dtype: torch.dtype = torch.float32) -> Logits:
-        """The logits of the tokens, each by the solution without its fold; `theta` is the solution with all."""
+        """The logits of the tokens, each by the solution without its fold; `theta` is the solution with all.
+
+        That solution is one step of Newton's method away, whose Hessian is of products in `dtype`.
+        """
+        sides = [self._part(index, states) for index, (states, *_) in enumerate(self.sides)]
+        of_sides = [side._terms(theta, dtype) for side in sides]
+        found: list[list[torch.Tensor]] = [[] for _ in sides]
         split = (states.split(sizes) for (states, *_), sizes in zip(self.sides, folds, strict=True))
-        parts = [self._part(*states) for states in zip(*split, strict=True)]
-        gradients, hessians = [], []
-        for part in parts:
-            _, gradient, logits = part._value_and_gradient(theta)
-            gradients.append(gradient)
-            hessians.append(part._hessian(logits, dtype))
-        gradient, hessian = (sum(terms, torch.zeros_like(terms[0])) for terms in (gradients, hessians))
-        more, found = len(parts) / (len(parts) - 1), []  # a token's share of the loss is larger without a fold
-        for part, its_gradient, its_hessian in zip(parts, gradients, hessians, strict=True):
-            factor, failed = torch.linalg.cholesky_ex(self.ridge.diag() + more * (hessian - its_hessian))
-            if failed and dtype == torch.float32:
+        for fold in zip(*split, strict=True):
+            parts = [self._part(index, states) for index, states in enumerate(fold)]
+            gradient, hessian = self.ridge * theta, self.ridge.diag()
+            for part, side, of_side in zip(parts, self.sides, of_sides, strict=True):
+                of_part = part._terms(theta, dtype)
+                more = len(side[0]) / (len(side[0]) - len(part.sides[0][0]))  # of the others' share without the fold
+                gradient = gradient + more * (of_side[0] - of_part[0])
+                hessian += more * (of_side[1] - of_part[1])
+            factor, failed = torch.linalg.cholesky_ex(hessian, check_errors=dtype == torch.float64)
+            if failed:
                 return self.held_out(theta, folds, torch.float64)
-            step, _ = _newton_step(self.ridge * theta + more * (gradient - its_gradient), factor)
-            found.append(part._value_and_gradient(theta - step)[2])
-        own, public = (torch.cat(logits) for logits in zip(*found, strict=True))
+            step, _ = _newton_step(gradient, factor)
+            for logits, part in zip(found, parts, strict=True):
+                logits += part._value_and_gradient(theta - step)[2]
+        own, public = (torch.cat(logits) for logits in found)
         return own, public
 
-    def _part(self, own: torch.Tensor, public: torch.Tensor) -> _LogisticRegression:
-        """What these of the states add to the loss."""
+    def _part(self, index: int, states: torch.Tensor) -> _LogisticRegression:
+        """What these states, of one side, add to the loss."""
         part = copy.copy(self)
-        of_own, of_public = self.sides
-        part.sides = ((own, *of_own[1:]), (public, *of_public[1:]))
+        part.sides = ((states, *self.sides[index][1:]),)
         part.ridge = torch.zeros_like(self.ridge)
         return part
+
+    def _terms(self, theta: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient and Hessian."""
+        _, gradient, logits = self._value_and_gradient(theta)
+        return gradient, self._hessian(logits, dtype)
 
     def _start(self) -> torch.Tensor:
         """The solution for a sample of the states if there are many, else zero."""
@@ -378,7 +389,7 @@ class _LogisticRegression:
         gradient[: len(self.scale)] += (slope - total * self.centre) / self.scale
         if self.intercept:
             gradient[-1] += total
-        return value.item(), gradient, (logits[0], logits[1])
+        return value.item(), gradient, tuple(logits)
 
     def _factor(self, logits: Logits) -> torch.Tensor:
         """The Cholesky factor of the Hessian, float64."""

@@ -34,7 +34,7 @@ SHORTEST_SEQUENCE = 128
 MOST_PASSES = 3
 ENOUGH_TOKENS = 200_000
 """With this much own text, one pass is enough."""
-ROUTER_SHARE = 0.25
+ROUTER_SHARE = 0.375
 """Tokens of each side for a router row, as a share of the tokens that are trained on."""
 ROUTER_TOKENS = (16, 40_000)
 """At least so many times H, which is the number of a row's weights, and at most so many."""
@@ -221,7 +221,7 @@ def _router_tokens(trained: int, situation: Situation) -> Choice:
     """Tokens of each side for a row."""
     times, most = ROUTER_TOKENS
     tokens = min(most, max(times * situation.hidden_size, int(ROUTER_SHARE * trained)))
-    return Choice(tokens, f"{ROUTER_SHARE:.0%} of the tokens to train on, {times} x hidden size, or {most:,}")
+    return Choice(tokens, f"{ROUTER_SHARE:.1%} of the tokens to train on, {times} x hidden size, or {most:,}")
 
 
 def _validation_tokens(trained: int) -> Choice:

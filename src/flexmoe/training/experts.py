@@ -334,9 +334,11 @@ def sides_of(
     if public_data is None and config.public_sample is not None:
         sides[PUBLIC_SIDE] = read_public_sample(folder, config.public_sample)
     elif public_data is None and (settings.public_ratio != 0 or row_method(settings.router).needs != "nothing"):
-        needed = f"router={settings.router!r}" if settings.public_ratio == 0 else "public_ratio above 0"
+        needs = (
+            "public_ratio above 0" if row_method(settings.router).needs == "nothing" else f"router={settings.router!r}"
+        )
         raise ValueError(
-            f"Training needs public text ({needed}), and no sample is stored with {folder}. Graft with --public-data "
+            f"{needs} needs public text, and no sample is stored with {folder}. Graft with --public-data "
             "(public_data=...), or give it here."
         )
     return sides

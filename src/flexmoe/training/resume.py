@@ -98,7 +98,8 @@ def open_work_folder(
     if changed := _changes(known, identity, defaults):
         raise ValueError(
             f"{work} holds an interrupted run with other values of: {', '.join(changed)}. Give the same command, with "
-            f"the same files, to resume it, or {_START_OVER}."
+            f"the same files, to resume it (a newer FlexMoE may choose other values: give those of the run), or "
+            f"{_START_OVER}."
         )
     if not main:
         return
