@@ -57,7 +57,7 @@ test-oldest: $(OLDEST)/.installed ## Run the tests with the oldest supported ver
 compatibility: $(STAMP) ## Run the tests of docs/compatibility.md and write its table
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m promise --write-promises $(ARGS)
 
-demo: $(STAMP) ## Run the main job end to end on a real model and text (8 minutes on 2 cores): OUT=runs/demo
+demo: $(STAMP) ## Run the main job end to end on a real model and text (10 minutes on 2 cores): OUT=runs/demo
 	$(BIN)/flexmoe demo --out $(OUT) $(ARGS)
 
 results: $(STAMP) ## Run eight owners on SmolLM2-135M over 3 seeds, and what else can be done with their text (hours; resumable)
