@@ -140,7 +140,7 @@ def test_a_few_tokens_are_no_fold() -> None:
         assert seen.pop() == folds
 
 
-def test_a_method_without_folds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_without_folds_is_refused() -> None:
     def fit(own, public, *, hidden_size, bias, generator, start=None):  # type: ignore[no-untyped-def]
         raise AssertionError("not called")
 

@@ -585,7 +585,8 @@ def test_the_user_is_told_about_the_run(workshop, tmp_path, capsys, monkeypatch)
         )
     about = [line.partition(":")[0] for line in lines if not line.startswith("--")]
     assert about == ["Own text", "Public text", "Training", "Expected"]
-    assert "--learning-rate 0.0078 (0.25 / hidden size 32)" in lines
+    assert lines[2].startswith("--public-ratio 0.1 (")
+    assert lines[3] == "--learning-rate 0.0078 (0.25 / hidden size 32)"
     assert "60 documents" in lines[0]
     assert "1 row(s) without text" in lines[0]
     assert "text:" not in capsys.readouterr().err
